@@ -1,0 +1,1 @@
+"""Connectors: encoder states in, soft tokens of the decoder's width out."""

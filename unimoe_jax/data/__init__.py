@@ -1,0 +1,1 @@
+"""Records to batches. Knows numpy and grain, neither jax nor the models."""

@@ -1,0 +1,93 @@
+"""Pictures of one coloured shape on a dark, noisy ground."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SIZE = 48  # pixels per side
+SUPERSAMPLE = 4  # sub-pixels per side, so that edges are smooth
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 90, 240),
+    "yellow": (235, 215, 40),
+    "purple": (165, 50, 195),
+    "white": (235, 235, 235),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+
+
+class Placing(NamedTuple):
+    """Where a shape lies: centre and radius in pixels, rotation in radians."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+def place(rng: np.random.Generator, low: float = 9.0, high: float = 15.0) -> Placing:
+    """Draws a placing whose shape lies inside the picture."""
+    radius = rng.uniform(low, high)
+    margin = radius + 2
+    x, y = rng.uniform(margin, SIZE - margin, 2)
+    return Placing(x, y, radius, rng.uniform(-0.15, 0.15))
+
+
+def coverage(shape: str, placing: Placing) -> np.ndarray:
+    """Share of each pixel inside the shape: float [48, 48] in 0..1."""
+    step = 1 / SUPERSAMPLE
+    axis = np.arange(SIZE * SUPERSAMPLE) * step + step / 2
+    x = (axis[None, :] - placing.x) / placing.radius
+    y = (axis[:, None] - placing.y) / placing.radius
+    cos, sin = np.cos(placing.angle), np.sin(placing.angle)
+    inside = _inside(shape, cos * x + sin * y, cos * y - sin * x)
+    return inside.reshape(SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE).mean((1, 3))
+
+
+def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Membership in the shape of radius 1; `v` points down, as in pictures."""
+    match shape:
+        case "circle":
+            return u**2 + v**2 < 0.9
+        case "square":
+            return np.maximum(abs(u), abs(v)) < 0.85
+        case "triangle":
+            return (v < 0.75) & (abs(u) < (v + 0.95) * 0.6)
+        case "cross":
+            return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 1)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def ground(rng: np.random.Generator) -> np.ndarray:
+    """A dark background with a slight tint: float [3], values 0..255."""
+    return rng.uniform(10, 45) + rng.uniform(-8, 8, 3)
+
+
+def paint(
+    coverage_HW: np.ndarray,
+    colour_C: np.ndarray,
+    ground_C: np.ndarray,
+    rng: np.random.Generator,
+    noise: float = 9.0,
+) -> np.ndarray:
+    """Blends shape and ground and adds noise: uint8 [48, 48, 3]."""
+    alpha = coverage_HW[..., None]
+    picture = alpha * colour_C + (1 - alpha) * ground_C
+    picture += rng.normal(0, noise, picture.shape)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """The named colour with a little jitter of its brightness: float [3], values 0..255."""
+    return np.array(COLOURS[colour]) * rng.uniform(0.82, 1.05)
+
+
+def write(path: Path, labels: dict[str, str], rng: np.random.Generator) -> None:
+    """Writes a PNG of the labels `colour` and `shape`."""
+    mask = coverage(labels["shape"], place(rng))
+    pixels = paint(mask, tint(labels["colour"], rng), ground(rng), rng)
+    Image.fromarray(pixels).save(path, format="PNG")

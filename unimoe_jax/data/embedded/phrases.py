@@ -1,0 +1,137 @@
+"""All wording of the data set: questions, answers and the scenes that text-only records tell."""
+
+from unimoe_jax.data.embedded.images import COLOURS, SHAPES
+from unimoe_jax.data.embedded.sounds import SOUNDS
+from unimoe_jax.data.embedded.speech import VOWELS, WORDS
+from unimoe_jax.data.embedded.videos import MOVEMENTS
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "colour": (
+        "What colour is it?",
+        "What colour is the shape?",
+        "Which colour do you see?",
+        "Name the colour.",
+    ),
+    "shape": (
+        "What shape is it?",
+        "Which shape do you see?",
+        "What is the shape?",
+        "Name the shape.",
+    ),
+    "movement": (
+        "How does it move?",
+        "How does the shape move?",
+        "Which way does it move?",
+        "Name the movement.",
+    ),
+    "sound": (
+        "What do you hear?",
+        "What makes the sound?",
+        "Which sound is it?",
+        "Name the sound.",
+    ),
+    "vowel": (
+        "Which vowel is spoken?",
+        "What vowel do you hear?",
+        "Which vowel is it?",
+        "Name the vowel.",
+    ),
+    "see_hear": (
+        "What do you see and hear?",
+        "Name the colour and the sound.",
+        "Which colour and which sound is it?",
+    ),
+    "caption_image": (
+        "Describe the image.",
+        "What is in the image?",
+        "What does the image show?",
+    ),
+    "caption_sound": (
+        "Describe the sound.",
+        "What is in the recording?",
+        "What does the recording hold?",
+    ),
+    "caption_speech": (
+        "Write down what is said.",
+        "What is said?",
+        "What does the speaker say?",
+    ),
+    "caption_video": (
+        "Describe the video.",
+        "What is in the video?",
+        "What does the video show?",
+    ),
+}
+
+# What a text-only record tells before it asks; fields are filled from the answers below.
+SCENES: dict[str, tuple[str, ...]] = {
+    "colour": (
+        "A picture shows a {colour} {shape}.",
+        "There is a {colour} {shape}.",
+        "You see a {colour} {shape}.",
+        "Here is a {shape}, and it is {colour}.",
+    ),
+    "movement": (
+        "A video shows a {shape} moving {movement}.",
+        "You see a {shape} moving {movement}.",
+        "There is a {shape}, moving {movement}.",
+    ),
+    "sound": (
+        "You hear {article}{sound}.",
+        "There is {article}{sound}.",
+        "The recording holds {article}{sound}.",
+        "Listen, {article}{sound}.",
+    ),
+    "vowel": (
+        "You hear {vowel}.",
+        "The speaker says {vowel}.",
+        "Somebody says {vowel} and then {vowel}.",
+        "Listen: {vowel}.",
+    ),
+}
+SCENES["shape"] = SCENES["colour"]
+# Which labels a scene of a kind tells.
+TOLD: dict[str, tuple[str, ...]] = {
+    "colour": ("colour", "shape"),
+    "shape": ("colour", "shape"),
+    "movement": ("shape", "movement"),
+    "sound": ("sound",),
+    "vowel": ("vowel",),
+}
+
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "movement": tuple(MOVEMENTS),
+    "sound": tuple(SOUNDS),
+    "vowel": tuple(VOWELS),
+}
+
+
+def article(sound: str) -> str:
+    """`a ` before what can be counted: a bell, but rain."""
+    return "" if sound == "rain" else "a "
+
+
+def answer(kind: str, labels: dict[str, str]) -> str:
+    """The answer to a question of `kind` about media with these labels."""
+    match kind:
+        case "see_hear":
+            return f"{labels['colour']} {labels['sound']}"
+        case "caption_image":
+            return f"a {labels['colour']} {labels['shape']}"
+        case "caption_sound":
+            return f"the sound of {article(labels['sound'])}{labels['sound']}"
+        case "caption_speech":
+            return labels.get("word") or " ".join([labels["vowel"]] * int(labels["times"]))
+        case "caption_video":
+            still = labels["movement"] == "not at all"
+            moving = "not moving at all" if still else f"moving {labels['movement']}"
+            return f"a {labels['colour']} {labels['shape']} {moving}"
+    return labels[kind]
+
+
+def answer_words() -> list[str]:
+    """Every word that an answer to a question is made of, sorted."""
+    words = {word for kind in ANSWERS.values() for text in kind for word in text.split()}
+    return sorted(words | set(WORDS))

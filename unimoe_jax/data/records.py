@@ -1,0 +1,265 @@
+"""JSON files of conversations -> validated `Record`s (schema of LLaVA and Uni-MoE).
+
+A record is `{"conversations": [{"from": "human"|"gpt", "value": str}, …]}` with optional media:
+`image` (path or list of paths), `video` (path of a file or folder, a list of frame images for one
+video, or a list of such lists), `voice` (path or list of paths) and `voice_modality` ("speech",
+"audio" or a list of them), which overrides the source's setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from unimoe_jax.config import MediaName
+from unimoe_jax.data.tally import BadSample
+
+Role = Literal["human", "gpt"]
+PLACEHOLDERS = {"image": "<image>", "video": "<video>", "voice": "<audio>"}
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """One medium of a record. `paths` has several entries only for a video given as frames."""
+
+    modality: MediaName
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A validated record. `media` maps a placeholder to its files in order of appearance."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    media: dict[str, tuple[MediaFile, ...]]
+    source: str
+    line: int
+
+
+class RecordFile:
+    """Random access to the records of a JSON list or JSON-lines file, by byte range.
+
+    Only offsets and line numbers are held. Raises ValueError, naming file and line, where a JSON
+    list breaks off; a broken line of a JSON-lines file is reported by `read` for that record only.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        data = Path(path).read_bytes()
+        self.digest = hashlib.sha256(data).hexdigest()
+        if data.lstrip()[:1] == b"[":
+            spans = list(_list_spans(data, self.path))
+        else:
+            spans = list(_line_spans(data))
+        table = np.array(spans, np.int64).reshape(-1, 3)
+        self.starts, self.ends, self.lines = table.T.copy()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def read(self, number: int) -> dict:
+        """The record at position `number` as parsed JSON.
+
+        Raises `BadSample` ("malformed_json") if it does not parse or is no object.
+        """
+        start, end = int(self.starts[number]), int(self.ends[number])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            text = file.read(end - start)
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise BadSample("malformed_json", f"not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise BadSample("malformed_json", f"a record must be an object, not {value!r:.40}")
+        return value
+
+
+def _line_spans(data: bytes):
+    start = 0
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        if line.strip():
+            yield start, start + len(line), number
+        start += len(line)
+
+
+def _list_spans(data: bytes, path: str):
+    """(first byte, last byte + 1, line) of every element of a JSON list."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
+    decoder = json.JSONDecoder()
+    gap = re.compile(r"\s*")
+    offset = len(data) - len(text.encode())  # a byte-order mark
+    line, done = 1, 0
+
+    def advance(to: int):
+        nonlocal offset, line, done
+        passed = text[done:to]
+        offset += len(passed) if passed.isascii() else len(passed.encode())
+        line += passed.count("\n")
+        done = to
+
+    at = gap.match(text, text.index("[") + 1).end()
+    if text[at : at + 1] == "]":
+        return
+    while True:
+        advance(at)
+        start, first_line = offset, line
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            line_number = text.count("\n", 0, getattr(error, "pos", at)) + 1
+            raise ValueError(f"{path}:{line_number}: broken JSON list: {error}") from error
+        advance(end)
+        yield start, offset, first_line
+        at = gap.match(text, end).end()
+        if text[at : at + 1] == "]":
+            return
+        if text[at : at + 1] != ",":
+            raise ValueError(f"{path}:{line}: expected `,` or `]` after a record")
+        at = gap.match(text, at + 1).end()
+
+
+class RecordReader:
+    """Validates the records of one source: roles, answers, placeholder counts, paths in the root.
+
+    voice: modality of `voice` files, None if the source leaves it open.
+    accepts: the media this model has an encoder for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        file: RecordFile,
+        root: str | Path,
+        voice: MediaName | None,
+        accepts: frozenset[MediaName],
+    ):
+        self.name = name
+        self.file = file
+        self.root = os.path.realpath(root)
+        self.voice = voice
+        self.accepts = accepts
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def line(self, number: int) -> int:
+        return int(self.file.lines[number])
+
+    def record(self, number: int) -> Record:
+        """The validated record `number`; raises `BadSample`."""
+        content = self.file.read(number)
+        turns = _turns(content.get("conversations"))
+        media = {PLACEHOLDERS[key]: self._files(key, content) for key in PLACEHOLDERS}
+        media = {placeholder: files for placeholder, files in media.items() if files}
+        _check_counts(turns, media)
+        name = content.get("id", content.get("question_id", number))
+        return Record(str(name), turns, media, self.name, self.line(number))
+
+    def _files(self, key: str, content: dict) -> tuple[MediaFile, ...]:
+        groups = _path_groups(key, content.get(key))
+        if not groups:
+            return ()
+        modalities = [key] * len(groups)
+        if key == "voice":
+            modalities = self._voices(content.get("voice_modality"), len(groups))
+        for modality in modalities:
+            if modality not in self.accepts:
+                raise BadSample(
+                    "no_encoder", f"the model has no encoder for {modality} ({key}: {groups[0][0]})"
+                )
+        return tuple(
+            MediaFile(modality, tuple(self._resolve(path) for path in paths))
+            for modality, paths in zip(modalities, groups, strict=True)
+        )
+
+    def _voices(self, given, number: int) -> list[str]:
+        voices = [given] * number if isinstance(given, str) else given
+        if voices is None:
+            if self.voice is None:
+                raise BadSample(
+                    "voice_modality",
+                    "the model hears speech and audio: set `voice` of the source or the record's "
+                    "`voice_modality` to one of them",
+                )
+            return [self.voice] * number
+        valid = isinstance(voices, list) and all(v in ("speech", "audio") for v in voices)
+        if not valid or len(voices) != number:
+            raise BadSample(
+                "voice_modality",
+                f"voice_modality must be speech or audio, once or per file; got {given!r}",
+            )
+        return voices
+
+    def _resolve(self, path: str) -> str:
+        if "\0" in path:
+            raise BadSample("outside_root", f"a path with a NUL byte: {path!r}")
+        full = os.path.realpath(os.path.join(self.root, path))
+        if not Path(full).is_relative_to(self.root):
+            raise BadSample("outside_root", f"{path!r} is outside the data root {self.root}")
+        if not os.path.exists(full):
+            raise BadSample("missing_file", f"no such file: {path!r} in {self.root}")
+        return full
+
+
+def _path_groups(key: str, value) -> list[tuple[str, ...]]:
+    """The paths of each medium declared under `key`."""
+    if value is None or value == [] or value == "":
+        return []
+    if isinstance(value, str):
+        return [(value,)]
+    if isinstance(value, list) and all(isinstance(path, str) and path for path in value):
+        return [tuple(value)] if key == "video" else [(path,) for path in value]
+    if key == "video" and isinstance(value, list) and all(isinstance(v, list) for v in value):
+        return [group for frames in value for group in _path_groups(key, frames)]
+    raise BadSample("malformed_record", f"{key}: expected a path or a list of paths: {value!r:.80}")
+
+
+def _turns(conversations) -> tuple[Turn, ...]:
+    if not isinstance(conversations, list) or not conversations:
+        raise BadSample("malformed_record", "`conversations` is missing or empty")
+    turns = []
+    for number, turn in enumerate(conversations):
+        known = isinstance(turn, dict) and turn.get("from") in ("human", "gpt")
+        if not known or not isinstance(turn.get("value"), str):
+            raise BadSample(
+                "malformed_record",
+                f"conversations[{number}] needs `from` (human or gpt) and a string `value`",
+            )
+        if turns or turn["from"] == "human":  # leading turns of the assistant are dropped
+            turns.append(Turn(turn["from"], turn["value"]))
+    for number, turn in enumerate(turns):
+        if turn.role != ("human", "gpt")[number % 2]:
+            raise BadSample("roles", f"roles must alternate; turn {number} is {turn.role}")
+        if turn.role == "gpt" and not turn.text.strip():
+            raise BadSample("empty_answer", f"turn {number} is an empty answer")
+    if len(turns) < 2 or len(turns) % 2:
+        raise BadSample("roles", "the conversation does not end with an answer")
+    return tuple(turns)
+
+
+def _check_counts(turns: tuple[Turn, ...], media: dict[str, tuple[MediaFile, ...]]) -> None:
+    """A placeholder whose medium is not declared is ordinary text; declared ones must match."""
+    for placeholder, files in media.items():
+        found = sum(turn.text.count(placeholder) for turn in turns if turn.role == "human")
+        if found != len(files):
+            raise BadSample(
+                "placeholder_count", f"{found} {placeholder} for {len(files)} declared file(s)"
+            )

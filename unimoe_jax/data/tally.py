@@ -1,0 +1,127 @@
+"""What went wrong while reading data, counted: bad samples by reason, truncations, capped chunks.
+
+Workers cannot share counters, so every loaded batch carries its `Event`s and the main process adds
+them up here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+
+log = logging.getLogger("unimoe_jax.data")
+
+MIN_SEEN = 1000
+"""The bad share is judged over at least so many samples (or all there are)."""
+
+
+class BadSample(Exception):
+    """A record that cannot be trained on. `reason` is a short key, `message` names the culprit."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self):
+        return BadSample, (self.reason, self.message)
+
+
+class TooManyBadSamples(RuntimeError):
+    """More bad samples than `loader.max_bad_share` allows (or any, with `loader.strict`)."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing worth counting. `kind` "bad" skips the sample; the others changed it."""
+
+    kind: Literal["bad", "truncated", "capped"]
+    source: str
+    file: str
+    line: int
+    reason: str
+    message: str
+
+
+def pack_events(events: list[Event], loaded: int) -> np.ndarray:
+    """Events and the number of samples loaded, as bytes that travel beside a batch."""
+    text = json.dumps({"loaded": loaded, "events": [asdict(event) for event in events]})
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def unpack_events(data: np.ndarray) -> tuple[list[Event], int]:
+    """Inverse of `pack_events`."""
+    content = json.loads(data.tobytes().decode())
+    return [Event(**event) for event in content["events"]], content["loaded"]
+
+
+@dataclass
+class Tally:
+    """Counts of a pipeline. Every bad sample is logged once, however often it is met.
+
+    total: samples of the data set, good and bad; seen: samples looked at (indexed, then loaded).
+    """
+
+    total: int
+    max_bad_share: float
+    strict: bool = False
+    seen: int = 0
+    counts: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    _met: set = field(default_factory=set)
+
+    def add(self, events: list[Event], seen: int) -> None:
+        """Count `events` met while looking at `seen` samples.
+
+        Raises `TooManyBadSamples` when the share of bad ones passes the limit; each bad sample
+        counts once.
+        """
+        self.seen += seen
+        for event in events:
+            key = (event.source, event.file, event.line, event.kind, event.reason)
+            if key in self._met:
+                continue
+            self._met.add(key)
+            self.counts[event.kind, event.reason] += 1
+            where = f"{event.file}:{event.line}"
+            self.examples.setdefault(event.reason, f"{where}: {event.message}")
+            level = logging.WARNING if event.kind == "bad" else logging.INFO
+            log.log(level, "%s: %s (%s: %s)", where, event.message, event.kind, event.reason)
+            if event.kind == "bad" and self.strict:
+                raise TooManyBadSamples(f"{where}: {event.message} ({event.reason}; strict)")
+        self._check()
+
+    def _check(self) -> None:
+        base = max(min(self.seen, self.total), min(self.total, MIN_SEEN), 1)
+        if self.bad > self.max_bad_share * base:
+            raise TooManyBadSamples(
+                f"{self.bad} of {base} samples are bad "
+                f"({self.bad / base:.2%}, allowed {self.max_bad_share:.2%})\n{self.table()}"
+            )
+
+    @property
+    def bad(self) -> int:
+        """Distinct bad samples."""
+        return sum(count for (kind, _), count in self.counts.items() if kind == "bad")
+
+    def count(self, kind: str, reason: str | None = None) -> int:
+        """Distinct samples of a kind, of one reason or of all."""
+        return sum(
+            number
+            for (a_kind, a_reason), number in self.counts.items()
+            if a_kind == kind and reason in (None, a_reason)
+        )
+
+    def table(self) -> str:
+        """One line per kind and reason: how often, and the first case."""
+        if not self.counts:
+            return "no bad, truncated or capped samples"
+        lines = [f"{'kind':<10} {'reason':<18} {'samples':>8}  first case"]
+        for (kind, reason), number in sorted(self.counts.items()):
+            lines.append(f"{kind:<10} {reason:<18} {number:>8}  {self.examples[reason]}")
+        return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""SentencePiece as the slow LLaMA tokenizer of transformers 4.31 to 4.37 applies it.
+
+Fast tokenizers of later transformers differ (they drop a leading space), so ids come from raw
+SentencePiece. Text never yields control ids: `</s>` in a user's text is five ordinary characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"
+
+
+class Tokenizer:
+    """Text <-> ids. `path` is a `.model` file or a folder with `tokenizer.model`.
+
+    A `tokenizer_config.json` beside it may set `legacy`: with false, text that continues after a
+    control token gets no space of its own. Picklable; raises FileNotFoundError without a model.
+    """
+
+    def __init__(self, path: str | Path, legacy: bool | None = None):
+        path = Path(path)
+        model = path / "tokenizer.model" if path.is_dir() else path
+        if not model.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at {model}")
+        config_file = model.with_name("tokenizer_config.json")
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        self.legacy = bool(config.get("legacy", True)) if legacy is None else legacy
+        self._load(model.read_bytes())
+
+    def _load(self, proto: bytes) -> None:
+        self._proto = proto
+        self._pieces = SentencePieceProcessor(model_proto=proto)
+        self.vocab_size = self._pieces.vocab_size()
+        self.bos_id = self._pieces.bos_id()
+        self.eos_id = self._pieces.eos_id()
+        self.unk_id = self._pieces.unk_id()
+        self.pad_id = self.unk_id
+        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
+            raise ValueError("the SentencePiece model lacks bos, eos or unk")
+        self._adds_space = self._pieces.encode("a", out_type=str)[0].startswith(SPACE)
+        self._control = {
+            self._pieces.id_to_piece(index): index
+            for index in (self.unk_id, self.bos_id, self.eos_id)
+        }
+
+    def __getstate__(self):
+        return {"legacy": self.legacy, "proto": self._proto}
+
+    def __setstate__(self, state):
+        self.legacy = state["legacy"]
+        self._load(state["proto"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever ids could change."""
+        return hashlib.sha256(self._proto).hexdigest() + f"/legacy={self.legacy}"
+
+    def encode(self, text: str, start: bool = True, control: bool = False) -> list[int]:
+        """Ids of `text`, without bos and eos.
+
+        start: the text opens a chunk; false if it continues after a control token such as eos.
+        control: turn literal `<s>`, `</s>`, `<unk>` into their ids, as transformers does. Only for
+        comparison with it; never for text of users.
+        """
+        if not control:
+            return self._encode_plain(text, start)
+        ids: list[int] = []
+        names = "|".join(re.escape(name) for name in self._control)
+        for part in re.split(f"({names})", text):
+            if part in self._control:
+                ids.append(self._control[part])
+                start = False
+            elif part:
+                ids += self._encode_plain(part, start)
+        return ids
+
+    def encode_after_text(self, text: str) -> list[int]:
+        """Ids of `text`, which must begin with a space, where it continues other text.
+
+        SentencePiece merges never cross from a word into the next space, so these are the ids the
+        whole text would have at this place.
+        """
+        if not text.startswith(" "):
+            raise ValueError(f"only text that begins with a space can continue text: {text!r:.40}")
+        return self._pieces.encode(text[1:] if self._adds_space else text)
+
+    def _encode_plain(self, text: str, start: bool) -> list[int]:
+        if self.legacy or not text:
+            return self._pieces.encode(text)
+        text = text.replace(SPACE, " ")
+        if start or text.startswith(" ") or not self._adds_space:
+            return self._pieces.encode(text)
+        first, *rest = self._pieces.encode(text, out_type=str)
+        pieces = [first.removeprefix(SPACE), *rest]
+        return [self._pieces.piece_to_id(piece) for piece in pieces if piece]
+
+    def decode(self, ids) -> str:
+        """Text of `ids`; bos, eos and ids outside the vocabulary are left out."""
+        skip = {self.bos_id, self.eos_id}
+        keep = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in skip]
+        return self._pieces.decode(keep)

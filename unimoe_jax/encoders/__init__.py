@@ -1,0 +1,1 @@
+"""Encoders: raw media features in, a sequence of states out."""

@@ -1,0 +1,1 @@
+"""The decoder, the token stream and the whole multimodal model."""

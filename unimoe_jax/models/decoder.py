@@ -1,0 +1,188 @@
+"""LLaMA-shaped decoder whose feed-forward layers may be mixtures of experts.
+
+Parameters: `run_{r}/block_{b}/{attention_norm, attention/{q,k,v,o}_proj, mlp_norm, mlp | moe}` with a
+leading layers axis (see nn/stack.py), and `final_norm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from unimoe_jax.config import DecoderConfig
+from unimoe_jax.nn.attention import attend
+from unimoe_jax.nn.linear import LayerOptions, Linear
+from unimoe_jax.nn.mlp import SwiGLU
+from unimoe_jax.nn.moe import MoE, MoEAux
+from unimoe_jax.nn.norm import RMSNorm
+from unimoe_jax.nn.rope import apply_rope, rope_tables
+from unimoe_jax.nn.stack import layer_runs, scan_layers
+from unimoe_jax.sharding import shard
+
+
+class Context(NamedTuple):
+    """What every layer shares: rotary tables, visibility, modality, validity, cache position."""
+
+    cos: jax.Array
+    sin: jax.Array
+    mask_BTS: jax.Array
+    modality_BT: jax.Array
+    valid_BT: jax.Array
+    write_at: jax.Array | None = None
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, [B,S,K,H] each; the stack adds a leading layers axis."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions, no biases."""
+
+    config: DecoderConfig
+    options: LayerOptions
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache]:
+        config, size = self.config, self.config.head_size
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            layer = Linear(heads * size, self.options, axes=("embed", axis), name=name)
+            return rearrange(layer(x_BTD), "b t (n h) -> b t n h", n=heads)
+
+        q = apply_rope(project("q_proj", config.num_heads, "heads"), context.cos, context.sin)
+        k = apply_rope(project("k_proj", config.num_kv_heads, "kv_heads"), context.cos, context.sin)
+        v = project("v_proj", config.num_kv_heads, "kv_heads")
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice(cache.k, k, (0, context.write_at, 0, 0))
+            v = jax.lax.dynamic_update_slice(cache.v, v, (0, context.write_at, 0, 0))
+        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS)
+        y = rearrange(y, "b t n h -> b t (n h)")
+        out = Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
+        return out, KVCache(k, v)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += feed-forward or experts(norm(x))."""
+
+    config: DecoderConfig
+    is_moe: bool
+    options: LayerOptions
+
+    @nn.compact
+    def __call__(self, x_BTD, context: Context, cache: KVCache | None):
+        config, options = self.config, self.options
+        h = RMSNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
+        h, cache = Attention(config, options, name="attention")(h, context, cache)
+        x_BTD = x_BTD + h
+        h = RMSNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
+        aux = None
+        if self.is_moe:
+            moe = MoE(config.moe, config.mlp_dim, options, name="moe")
+            h, aux = moe(h, context.modality_BT, context.valid_BT)
+        else:
+            h = SwiGLU(config.mlp_dim, options, name="mlp")(h)
+        return shard(x_BTD + h, "batch", "tokens", None), aux, cache
+
+
+class LayerOutput(NamedTuple):
+    """Per layer: router statistics (MoE only), and when asked for, the residual stream after it,
+    and its keys and values."""
+
+    aux: MoEAux | None
+    hidden: jax.Array | None
+    cache: KVCache | None
+
+
+class Period(nn.Module):
+    """One period of the layer pattern: what a run scans over."""
+
+    config: DecoderConfig
+    period: tuple[bool, ...]
+    options: LayerOptions
+    keep: frozenset[str]
+
+    @nn.compact
+    def __call__(self, x_BTD, caches, context: Context):
+        outputs = []
+        for number, is_moe in enumerate(self.period):
+            block = Block(self.config, is_moe, self.options, name=f"block_{number}")
+            cache = None if caches is None else caches[number]
+            x_BTD, aux, cache = block(x_BTD, context, cache)
+            hidden = x_BTD if "hidden" in self.keep else None
+            outputs.append(LayerOutput(aux, hidden, cache if "cache" in self.keep else None))
+        return x_BTD, tuple(outputs)
+
+
+class DecoderOutput(NamedTuple):
+    """hidden_BTD after the final norm; aux stacked over MoE layers in layer order (or None);
+    layers: hidden states and caches stacked per run and block, for inspection and decoding."""
+
+    hidden_BTD: jax.Array
+    aux: MoEAux | None
+    layers: Any
+
+
+def causal_mask(segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+    """[B,T,T] True where a query sees a key: same segment, not later."""
+    same = segment_BT[:, :, None] == segment_BT[:, None, :]
+    return same & (position_BT[:, :, None] >= position_BT[:, None, :])
+
+
+class Decoder(nn.Module):
+    """Embedded token stream -> hidden states. Embedding and head belong to the model.
+
+    `keep` may hold "hidden" and "cache": what `DecoderOutput.layers` carries per layer.
+    """
+
+    config: DecoderConfig
+    options: LayerOptions
+    keep: frozenset[str] = frozenset()
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        mask_BTS: jax.Array,
+        modality_BT: jax.Array,
+        valid_BT: jax.Array,
+        caches: Any = None,
+        write_at: jax.Array | None = None,
+    ) -> DecoderOutput:
+        config = self.config
+        cos, sin = rope_tables(
+            position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
+        )
+        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT, write_at)
+        aux, layers = [], []
+        for number, run in enumerate(layer_runs(config.moe_layers())):
+            stack = scan_layers(
+                Period,
+                run.repeats,
+                config.remat,
+                f"run_{number}",
+                config=config,
+                period=run.period,
+                options=self.options,
+                keep=self.keep,
+            )
+            cache = None if caches is None else caches[number]
+            x_BTD, outputs = stack(x_BTD, cache, context)
+            layers.append(outputs)
+            moe = [output.aux for output in outputs if output.aux is not None]
+            if moe:
+                # [repeats, blocks, …] -> layer order
+                stacked = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *moe)
+                aux.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked))
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *aux) if aux else None
+        hidden = RMSNorm(config.norm_eps, self.options, name="final_norm")(x_BTD)
+        return DecoderOutput(hidden, joined, tuple(layers))

@@ -1,0 +1,1 @@
+"""Layers that every family shares. Mathematics in pure functions, parameters in linen modules."""

@@ -1,0 +1,42 @@
+"""RMSNorm and LayerNorm with float32 statistics."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unimoe_jax.nn.linear import LayerOptions, declare
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis (arXiv 1910.07467).
+
+    The normalised value is cast to the compute dtype before the scale is applied, as LLaMA does.
+    """
+
+    eps: float
+    options: LayerOptions
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = declare(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x.astype(self.options.dtype) * scale.astype(self.options.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / std · scale + bias over the last axis, all in float32, then cast."""
+
+    eps: float
+    options: LayerOptions
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = declare(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
+        bias = declare(self, "bias", nn.initializers.zeros, (x.shape[-1],), (None,))
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale + bias).astype(self.options.dtype)

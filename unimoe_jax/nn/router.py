@@ -1,0 +1,111 @@
+"""Routing as pure functions: which experts a token goes to, with what weights, and its statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unimoe_jax.config import RouterConfig
+
+NUM_MODALITIES = 5  # text image video speech audio
+
+
+class Routing(NamedTuple):
+    """Decisions for X tokens.
+
+    expert_XK: int32 in [0, E]; E means "no expert" and costs nothing downstream.
+    weight_XK: float32, 0 where there is no expert.
+    probs_XE: float32 softmax of the clean logits.
+    logits_XE: float32 logits, with the sampling noise where it was drawn (as 8e returns them).
+    """
+
+    expert_XK: jax.Array
+    weight_XK: jax.Array
+    probs_XE: jax.Array
+    logits_XE: jax.Array
+
+
+def route(
+    logits_XE: jax.Array,
+    top_k: int,
+    config: RouterConfig,
+    dtype: jnp.dtype,
+    valid_X: jax.Array,
+    noise_XE: jax.Array | None = None,
+) -> Routing:
+    """Choose `top_k` experts for every valid token; the weights sum to one.
+
+    Softmax over the top-k logits (Uni-MoE) equals softmax over all, top-k, renormalise (Mixtral,
+    CuMo) up to rounding; `config.dtype_order` says where values are rounded to `dtype`.
+    With `noise_XE` (standard Gumbel) the experts after the first are drawn from the router's
+    distribution without the first, and weighted by their clean probabilities (Uni-MoE 8e).
+    """
+    num_experts = logits_XE.shape[-1]
+    logits = logits_XE.astype(jnp.float32)
+    probs = jax.nn.softmax(logits, axis=-1)
+    returned = logits
+    if noise_XE is not None:
+        returned = logits + noise_XE
+        expert = _sampled(logits, returned, top_k)
+        chosen = jnp.take_along_axis(probs, expert, axis=-1)
+        weight = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
+        weight = weight.astype(dtype)
+    elif config.dtype_order == "topk_softmax":
+        chosen, expert = jax.lax.top_k(logits, top_k)
+        weight = jax.nn.softmax(chosen, axis=-1).astype(dtype)
+    else:
+        ranked = probs.astype(dtype) if config.dtype_order == "softmax_cast_topk" else probs
+        chosen, expert = jax.lax.top_k(ranked, top_k)
+        weight = (chosen / chosen.sum(-1, keepdims=True)).astype(dtype)
+    valid = valid_X[:, None]
+    return Routing(
+        expert_XK=jnp.where(valid, expert, num_experts).astype(jnp.int32),
+        weight_XK=jnp.where(valid, weight.astype(jnp.float32), 0.0),
+        probs_XE=probs,
+        logits_XE=returned,
+    )
+
+
+def _sampled(logits: jax.Array, noisy: jax.Array, top_k: int) -> jax.Array:
+    first = jnp.argmax(logits, axis=-1, keepdims=True)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, noisy)
+    rest = jax.lax.top_k(others, top_k - 1)[1] if top_k > 1 else first[:, :0]
+    return jnp.concatenate([first, rest], axis=-1)
+
+
+def balance_loss(routing: Routing, valid_X: jax.Array) -> jax.Array:
+    """E · Σ_e mean(p_e) · share of tokens whose first choice is e; 1 when balanced.
+
+    arXiv 2101.03961, eq. 4, over valid tokens. Gradient flows through the probabilities only.
+    """
+    num_experts = routing.probs_XE.shape[-1]
+    weight = valid_X.astype(jnp.float32)
+    total = jnp.maximum(weight.sum(), 1.0)
+    first_XE = jax.nn.one_hot(routing.expert_XK[:, 0], num_experts)
+    mean_prob_E = weight @ routing.probs_XE / total
+    share_E = weight @ first_XE / total
+    return num_experts * jnp.sum(mean_prob_E * jax.lax.stop_gradient(share_E))
+
+
+def router_z_loss(logits_XE: jax.Array, valid_X: jax.Array) -> jax.Array:
+    """Mean over valid tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5)."""
+    weight = valid_X.astype(jnp.float32)
+    squared = jnp.square(jax.nn.logsumexp(logits_XE, axis=-1))
+    return weight @ squared / jnp.maximum(weight.sum(), 1.0)
+
+
+def router_entropy(routing: Routing, valid_X: jax.Array) -> jax.Array:
+    """Mean over valid tokens of the entropy of the router's distribution, in nats."""
+    weight = valid_X.astype(jnp.float32)
+    p = routing.probs_XE
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)
+    return weight @ entropy / jnp.maximum(weight.sum(), 1.0)
+
+
+def expert_load(routing: Routing, modality_X: jax.Array) -> jax.Array:
+    """Token slots per modality and expert, float32 [modalities, E]; padding counts nowhere."""
+    num_experts = routing.probs_XE.shape[-1]
+    to_XE = jax.nn.one_hot(routing.expert_XK, num_experts).sum(axis=1)
+    return jax.nn.one_hot(modality_X, NUM_MODALITIES).T @ to_XE

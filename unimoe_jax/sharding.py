@@ -1,0 +1,165 @@
+"""Mesh, logical-axis table, sharding constraints: the only module that names mesh axes.
+
+Every parameter declares logical axes where it is declared; one table maps them to mesh axes. Unknown
+names, a rank that does not match, two dimensions on one mesh axis and sizes that do not divide are
+errors that name the parameter, never silent replication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unimoe_jax.config import MeshConfig
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+EXPERT_AXIS = "expert"
+
+MeshAxes = str | tuple[str, ...] | None
+RULES: Mapping[str, MeshAxes] = {
+    "batch": BATCH_AXES,
+    "tokens": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "expert": EXPERT_AXIS,
+    "rank": None,
+    "layers": None,
+}
+
+_rules: ContextVar[Mapping[str, MeshAxes]] = ContextVar("rules", default=RULES)
+
+
+class ShardingError(ValueError):
+    """A parameter or activation that the mesh and the table cannot hold."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `devices` (default: all). One axis may be -1: it takes what the others leave.
+
+    Raises:
+        ShardingError: the product of the axes is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    wild = [axis for axis, size in sizes.items() if size == -1]
+    if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ShardingError(f"mesh: sizes {sizes}; allowed: positive, and -1 at most once")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if wild:
+        sizes[wild[0]] = max(1, len(devices) // fixed)
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise ShardingError(
+            f"mesh: axes {sizes} hold {int(np.prod(list(sizes.values())))} devices, but there are "
+            f"{len(devices)}; change mesh.{' / mesh.'.join(MESH_AXES)}"
+        )
+    # Auto: sharding constraints are hints to the compiler. jax.make_mesh would choose Explicit.
+    grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, changes: Mapping[str, MeshAxes] | None = None) -> Iterator[Mesh]:
+    """Make `mesh` and the (changed) table current for `shard`, `spec_for` and `shard_map`."""
+    unknown = sorted(set(changes or {}) - set(RULES))
+    if unknown:
+        raise ShardingError(f"mesh.rules: unknown logical axes {unknown}; known: {sorted(RULES)}")
+    token = _rules.set({**RULES, **(changes or {})})
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _rules.reset(token)
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh in force, or None outside `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """G: the number of shards that the batch is cut into."""
+    return int(np.prod([mesh.shape[axis] for axis in batch_mesh_axes()]))
+
+
+def batch_mesh_axes() -> tuple[str, ...]:
+    """Mesh axes over which the batch is cut."""
+    axes = _rules.get()["batch"]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:
+    """PartitionSpec of logical `axes` under the current table.
+
+    Raises:
+        ShardingError: unknown logical axis, or two dimensions on one mesh axis.
+    """
+    rules = _rules.get()
+    mesh = current_mesh()
+    entries: list[MeshAxes] = []
+    used: set[str] = set()
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise ShardingError(f"{name}: unknown logical axis {axis!r}; known: {sorted(rules)}")
+        entry = rules[axis] if axis is not None else None
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        clash = used & set(names)
+        if clash:
+            raise ShardingError(f"{name}: axes {tuple(axes)} put two dimensions on {sorted(clash)}")
+        used |= set(names)
+        # Axes of size 1 are left out, so that a spec says what is really cut.
+        names = tuple(n for n in names if mesh is None or mesh.shape[n] > 1)
+        entries.append(None if not names else names[0] if len(names) == 1 else names)
+    return PartitionSpec(*entries)
+
+
+def param_sharding(
+    mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
+) -> NamedSharding:
+    """Sharding of a parameter, checked against its shape.
+
+    Raises:
+        ShardingError: rank mismatch or a dimension that the mesh axis does not divide.
+    """
+    if len(axes) != len(shape):
+        raise ShardingError(f"{name}: shape {tuple(shape)} has {len(shape)} axes, named {axes}")
+    spec = spec_for(axes, name)
+    for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        parts = int(np.prod([mesh.shape[n] for n in names])) if names else 1
+        if size % parts:
+            raise ShardingError(
+                f"{name}: dimension {dim} ({axes[dim]}) of size {size} does not divide by the "
+                f"{parts} shards of mesh axis {entry}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain activation `x` to logical `axes`; identity outside `use_mesh`."""
+    if current_mesh() is None:
+        return x
+    if len(axes) != x.ndim:
+        raise ShardingError(f"activation of shape {x.shape} given axes {axes}")
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, "activation"))
+
+
+def batch_sharding(mesh: Mesh, rank: int, *, leading: int = 0) -> NamedSharding:
+    """Sharding of a batch array: dimension `leading` over the data shards, the rest whole."""
+    with_batch = [None] * leading + ["batch"] + [None] * (rank - leading - 1)
+    return NamedSharding(mesh, spec_for(with_batch, "batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
