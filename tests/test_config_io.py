@@ -89,6 +89,13 @@ def test_a_mapping_over_a_list_changes_single_items(run):
     assert config.stages[0].moe
 
 
+def test_anchors_and_merge_keys(run):
+    stages = STAGES.replace("optim: {learning_rate: 2e-3", "optim: &fast {learning_rate: 2e-3")
+    stages = stages.replace("{learning_rate: 1e-4, steps", "{<<: *fast, b1: 0.5, steps")
+    optim = config_io.load(run(parts__stages=stages)).stages[1].optim
+    assert (optim.learning_rate, optim.b1, optim.steps) == (2e-3, 0.5, 20)
+
+
 def test_null_removes_an_included_section(run):
     stages = STAGES.replace("moe: true", "moe: false")
     path = run(parts__stages=stages, run=RUN + "model: {decoder: {moe: null}}\n")
@@ -248,6 +255,13 @@ def test_origins_of_every_value(run):
     assert set(origins) == {
         config_io.dotted(key) for key, _ in config_io.leaves(resolved.config.model_dump())
     }
+
+
+def test_replacing_a_section_forgets_who_set_its_parts(run):
+    path = run(run=RUN + "stages: {tune: {optim: {steps: 7}}}\n")
+    assert config_io.resolve(path).origins["stages.1.optim.steps"].endswith("run.yaml")
+    override = "stages.tune.optim={learning_rate: 1e-3, steps: 9}"
+    assert config_io.resolve(path, [override]).origins["stages.1.optim.steps"] == "command line"
 
 
 def test_print_config_lists_values_that_work_as_overrides(run, capsys):

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard, the progress line, env.json.
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard, progress line, env.json.
 
 `metrics.jsonl` has one JSON object per logged step. Numbers JSON cannot hold are the strings "nan",
 "inf" and "-inf", which `float()` reads back.
@@ -59,10 +59,11 @@ def jsonable(value: Any) -> Any:
 
 def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON to `path`; readers see the old file or the new one, never half."""
-    _write_atomic(Path(path), json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+    write_text_atomic(Path(path), json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 beside `path`, syncs it to disk and renames it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -166,7 +167,7 @@ def _truncate(path: Path, stage: str, resumed_step: int) -> None:
         if record.get("stage") != stage or record["step"] <= resumed_step
     ]
     if "".join(kept).encode() != content:
-        _write_atomic(path, "".join(kept))
+        write_text_atomic(path, "".join(kept))
 
 
 def _summary_writer(folder: Path, resumed_step: int):
@@ -177,8 +178,8 @@ def _summary_writer(folder: Path, resumed_step: int):
             "log.tensorboard is on, but tensorboardX is not installed; "
             "`pip install tensorboardX` or set log.tensorboard=false"
         ) from error
-    purge = resumed_step + 1 if resumed_step else None
-    return SummaryWriter(os.fspath(folder), purge_step=purge, write_to_disk=True)
+    # TensorBoard then hides what an earlier attempt wrote for the steps to come.
+    return SummaryWriter(os.fspath(folder), purge_step=resumed_step + 1)
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -43,39 +43,61 @@ class ShardingError(ValueError):
     """A parameter or activation that the mesh and the table cannot hold."""
 
 
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Size of every mesh axis on that many devices; -1 takes what the others leave.
+
+    Raises:
+        ShardingError: the product of the axes is not the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    wild = [axis for axis, size in sizes.items() if size == -1]
+    if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ShardingError(f"mesh: sizes {sizes}; allowed: positive, and -1 at most once")
+    if wild:
+        fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+        sizes[wild[0]] = max(1, devices // fixed)
+    product = int(np.prod(list(sizes.values())))
+    if product != devices:
+        keys = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise ShardingError(f"{keys}: that is {product} devices, but there are {devices}")
+    return sizes
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over `devices` (default: all). One axis may be -1: it takes what the others leave.
+    """Mesh over `devices` (default: all).
 
     Raises:
         ShardingError: the product of the axes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    wild = [axis for axis, size in sizes.items() if size == -1]
-    if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ShardingError(f"mesh: sizes {sizes}; allowed: positive, and -1 at most once")
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if wild:
-        sizes[wild[0]] = max(1, len(devices) // fixed)
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ShardingError(
-            f"mesh: axes {sizes} hold {int(np.prod(list(sizes.values())))} devices, but there are "
-            f"{len(devices)}; change mesh.{' / mesh.'.join(MESH_AXES)}"
-        )
+    sizes = axis_sizes(config, len(devices))
     # Auto: sharding constraints are hints to the compiler. jax.make_mesh would choose Explicit.
     grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+    """A mesh of the configured sizes without devices, for planning; -1 counts as what is here."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    left = max(1, jax.device_count() // fixed)
+    sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
+
+
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, changes: Mapping[str, MeshAxes] | None = None) -> Iterator[Mesh]:
+def use_mesh(
+    mesh: Mesh | jax.sharding.AbstractMesh, changes: Mapping[str, MeshAxes] | None = None
+) -> Iterator[Mesh | jax.sharding.AbstractMesh]:
     """Make `mesh` and the (changed) table current for `shard`, `spec_for` and `shard_map`."""
     unknown = sorted(set(changes or {}) - set(RULES))
     if unknown:
         raise ShardingError(f"mesh.rules: unknown logical axes {unknown}; known: {sorted(RULES)}")
     token = _rules.set({**RULES, **(changes or {})})
+    planned = isinstance(mesh, jax.sharding.AbstractMesh)
     try:
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh) if planned else jax.set_mesh(mesh):
             yield mesh
     finally:
         _rules.reset(token)
@@ -124,7 +146,7 @@ def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:
 
 
 def param_sharding(
-    mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
+    mesh: Mesh | jax.sharding.AbstractMesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
 ) -> NamedSharding:
     """Sharding of a parameter, checked against its shape.
 

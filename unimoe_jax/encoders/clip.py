@@ -2,7 +2,7 @@
 
 Parameters, with p the patch size, P patches and L' = `config.used_layers`:
 
-    patch_embedding/kernel      [p·p·3, D]   rows ordered (patch row, patch column, channel); no bias
+    patch_embedding/kernel      [p·p·3, D]   rows ordered (patch row, column, channel); no bias
     class_embedding             [D]
     position_embedding          [1+P, D]     row 0 belongs to the class token
     pre_norm/{scale,bias}       [D]

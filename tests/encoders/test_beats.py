@@ -1,0 +1,162 @@
+"""BEATs: masks, position bias, chunked attention, padding invariance, gradients."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from unimoe_jax.config import BeatsConfig
+from unimoe_jax.encoders.beats import (
+    QUERY_CHUNK,
+    BeatsEncoder,
+    attend_biased,
+    relative_bias,
+    relative_buckets,
+    visible_tokens,
+)
+from unimoe_jax.nn.attention import attend
+from unimoe_jax.nn.linear import LayerOptions
+
+CONFIG = BeatsConfig(
+    hidden_size=8,
+    embed_size=6,
+    mlp_dim=16,
+    num_layers=2,
+    num_heads=2,
+    patch_size=4,
+    mel_bins=8,
+    conv_kernel=6,
+    conv_groups=2,
+    num_buckets=16,
+    max_distance=40,
+)
+SAMPLES = 3300  # 18 frames of a 25 ms window every 10 ms
+FRAMES = 18
+
+
+@pytest.mark.parametrize(
+    "samples,tokens", [(160_000, 500), (16_000, 50), (100, 1), (480_000, 1496)]
+)
+def test_visible_tokens_of_a_30_s_chunk(samples: int, tokens: int):
+    visible = visible_tokens(jnp.array([samples]), 480_000, 2998, 1496)
+    assert visible.shape == (1, 1496) and int(visible.sum()) == tokens
+    assert bool(visible[0, :tokens].all())
+
+
+@pytest.mark.parametrize("num_samples,num_frames,num_tokens", [(32_000, 198, 96), (3300, 18, 8)])
+def test_visible_tokens_share_out_samples(num_samples: int, num_frames: int, num_tokens: int):
+    """Two rounds of: drop the remainder, cut into equal shares, masked if all of it is."""
+
+    def coarser(masked: np.ndarray, parts: int) -> np.ndarray:
+        return masked[: len(masked) - len(masked) % parts].reshape(parts, -1).all(axis=1)
+
+    lengths = np.linspace(1, num_samples, 40).astype(int)
+    visible = visible_tokens(jnp.asarray(lengths), num_samples, num_frames, num_tokens)
+    for row, length in zip(np.asarray(visible), lengths, strict=True):
+        masked = np.arange(num_samples) >= length
+        np.testing.assert_array_equal(~row, coarser(coarser(masked, num_frames), num_tokens))
+
+
+def test_buckets():
+    offset = np.arange(-1495, 1496)
+    bucket = relative_buckets(offset, 320, 800)
+    for o, b in zip(offset, bucket, strict=True):
+        n = abs(o)
+        log = 80 + math.floor(80 * math.log(max(n, 1) / 80) / math.log(10))
+        assert b == (160 if o > 0 else 0) + (n if n < 80 else min(159, log))
+
+
+def test_relative_bias_is_the_bucket_of_key_minus_query():
+    table = jax.random.normal(jax.random.key(0), (16, 3))
+    bias = relative_bias(table, 9, 40)
+    offset = np.arange(9)[None, :] - np.arange(9)[:, None]
+    expected = np.asarray(table)[relative_buckets(offset, 16, 40)].transpose(2, 0, 1)
+    np.testing.assert_array_equal(bias, expected)
+
+
+def test_chunks_of_queries_change_nothing():
+    length = QUERY_CHUNK + 17
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (2, length, 2, 4)) for key in keys[:3])
+    gate = jax.random.normal(keys[3], (2, 2, length))
+    bias = jax.random.normal(keys[4], (2, length, length))
+    visible = jnp.arange(length)[None] < jnp.array([[length], [40]])
+    expected = attend(
+        q,
+        k,
+        v,
+        scale=0.5,
+        mask_BTS=visible[:, None],
+        bias_BNTS=gate[..., None] * bias[None],
+    )
+    actual = attend_biased(q, k, v, gate, bias, visible)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    fbank = jax.random.normal(jax.random.key(0), (2, FRAMES, 8))
+    module = BeatsEncoder(CONFIG, LayerOptions())
+    length = jnp.array([1500, SAMPLES])
+    variables = nn.unbox(module.init(jax.random.key(1), fbank, length, SAMPLES))
+    # Random norms and biases, so that no parameter is idle.
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return module, jax.tree.unflatten(tree, noisy), fbank, length
+
+
+def test_padding_reaches_nothing(encoder):
+    """1500 samples = 9 of 18 frames begin before their end = 5 of 8 tokens, in patches 0..2."""
+    module, variables, fbank, length = encoder
+    visible = visible_tokens(length, SAMPLES, FRAMES, 8)
+    assert int(visible[0].sum()) == 5
+
+    def outputs(fbank):
+        return module.apply(variables, fbank, length, SAMPLES)
+
+    # Time patch 3 of row 0 holds only masked tokens; frames 16.. are beyond the last whole patch.
+    base, jacobian = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(outputs(x))))(fbank)
+    touched = np.abs(np.asarray(jacobian)).max(axis=2) > 0
+    np.testing.assert_array_equal(touched[0], np.arange(FRAMES) < 12)
+    np.testing.assert_array_equal(touched[1], np.arange(FRAMES) < 16)
+    # Token 5 (patch 2, second band) is masked although token 4 of the same patch is not.
+    assert np.abs(jacobian[0, 8:12, :4]).max() > 0 and np.abs(jacobian[0, 8:12, 4:]).max() == 0
+
+
+def test_gradients_are_finite_and_complete(encoder):
+    module, variables, fbank, length = encoder
+
+    def loss(variables):
+        return jnp.sum(jnp.sin(module.apply(variables, fbank, length, SAMPLES)))
+
+    for path, grad in jax.tree.leaves_with_path(jax.grad(loss)(variables)):
+        assert np.isfinite(grad).all(), path
+        # A key bias shifts all scores of a query alike, which softmax does not see.
+        assert np.abs(grad).max() > 0 or "k_proj" in jax.tree_util.keystr(path), path
+
+
+def test_bfloat16_and_rows_without_samples_stay_finite(encoder):
+    module, variables, fbank, _ = encoder
+    low = BeatsEncoder(CONFIG, LayerOptions(dtype=jnp.bfloat16))
+    out = low.apply(variables, fbank, jnp.array([0, SAMPLES]), SAMPLES)
+    assert out.shape == (2, 8, 8) and out.dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(out).all())
+    full = module.apply(variables, fbank, jnp.array([0, SAMPLES]), SAMPLES)
+    np.testing.assert_allclose(out[1].astype(jnp.float32), full[1], atol=0.15)
+
+
+def test_released_size_has_90_million_parameters():
+    """90.31 M, counted on the original with its AS2M configuration."""
+    config = BeatsConfig(hidden_size=768, embed_size=512, mlp_dim=3072, num_layers=12, num_heads=12)
+    module = BeatsEncoder(config, LayerOptions())
+    params = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 128)), jnp.array([9]), 10_400)
+    )
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert round(count / 1e6, 2) == 90.31

@@ -1,0 +1,80 @@
+"""CLIP encoder: which layers are built, shapes, patch order, low precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from pydantic import ValidationError
+
+from unimoe_jax.config import ClipConfig
+from unimoe_jax.encoders.clip import ClipEncoder
+from unimoe_jax.nn.linear import LayerOptions
+
+CONFIG = ClipConfig(
+    hidden_size=8, mlp_dim=16, num_layers=3, num_heads=2, image_size=8, patch_size=4
+)
+
+
+def init(config: ClipConfig, options: LayerOptions = LayerOptions()):
+    module = ClipEncoder(config, options)
+    image = jax.random.normal(jax.random.key(0), (2, config.image_size, config.image_size, 3))
+    return module, nn.unbox(module.init(jax.random.key(1), image)), image
+
+
+@pytest.mark.parametrize("select_layer,used", [(-2, 2), (-1, 3), (1, 1), (0, 0), (-4, 0)])
+def test_only_used_layers_are_declared(select_layer: int, used: int):
+    config = CONFIG.model_copy(update={"select_layer": select_layer})
+    image = jnp.zeros((1, 8, 8, 3))
+    params = jax.eval_shape(ClipEncoder(config, LayerOptions()).init, jax.random.key(0), image)
+    params = nn.unbox(params)["params"]
+    assert config.used_layers == used
+    if used:
+        assert params["layers"]["attention"]["q_proj"]["kernel"].shape == (used, 8, 8)
+    else:
+        assert "layers" not in params
+    assert "post_norm" not in params
+
+
+def test_select_layer_outside_is_refused():
+    with pytest.raises(ValidationError, match="select_layer = 4"):
+        ClipConfig(**CONFIG.model_dump() | {"select_layer": 4})
+
+
+def test_select_layer_is_the_hidden_state_of_a_deeper_encoder():
+    """hidden_states[-2] of three layers = the last one of the first two layers."""
+    module, variables, image = init(CONFIG)
+    shallow = CONFIG.model_copy(update={"num_layers": 2, "select_layer": -1})
+    np.testing.assert_array_equal(
+        module.apply(variables, image),
+        ClipEncoder(shallow, LayerOptions()).apply(variables, image),
+    )
+
+
+def test_patches_are_row_major_without_the_class_token():
+    """Without layers, features depend on their own patch only."""
+    config = CONFIG.model_copy(update={"select_layer": 0})
+    module, variables, image = init(config)
+    features = module.apply(variables, image)
+    assert features.shape == (2, config.num_patches, 8)
+    changed = module.apply(variables, image.at[:, 0:4, 4:8].add(1.0))  # top right patch
+    moved = np.abs(changed - features).max(axis=(0, 2)) > 0
+    np.testing.assert_array_equal(moved, [False, True, False, False])
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="8x8x3"):
+        ClipEncoder(CONFIG, LayerOptions()).init(jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
+    uneven = CONFIG.model_copy(update={"num_heads": 3})
+    with pytest.raises(ValueError, match="3 heads"):
+        ClipEncoder(uneven, LayerOptions()).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_bfloat16_and_remat_agree_with_float32():
+    module, variables, image = init(CONFIG)
+    config = CONFIG.model_copy(update={"remat": True})
+    low = ClipEncoder(config, LayerOptions(dtype=jnp.bfloat16)).apply(variables, image)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), module.apply(variables, image), atol=0.05)

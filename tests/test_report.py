@@ -1,0 +1,198 @@
+"""The report from synthetic metrics: figures, HTML, result block."""
+
+import base64
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from unimoe_jax import metric_series, plots, report
+from unimoe_jax.metrics import MetricsWriter, write_json_atomic
+
+SIGNATURES = ("text", "image", "audio+image", "speech")
+
+
+def stage(run_dir, name, steps=60, layers=0, experts=4, seed=0, **extra):
+    """Logs a made-up stage; with `layers`, one with experts."""
+    rng = np.random.default_rng(seed)
+    taste = rng.dirichlet(np.ones(experts) * 2, (layers, 5))
+    with MetricsWriter(run_dir, name, steps) as writer:
+        for step in range(1, steps + 1):
+            values = {
+                "loss": 1 + 3 * np.exp(-step / 20) + 0.1 * rng.normal(),
+                "signature": SIGNATURES[step % len(SIGNATURES)],
+                "lr": 1e-3 * min(1, step / 5) * (1 - step / (steps + 1)),
+                "grad_norm": np.exp(rng.normal()),
+                "tokens_per_s": 1e4 + 100 * rng.normal(),
+            }
+            if layers:
+                load = rng.multinomial(500, taste)
+                load[:, 2] = 0  # no video in this data set
+                values |= {
+                    "router_entropy": np.log(experts) * np.linspace(0.5, 0.9, layers),
+                    "expert_load": load,
+                    "balance": 1 + 1 / step,
+                    "router_z": 0.1 / step,
+                    "dropped": 0,
+                }
+            writer.write(step, values | {k: v for k, v in extra.items() if step == steps})
+
+
+SUMMARY = {
+    "name": "tiny <run>",
+    "seconds": 48.2,
+    "stages": {
+        "align": {
+            "steps": 60,
+            "seconds": 10.0,
+            "first_loss": 4.0,
+            "last_loss": 1.5,
+            "tokens_per_s": 10000.0,
+            "heldout": None,
+        },
+        "tune": {
+            "steps": 60,
+            "seconds": 200.0,
+            "first_loss": 3.9,
+            "last_loss": "nan",
+            "tokens_per_s": 9000.0,
+            "heldout": {"colour": 0.94, "<i>pitch": 0.5},
+        },
+    },
+    "heldout": {
+        "colour": {"before": 0.125, "after": 0.94, "chance": 0.125},
+        "<i>pitch": {"before": None, "after": 0.5, "chance": 0.25},
+    },
+    "next_command": "python -m unimoe_jax.generate --run runs/tiny",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("tiny")
+    stage(run_dir, "align")
+    stage(run_dir, "tune", layers=3, seed=1)
+    write_json_atomic(run_dir / "summary.json", SUMMARY)
+    report.write_report(run_dir)
+    return run_dir
+
+
+def test_every_figure_is_written_and_not_blank(finished):
+    names = {path.stem for path in (finished / "plots").iterdir()}
+    assert names == {
+        *("loss", "loss_by_signature", "learning_rate", "grad_norm", "tokens_per_s"),
+        *("aux_losses", "router_entropy", "expert_load_tune", "heldout"),
+    }
+    for path in (finished / "plots").iterdir():
+        content = path.read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        assert content.startswith(b"\x89PNG") and width >= 400 and height >= 200
+        assert len(content) > 5000
+
+
+def test_html_is_self_contained_and_says_the_essentials(finished):
+    html = (finished / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|src=\"(?!data:)|url\(|@import", html)
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert {base64.b64decode(image) for image in images} == {
+        path.read_bytes() for path in (finished / "plots").iterdir()
+    }
+    assert "tiny &lt;run&gt;" in html and "<run>" not in html and "<i>" not in html
+    text = re.sub(r"<[^>]+>", " ", html.split("<h2>Files")[0])
+    text = " ".join(re.sub(r"data:\S+", "", text).split())
+    assert "align 60 10.0 s 4.0000 1.5000 10,000" in text
+    assert "tune 60 3 m 20 s 3.9000 nan 9,000" in text
+    assert "task before tune after tune chance colour 12.5 % 94.0 % 12.5 %" in text
+    assert "&lt;i&gt;pitch – 50.0 % 25.0 %" in text
+    assert SUMMARY["next_command"] in text
+    entropy = np.log(4) * 0.7
+    assert f"tune {entropy:.3f} {entropy:.3f} {np.log(4):.3f}" in text
+
+
+def test_running_run_without_experts_is_reported_from_its_records(tmp_path, capsys):
+    stage(tmp_path, "align", steps=5)
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "unfinished" in html and "Router" not in html and "Held-out" not in html
+    assert not list((tmp_path / "plots").glob("expert_load*"))
+
+
+def test_non_finite_losses_are_shown(tmp_path):
+    stage(tmp_path, "align", steps=5, loss=float("nan"), grad_norm=float("inf"))
+    assert "1 logged steps had a loss" in report.write_report(tmp_path).read_text()
+
+
+def test_errors_say_what_is_missing(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "metrics.jsonl does not exist; give the directory of a run" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(report.ReportError, match="no step was logged"):
+        report.write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(report.ReportError, match="summary.json: not JSON"):
+        report.write_report(tmp_path)
+
+
+def test_expert_load_is_summed_over_the_last_quarter():
+    records = [{"stage": "a", "step": s, "expert_load": [[[s, 1]]]} for s in range(1, 9)]
+    np.testing.assert_array_equal(metric_series.expert_load(records), [[[7 + 8, 2]]])
+    assert metric_series.expert_load([{"stage": "a", "step": 1}]) is None
+    shares = plots._row_shares(np.array([[1.0, 3.0], [0.0, 0.0]]))
+    np.testing.assert_array_equal(shares, [[0.25, 0.75], [np.nan, np.nan]])
+
+
+def test_the_moving_mean_keeps_the_ends():
+    value = np.arange(100.0) ** 2
+    smooth = plots._smooth(value)
+    assert smooth[0] == value[0] and smooth[-1] == value[-1]
+    np.testing.assert_allclose(smooth[50], value[48:53].mean())
+
+
+def test_axes_from_zero_still_hold_every_stage():
+    records = [{"stage": s, "step": 1, "tokens_per_s": v} for s, v in (("a", 10), ("b", 90))]
+    stages = metric_series.by_stage(records)
+    figure = plots._scalar_figure(stages, "tokens_per_s", "tokens per second", from_zero=True)
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 90
+
+
+def test_losses_by_signature_takes_both_forms():
+    records = [
+        {"step": 1, "signature": "image", "loss": 2.0},
+        {"step": 2, "loss_by_signature": {"image": 1.0, "text": "nan"}, "loss": 5.0},
+        {"step": 3, "loss": 4.0},
+    ]
+    found = metric_series.losses_by_signature(records)
+    np.testing.assert_array_equal(found["image"], [[1, 2], [2.0, 1.0]])
+    np.testing.assert_array_equal(found["text"], [[2], [np.nan]])
+
+
+def test_layer_numbers_come_from_the_config(tmp_path, monkeypatch):
+    stage(tmp_path, "tune", steps=4, layers=2)
+    seen = {}
+    real = plots._load_figure
+    monkeypatch.setattr(
+        plots,
+        "_load_figure",
+        lambda s, load, layers: seen.update({s: layers}) or real(s, load, layers),
+    )
+    records = report.read_metrics(tmp_path)
+    plots.write_plots(records, tmp_path / "plots", moe_layers=[0, 2])
+    assert seen == {"tune": [0, 2]}
+    plots.write_plots(records, tmp_path / "plots", moe_layers=[0, 2, 4])
+    assert seen == {"tune": [0, 1]}
+
+
+def test_result_block():
+    text = report.result_block(json.loads(json.dumps(SUMMARY)), "runs/tiny")
+    lines = text.splitlines()
+    assert "tiny <run>: finished in 48.2 s" in lines[1]
+    assert re.fullmatch(r"align +60 +4.0000 → 1.5000 +10,000 +10.0 s", lines[3])
+    assert re.fullmatch(r"tune +60 +3.9000 → nan +9,000 +3 m 20 s", lines[4])
+    assert "colour                 12.5 % → 94.0 %   12.5 %" in lines
+    assert "run directory  runs/tiny" in lines
+    assert "next           python -m unimoe_jax.generate --run runs/tiny" in lines
+    assert max(map(len, lines)) <= 80

@@ -1,0 +1,231 @@
+"""Which samples form which batch: a pure function of the index, the seed and the settings.
+
+Neither hosts nor workers enter, so any of them may change between runs. A source of weight w is
+read w times per epoch: twice, once, or a quarter that moves on every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from unimoe_jax.config import LoaderConfig, MediaName
+from unimoe_jax.data.batch import POOLS, Signature
+from unimoe_jax.data.packing import arrange, fill_rows, epoch_slice, row_limit
+
+SIMULATED_EPOCHS = 3
+"""Epochs over which pool capacities must hold without moving rows."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The good samples of all sources of a mixture.
+
+    source, record int [n]: where a sample is; tokens int [n] positions it takes; entries int
+    [n, 4] pool entries in the order of `POOLS`; names, weights: per source.
+    """
+
+    source: np.ndarray
+    record: np.ndarray
+    tokens: np.ndarray
+    entries: np.ndarray
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The batches of one epoch.
+
+    batches int [NB, rows] row numbers, -1 for an empty row; signature int [NB]; row r holds
+    `members[offsets[r]:offsets[r + 1]]`, numbers of samples.
+    """
+
+    batches: np.ndarray
+    signature: np.ndarray
+    members: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def row(self, number: int) -> list[int]:
+        return self.members[self.offsets[number] : self.offsets[number + 1]].tolist()
+
+
+class Plan:
+    """Batches of all epochs, computed when first asked for.
+
+    Raises ValueError if `rows` is no multiple of `shards`, or if there is no sample at all.
+    """
+
+    def __init__(
+        self, samples: Samples, loader: LoaderConfig, seed: int, shards: int, shuffle: bool
+    ):
+        if loader.rows % shards:
+            raise ValueError(
+                f"loader.rows = {loader.rows} is not a multiple of the {shards} data shards"
+            )
+        if not len(samples):
+            raise ValueError(f"no usable sample in {', '.join(samples.names)}")
+        self.samples, self.loader = samples, loader
+        self.seed, self.shards, self.shuffle = seed, shards, shuffle
+        self._lock = threading.Lock()
+        self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
+        self._sizes: list[int] = []
+        self._groups = self._group()
+        self.signatures: list[Signature] = [group[0] for group in self._groups]
+        self._limits = [self._limit(members) for _, members in self._groups]
+        self._capacity: list[np.ndarray] | None = None
+        self._capacity = self._simulate()
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _group(self) -> list[tuple[Signature, np.ndarray]]:
+        present = self.samples.entries > 0
+        if not self.loader.group_by_modality:
+            present = np.broadcast_to(present.any(axis=0), present.shape)
+        codes = present @ (1 << np.arange(len(POOLS)))
+        return [
+            (
+                frozenset(name for i, name in enumerate(POOLS) if code >> i & 1),
+                np.flatnonzero(codes == code),
+            )
+            for code in np.unique(codes)
+        ]
+
+    def _limit(self, members: np.ndarray) -> np.ndarray:
+        tokens, entries = self.samples.tokens[members], self.samples.entries[members]
+        if not self.loader.packing:
+            return entries.max(axis=0)
+        return row_limit(tokens, entries, self.loader.row_length)
+
+    def _simulate(self) -> list[np.ndarray]:
+        """Pool capacities per shard: what the first epochs need, at least any one row's load."""
+        peaks = [self.samples.entries[members].max(axis=0) for _, members in self._groups]
+        for epoch in range(SIMULATED_EPOCHS if self.shuffle else 1):
+            for number, (_, _, peak) in enumerate(self._pack(epoch)):
+                peaks[number] = np.maximum(peaks[number], peak)
+        return [np.maximum(peak, 0) for peak in peaks]
+
+    def capacity(self, signature: Signature) -> dict[MediaName, int]:
+        """Pool entries per shard for each medium of a signature, constant over epochs."""
+        numbers = self._capacity[self.signatures.index(signature)]
+        return {name: int(numbers[i]) for i, name in enumerate(POOLS) if name in signature}
+
+    # ------------------------------------------------------------------------- one epoch
+
+    def _chosen(self, epoch: int) -> np.ndarray:
+        """Numbers of the samples of an epoch, by source, each source in its own random order."""
+        chosen = []
+        for source, weight in enumerate(self.samples.weights):
+            own = np.flatnonzero(self.samples.source == source)
+            start, end = epoch_slice(len(own), weight, epoch)
+            for cycle in range(start // max(len(own), 1), -(-end // max(len(own), 1))):
+                order = np.arange(len(own))
+                if self.shuffle:
+                    order = self._random(1, source, cycle).permutation(len(own))
+                first = cycle * len(own)
+                chosen.append(own[order[max(start - first, 0) : end - first]])
+        return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def _pack(self, epoch: int):
+        """Per signature: (rows as lists of samples, batches of row numbers, peak load)."""
+        chosen = self._chosen(epoch)
+        if self.shuffle:
+            chosen = self._random(2, epoch).permutation(chosen)
+        for number, (_, members) in enumerate(self._groups):
+            own = chosen[np.isin(chosen, members, assume_unique=False)]
+            tokens, entries = self.samples.tokens[own], self.samples.entries[own]
+            if self.loader.packing:
+                limit = self._limits[number]
+                if self._capacity is not None:
+                    limit = np.minimum(limit, self._capacity[number])
+                local = fill_rows(tokens, entries, self.loader.row_length, limit)
+            else:
+                local = [[i] for i in range(len(own))]
+            load = np.array([entries[row].sum(axis=0) for row in local], np.int64)
+            load = load.reshape(-1, len(POOLS))
+            order = np.arange(len(local))
+            if self.shuffle:
+                order = self._random(3, epoch, number).permutation(len(local))
+            capacity = self._capacity[number] if self._capacity is not None else None
+            batches, peak = arrange(load[order], self.loader.rows, self.shards, capacity)
+            batches = np.where(batches < 0, -1, order[batches]) if len(order) else batches
+            yield [own[row] for row in local], batches, peak
+
+    def epoch(self, number: int) -> EpochPlan:
+        """The batches of an epoch; the last few epochs asked for are kept."""
+        with self._lock:
+            if number not in self._epochs:
+                self._epochs[number] = self._plan(number)
+                while len(self._epochs) > 2:
+                    self._epochs.popitem(last=False)
+            return self._epochs[number]
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        rows, batches, signature = [], [], []
+        for number, (new_rows, new_batches, _) in enumerate(self._pack(epoch)):
+            batches.append(np.where(new_batches < 0, -1, new_batches + len(rows)))
+            signature += [number] * len(new_batches)
+            rows += new_rows
+        table = np.concatenate(batches)
+        order = np.arange(len(table))
+        if self.shuffle:
+            order = self._random(4, epoch).permutation(len(table))
+        offsets = np.cumsum([0, *(len(row) for row in rows)])
+        members = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        return EpochPlan(table[order], np.array(signature, np.int64)[order], members, offsets)
+
+    # ------------------------------------------------------------------------- all epochs
+
+    def start_of(self, epoch: int) -> int:
+        """The step an epoch begins with."""
+        while len(self._sizes) < epoch:
+            self._sizes.append(len(self.epoch(len(self._sizes))))
+        return sum(self._sizes[:epoch])
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Global step -> (epoch, batch within it)."""
+        epoch = 0
+        while step >= self.start_of(epoch + 1):
+            epoch += 1
+            if epoch > step + 1000:
+                raise ValueError("the mixture's weights leave the epochs empty")
+        return epoch, step - self.start_of(epoch)
+
+    def batch(self, step: int) -> tuple[int, np.ndarray, EpochPlan]:
+        """(number of the signature, row numbers [rows], the epoch they belong to)."""
+        epoch, position = self.locate(step)
+        plan = self.epoch(epoch)
+        return int(plan.signature[position]), plan.batches[position], plan
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the first epoch's batches: which samples form each, whatever the shards."""
+        plan = self.epoch(0)
+        digest = hashlib.sha256()
+        samples = self.samples
+        for rows in plan.batches:
+            for row in np.sort(rows[rows >= 0]):
+                own = plan.members[plan.offsets[row] : plan.offsets[row + 1]]
+                table = [samples.source[own], samples.record[own], samples.tokens[own]]
+                digest.update(np.stack(table).astype("<i8").tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""What a run would do, without compiling anything: parameters, memory, rendered samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from unimoe_jax import config_io
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.params import ParamInfo, describe
+from unimoe_jax.setup_data import PREFIX, load_tokenizer, resolve_sources, stage_pipeline
+from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
+from unimoe_jax.stage import parameter_table
+
+SAMPLES = 3
+GIB = 2**30
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print the resolved settings, and per stage the parameter table, the memory per device, the
+    token budget per modality and three rendered samples.
+
+    Sources whose files are not on this machine are listed and left out: a run file may be checked
+    far from its data.
+
+    Raises:
+        ConfigError, ParamError, ShardingError: settings that could not run.
+    """
+    print(config_io.dump(config))
+    mesh = planned_mesh(config.mesh)
+    print(f"mesh {dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))}\n")
+    data, missing = _present(config.data)
+    for name, path in missing.items():
+        print(f"data.sources.{name}: {path} is not here; its samples are not shown")
+    tokenizer_here = config.tokenizer == "embedded" or Path(config.tokenizer).exists()
+    if not tokenizer_here:
+        print(f"tokenizer: {config.tokenizer} is not here; no samples are shown")
+    with use_mesh(mesh, config.mesh.rules):
+        for stage in config.stages:
+            print(f"\n{'=' * 12} stage {stage.name} {'=' * 12}")
+            infos = parameter_table(config, stage)
+            shardings = {
+                path: param_sharding(mesh, path, info.shape, info.axes)
+                for path, info in infos.items()
+            }
+            print(describe(infos, shardings))
+            print(memory(config, stage, infos, shardings, data_shards(mesh)))
+            if tokenizer_here and not missing.keys() & stage.mixture.keys():
+                print(_samples(config, stage, data, data_shards(mesh)))
+
+
+def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
+    missing = {
+        name: source.path
+        for name, source in data.sources.items()
+        if not source.path.startswith(PREFIX) and not Path(source.path).exists()
+    }
+    kept = {name: s for name, s in data.sources.items() if name not in missing}
+    return resolve_sources(data.model_copy(update={"sources": kept})), missing
+
+
+def memory(
+    config: RunConfig,
+    stage: StageConfig,
+    infos: dict[str, ParamInfo],
+    shardings: dict,
+    shards: int,
+) -> str:
+    """Estimate of memory per device. Parameters, gradients and moments are exact; activations are
+    what rematerialisation keeps (one stream per layer) plus logits twice in float32."""
+
+    def total(trained: bool, itemsize: int | None = None) -> int:
+        size = 0
+        for path, info in infos.items():
+            if info.trained is trained:
+                shape = shardings[path].shard_shape(info.shape)
+                item = itemsize or jnp.dtype(info.dtype).itemsize
+                size += int(np.prod(shape, dtype=np.int64)) * item
+        return size
+
+    loader = stage.loader or config.data.loader
+    tokens = loader.rows * loader.row_length / shards
+    decoder = config.model.decoder
+    width = jnp.dtype(config.precision.compute).itemsize
+    streams = tokens * decoder.hidden_size * decoder.num_layers * width
+    parts = {
+        "frozen parameters": total(False),
+        "trained parameters": total(True),
+        "gradients": total(True, 4),
+        "optimizer moments": total(True, 8),
+        "layer inputs (estimate)": streams,
+        "logits and their gradient (estimate)": 2 * 4 * tokens * decoder.vocab_size,
+    }
+    lines = [f"  {name:<38}{size / GIB:>10.3f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'sum':<38}{sum(parts.values()) / GIB:>10.3f} GiB")
+    return "memory per device\n" + "\n".join(lines)
+
+
+def _samples(config: RunConfig, stage: StageConfig, data: DataConfig, shards: int) -> str:
+    tokenizer, _ = load_tokenizer(config)
+    pipeline = stage_pipeline(config, stage, data, tokenizer, shards)
+    budget = pipeline.token_budget()
+    lines = [f"{pipeline.steps_per_epoch} steps per epoch, tokens per epoch by modality:"]
+    lines += [f"  {name:<8}{count:>14,}" for name, count in budget.items()]
+    return "\n".join([*lines, "", *pipeline.preview(SAMPLES)])

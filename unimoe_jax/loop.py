@@ -1,0 +1,353 @@
+"""The loop of one stage: restore, compile, step, log, save, score, leave the result."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unimoe_jax.checkpoint import StepCheckpoints, save_final
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.evaluate import compile_score, exact_match, to_devices
+from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
+from unimoe_jax.params import Flat, describe, split
+from unimoe_jax.setup_data import heldout_pipeline, stage_pipeline
+from unimoe_jax.sharding import batch_sharding, data_shards, replicated
+from unimoe_jax.stage import (
+    Stage,
+    build_stage,
+    initial_params,
+    open_sources,
+    results,
+    source_folder,
+    structs,
+)
+from unimoe_jax.train_step import TrainState, init_state, make_train_step
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and where it can be resumed."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave after the current step."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def install(self) -> None:
+        """Only the main thread may handle signals; elsewhere the caller stops the loop."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        del frame
+        if self.received:  # a second signal does not wait
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+@dataclass
+class Runtime:
+    """What all stages of a run share."""
+
+    run: RunConfig
+    folder: Path
+    mesh: Mesh
+    data: DataConfig
+    tokenizer: Tokenizer
+    stop: StopSignal
+
+    @property
+    def is_writer(self) -> bool:
+        return jax.process_index() == 0
+
+
+@dataclass
+class StageSummary:
+    """Goes into summary.json."""
+
+    steps: int
+    seconds: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    tokens_per_s: float | None = None
+    heldout: dict[str, float] | None = None
+    heldout_before: dict[str, float] | None = None
+
+
+@dataclass
+class _Log:
+    """Collects step metrics between log lines."""
+
+    writer: MetricsWriter
+    progress: Progress
+    summary: StageSummary
+    every: int
+    steps: int
+    tokens: float = 0.0
+    waited: float = 0.0
+    load: Any = None
+    since: float = field(default_factory=time.monotonic)
+    total_tokens: float = 0.0
+    total_seconds: float = 0.0
+
+    def add(self, step: int, signature: frozenset, metrics: dict, waited: float) -> None:
+        """Read the metrics of an earlier step, which the devices have finished or soon will."""
+        metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        self.tokens += float(metrics["tokens"])
+        self.waited += waited
+        if "load" in metrics:
+            load = metrics.pop("load")
+            self.load = load if self.load is None else self.load + load
+        loss = float(metrics["loss"])
+        if self.summary.first_loss is None:
+            self.summary.first_loss = loss
+        # Signatures differ in difficulty: the last loss is a mean over recent steps.
+        last = self.summary.last_loss
+        self.summary.last_loss = loss if last is None else 0.9 * last + 0.1 * loss
+        if step % self.every == 0 or step == self.steps or step == 1:
+            self._write(step, signature, metrics)
+
+    def _write(self, step: int, signature: frozenset, metrics: dict) -> None:
+        seconds = max(1e-9, time.monotonic() - self.since)
+        values = {
+            "signature": "+".join(sorted(signature)) or "text",
+            "loss": float(metrics["loss"]),
+            "aux": float(metrics["aux"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "lr": float(metrics["lr"]),
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait_share": self.waited / seconds,
+            "skipped": int(metrics["bad"]),
+        }
+        if "balance" in metrics:
+            values |= {
+                "balance": float(metrics["balance"]),
+                "router_z": float(metrics["router_z"]),
+                "router_entropy": metrics["entropy"].tolist(),
+                "expert_load": self.load.tolist(),
+            }
+        self.writer.write(step, values)
+        self.progress.update(step, values)
+        self.total_tokens += self.tokens
+        self.total_seconds += seconds
+        self.tokens, self.waited, self.load, self.since = 0.0, 0.0, None, time.monotonic()
+
+
+def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
+    """Run (or resume) one stage to its end. None: a stop signal came first; the state is saved.
+
+    Raises:
+        TrainingStopped: too many non-finite steps in a row.
+    """
+    run, mesh, started = runtime.run, runtime.mesh, time.monotonic()
+    shards = data_shards(mesh)
+    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, shards)
+    optim = config.optim
+    steps = optim.steps or math.ceil(optim.epochs * pipeline.steps_per_epoch)
+    stage = build_stage(run, config, mesh, steps)
+    summary = StageSummary(steps)
+    folder = runtime.folder / "checkpoints" / config.name
+    if runtime.is_writer:
+        table = runtime.folder / "params" / f"{config.name}.txt"
+        table.parent.mkdir(exist_ok=True)
+        write_text_atomic(table, describe(stage.infos, stage.shardings))
+    checkpoints = StepCheckpoints(folder / "steps", run.checkpoint.keep)
+    progress = Progress(
+        config.name, steps, enabled=runtime.is_writer, every_steps=10 * run.log.every
+    )
+    try:
+        state, frozen, done, position = _start(runtime, stage, pipeline, checkpoints)
+        step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
+        if config.evaluate:
+            summary.heldout_before = position.get("heldout_before")
+            if summary.heldout_before is None:
+                params = {**frozen, **state.trained}
+                summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
+        summary.first_loss = position.get("first_loss")
+        writer = MetricsWriter(
+            runtime.folder,
+            config.name,
+            steps,
+            resumed_step=done,
+            tensorboard=run.log.tensorboard,
+            enabled=runtime.is_writer,
+        )
+        log = _Log(writer, progress, summary, run.log.every, steps)
+
+        def save(step: int, state: TrainState) -> None:
+            position = {
+                **pipeline.state(step),
+                "heldout_before": summary.heldout_before,
+                "first_loss": summary.first_loss,
+            }
+            checkpoints.save(step, state, position)
+
+        with writer:
+            state, finished = _steps(
+                runtime, stage, pipeline, state, frozen, step_fns, done, log, save
+            )
+        if not finished:
+            return None
+        params = {**frozen, **state.trained}
+        if config.evaluate:
+            summary.heldout = exact_match(params, heldout, score_fns, mesh)
+    finally:
+        progress.close()
+        checkpoints.close()
+    summary.seconds = time.monotonic() - started
+    summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
+    _leave(runtime, stage, params, folder / "final", summary)
+    return summary
+
+
+def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: StepCheckpoints):
+    """(state, frozen, steps done, saved position): from the newest checkpoint or the beginning."""
+    run, mesh = runtime.run, runtime.mesh
+    sources = open_sources(runtime.folder, stage.config)
+    seed = run.seed + 1 + [s.name for s in run.stages].index(stage.config.name)
+    restored = checkpoints.restore_latest(stage.state_template(mesh))
+    if restored is None:
+        params = initial_params(stage, sources, mesh, seed)
+        trained, frozen = split(params, stage.infos)
+        init = jax.jit(
+            lambda trained: init_state(trained, stage.optimizer, seed),
+            out_shardings=stage.state_shardings(mesh),
+        )
+        return init(trained), frozen, 0, {}
+    step, state, position = restored
+    pipeline.check_state(position)
+    _, frozen_infos = split(stage.infos, stage.infos)
+    frozen = initial_params(stage, sources, mesh, seed, only=set(frozen_infos))
+    return state, frozen, step, position
+
+
+def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progress):
+    """Compile everything the stage will run, side by side: afterwards nothing can recompile."""
+    mesh, config = runtime.mesh, stage.config
+    shards = data_shards(mesh)
+    step = make_train_step(
+        stage.model, stage.optimizer, stage.schedule, config.aux, config.optim.accumulate, shards
+    )
+    shardings = (stage.state_shardings(mesh), replicated(mesh))
+    jitted = jax.jit(step, donate_argnums=(0,), out_shardings=shardings)
+    template, frozen = stage.state_template(mesh), stage.frozen_template()
+
+    def compile_step(spec):
+        batch = structs(spec, lambda rank: batch_sharding(mesh, rank))
+        with jax.set_mesh(mesh):
+            return jitted.lower(template, frozen, batch).compile()
+
+    def score(spec):
+        with jax.set_mesh(mesh):
+            return compile_score(stage, mesh, spec)
+
+    loader = config.loader or runtime.data.loader
+    heldout = {
+        name: heldout_pipeline(runtime.run, name, runtime.data, loader, runtime.tokenizer, shards)
+        for name in config.evaluate
+    }
+    jobs: dict[Any, Callable[[], Any]] = {
+        ("step", signature): lambda spec=spec: compile_step(spec)
+        for signature, spec in pipeline.signatures.items()
+    } | {
+        ("score", name, signature): lambda spec=spec: score(spec)
+        for name, held in heldout.items()
+        for signature, spec in held.signatures.items()
+    }
+    progress.announce(f"compiling {len(jobs)} programs,")
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        done = dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
+    steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}
+    scores = {key[1:]: fn for key, fn in done.items() if key[0] == "score"}
+    return steps, scores, heldout
+
+
+def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done, log: _Log, save):
+    """Steps `done`+1 … stage.steps. Returns (state, whether the end was reached)."""
+    every, limit = runtime.run.checkpoint.every, stage.config.optim.max_bad_steps
+    batches = pipeline.batches(
+        start_step=done,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        stop_step=stage.steps,
+    )
+    pending, saved, log.since = None, done, time.monotonic()
+    try:
+        while done < stage.steps:
+            before = time.monotonic()
+            index, signature, batch = next(batches)
+            waited = time.monotonic() - before
+            batch = to_devices(batch, runtime.mesh)
+            state, metrics = step_fns[signature](state, frozen, batch)
+            done = index + 1
+            # The metrics of the step before: the devices are already busy with this one.
+            if pending is not None:
+                log.add(*pending)
+                _check_finite(pending, limit, saved)
+            pending = (done, signature, metrics, waited)
+            if done % every == 0 and done < stage.steps:
+                save(done, state)
+                saved = done
+            if runtime.stop.received and done < stage.steps:
+                log.add(*pending)
+                if saved != done:
+                    save(done, state)
+                log.progress.close()
+                return state, False
+    finally:
+        batches.close()
+    if pending is not None:
+        log.add(*pending)
+        _check_finite(pending, limit, saved)
+    return state, True
+
+
+def _check_finite(pending, limit: int, saved: int) -> None:
+    step, signature, metrics, _ = pending
+    if int(metrics["bad_steps"]) >= limit:
+        raise TrainingStopped(
+            f"step {step} ({'+'.join(sorted(signature)) or 'text'}): loss or gradient was not "
+            f"finite in {limit} steps in a row; nothing of them was applied. The last checkpoint "
+            f"is step {saved}. Lower optim.learning_rate or set optim.clip_norm."
+        )
+
+
+def _leave(runtime: Runtime, stage: Stage, params: Flat, folder: Path, summary) -> None:
+    """Write what the stage leaves behind, with a manifest of where it came from."""
+    params, changed = results(stage, params)
+    run, config = runtime.run, stage.config
+    manifest = {
+        "run": run.name,
+        "stage": config.name,
+        "steps": stage.steps,
+        "moe_layers": list(stage.model_config.decoder.moe_layers()),
+        "lora_merged": config.merge_lora,
+        "parents": {
+            name: str(source_folder(runtime.folder, name))
+            for take in config.init
+            for name in (take.experts or (take.source,))
+            if name != "fresh"
+        },
+        "init": [take.model_dump(exclude_none=True) for take in config.init],
+        "data": dict(config.mixture),
+        "trained": changed,
+        "shapes": {path: list(leaf.shape) for path, leaf in params.items()},
+        "heldout": summary.heldout,
+    }
+    save_final(folder, params, manifest)

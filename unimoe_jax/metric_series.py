@@ -1,0 +1,53 @@
+"""Metrics records -> arrays over steps, for the figures and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Stages = dict[str, list[dict]]
+
+
+def by_stage(records: Sequence[Mapping[str, Any]]) -> Stages:
+    """The records of every stage, in order of appearance."""
+    stages: Stages = {}
+    for record in records:
+        stages.setdefault(record["stage"], []).append(record)
+    return stages
+
+
+def series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(step, value) float64 arrays of the records that have `name`; NaN and infinities stay."""
+    found = [(r["step"], float(r[name])) for r in records if r.get(name) is not None]
+    array = np.array(found, np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def layer_series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(step [N], value [N, L]) of a metric with one number per layer."""
+    found = [(r["step"], [float(v) for v in r[name]]) for r in records if r.get(name)]
+    return np.array([s for s, _ in found], np.float64), np.array([v for _, v in found], np.float64)
+
+
+def expert_load(records: Sequence[Mapping], last_share: float = 0.25) -> np.ndarray | None:
+    """Token counts [layer, modality, expert] summed over the last `last_share` of the records."""
+    counts = [np.asarray(r["expert_load"], np.float64) for r in records if r.get("expert_load")]
+    if not counts:
+        return None
+    return np.sum(counts[-max(1, math.ceil(len(counts) * last_share)) :], axis=0)
+
+
+def losses_by_signature(records: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(step, loss) per batch signature, from `loss_by_signature` or `signature` and `loss`."""
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        losses = record.get("loss_by_signature")
+        if losses is None:
+            known = record.get("signature") is not None and record.get("loss") is not None
+            losses = {record["signature"]: record["loss"]} if known else {}
+        for signature, loss in losses.items():
+            found.setdefault(signature, []).append({"step": record["step"], "loss": loss})
+    return {signature: series(found[signature], "loss") for signature in sorted(found)}

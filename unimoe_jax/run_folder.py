@@ -1,0 +1,71 @@
+"""The run directory: who may write it, and whether it belongs to these settings."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from unimoe_jax.config import RunConfig
+from unimoe_jax.config_io import dump, run_dir
+from unimoe_jax.metrics import env_info, write_json_atomic, write_text_atomic
+
+
+class RunFolderError(RuntimeError):
+    """The run directory cannot be used."""
+
+
+@contextlib.contextmanager
+def claim(config: RunConfig, *, overwrite: bool, resume: bool, writer: bool) -> Iterator[Path]:
+    """The run's directory, locked for the duration, with config.yaml and env.json written.
+
+    The same settings continue a run. Other settings are refused with their differences, unless
+    `resume` accepts them or `overwrite` starts over. Only the `writer` (process 0) writes.
+
+    Raises:
+        RunFolderError: in use by another process, not writable, or other settings.
+    """
+    folder = run_dir(config)
+    if not writer:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunFolderError(f"output {folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"output {folder}: another run is writing it") from None
+        if overwrite:
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _check_settings(folder / "config.yaml", dump(config), resume)
+        write_text_atomic(folder / "config.yaml", dump(config))
+        write_json_atomic(folder / "env.json", env_info())
+        yield folder
+
+
+def _check_settings(path: Path, text: str, resume: bool) -> None:
+    if resume or not path.exists():
+        return
+    changes = [
+        line
+        for line in difflib.unified_diff(
+            path.read_text().splitlines(), text.splitlines(), lineterm="", n=0
+        )
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    if changes:
+        shown = "\n".join("  " + line for line in changes[:20])
+        raise RunFolderError(
+            f"output {path.parent}: holds a run with other settings:\n{shown}\n"
+            "add --resume to continue it with the new ones, --overwrite to start over, or set "
+            "another `output` or `name`"
+        )

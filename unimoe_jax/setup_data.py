@@ -1,0 +1,85 @@
+"""Between settings and loaders: the embedded data set, tokenizers, and a stage's pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from unimoe_jax.config import DataConfig, LoaderConfig, RunConfig, StageConfig
+from unimoe_jax.data import embedded
+from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.tokenizer import Tokenizer
+
+PREFIX = "embedded:"
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where generated data and indices lie: `data.cache`, else the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "unimoe_jax"
+    return Path(data.cache or home).expanduser()
+
+
+def resolve_sources(data: DataConfig) -> DataConfig:
+    """`embedded:SPLIT/NAME` paths become files on disk; the set is built on first use."""
+    folder, sources = cache_folder(data), {}
+    for name, source in data.sources.items():
+        if source.path.startswith(PREFIX):
+            path = Path(embedded.resolve(source.path, folder, size=data.embedded_size))
+            root = str(path.parent.parent)
+            source = source.model_copy(update={"path": str(path), "root": root})
+        sources[name] = source
+    return data.model_copy(update={"sources": sources, "cache": str(folder)})
+
+
+def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
+    """The run's tokenizer and the file it came from."""
+    path = run.tokenizer
+    if path == "embedded":
+        path = embedded.tokenizer_path(cache_folder(run.data), size=run.data.embedded_size)
+    return Tokenizer.load(path), Path(path)
+
+
+def stage_pipeline(
+    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, shards: int
+) -> Pipeline:
+    """Training batches of a stage. Each holds the micro-batches of one optimizer step: rows and
+    shards are multiplied by `optim.accumulate`."""
+    loader = stage.loader or data.loader
+    accumulate = stage.optim.accumulate
+    loader = loader.model_copy(update={"rows": loader.rows * accumulate})
+    # The stage's name is in the seed: stages over the same sources see them in another order.
+    seed = run.seed + int.from_bytes(stage.name.encode()[:4], "little") % 65536
+    return Pipeline(
+        data,
+        run.model,
+        dict(stage.mixture),
+        tokenizer,
+        loader,
+        seed=seed,
+        shards=shards * accumulate,
+    )
+
+
+def heldout_pipeline(
+    run: RunConfig,
+    source: str,
+    data: DataConfig,
+    loader: LoaderConfig,
+    tokenizer: Tokenizer,
+    shards: int,
+) -> Pipeline:
+    """Every sample of one held-out source exactly once, in file order."""
+    return Pipeline(
+        data, run.model, {source: 1.0}, tokenizer, loader, seed=0, shards=shards, shuffle=False
+    )
+
+
+def chance_levels(data: DataConfig) -> dict[str, float]:
+    """Share of the commonest answer per source, computed from its own records."""
+    levels = {}
+    for name, source in data.sources.items():
+        records = json.loads(Path(source.path).read_text())
+        answers = [record["conversations"][-1]["value"] for record in records]
+        levels[name] = max(answers.count(a) for a in set(answers)) / len(answers)
+    return levels

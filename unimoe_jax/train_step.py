@@ -1,0 +1,159 @@
+"""One jitted, sharded train step for every stage, and the scoring step beside it.
+
+Gradients and optimizer state exist for the trained parameters only: the split happens before the
+gradient is taken. A step with a non-finite loss or gradient leaves parameters and optimizer as they
+were and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unimoe_jax.config import AuxLossConfig
+from unimoe_jax.data.batch import Batch
+from unimoe_jax.losses import cross_entropy, exact_tokens, router_losses
+from unimoe_jax.models.unimoe import UniMoE
+from unimoe_jax.optim import Schedule
+from unimoe_jax.params import Flat, nest
+
+
+class TrainState(NamedTuple):
+    """What a step changes. `trained` is {path: float32}; `seed` uint32; `bad_steps` in a row."""
+
+    step: jax.Array
+    trained: Flat
+    optimizer: Any
+    seed: jax.Array
+    bad_steps: jax.Array
+
+
+def init_state(trained: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """State at step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trained=trained,
+        optimizer=optimizer.init(trained),
+        seed=jnp.asarray(seed, jnp.uint32),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_train_step(
+    model: UniMoE,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    aux_config: AuxLossConfig,
+    accumulate: int,
+    shards: int,
+):
+    """`step(state, frozen, batch) -> (state, metrics)`, pure; the caller jits it.
+
+    The batch holds `accumulate` micro-batches: rows and pools are grouped by shard, and within a
+    shard by micro-batch. The loss is the mean over all target tokens of the whole batch, however
+    they fall into micro-batches.
+
+    Metrics: loss, balance, router_z, aux, grad_norm, lr, tokens (positions that are not padding),
+    targets, bad (1 if the step was skipped), bad_steps, and with experts entropy [L] and
+    load [L, modalities, E].
+    """
+
+    def micro_loss(trained: Flat, frozen: Flat, batch: Batch, total: jax.Array, key: jax.Array):
+        rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
+        out = model.apply({"params": nest({**frozen, **trained})}, batch, rngs=rngs)
+        nll, _ = cross_entropy(out.logits_BTV, batch.target_BT, batch.weight_BT)
+        ce = nll / total
+        aux = router_losses(out.aux, aux_config) / accumulate
+        return ce + aux, _micro_metrics(ce, aux, out.aux, accumulate)
+
+    grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def step(state: TrainState, frozen: Flat, batch: Batch):
+        total = jnp.maximum(jnp.sum(batch.weight_BT), 1.0)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        if accumulate == 1:
+            (_, metrics), grads = grad_fn(state.trained, frozen, batch, total, key)
+        else:
+
+            def one(carry, item):
+                micro, index = item
+                micro_key = jax.random.fold_in(key, index)
+                (_, metrics), grads = grad_fn(state.trained, frozen, micro, total, micro_key)
+                return jax.tree.map(jnp.add, carry, (metrics, grads)), None
+
+            micros = jax.tree.map(lambda a: _micro_batches(a, shards, accumulate), batch)
+            first = jax.tree.map(lambda a: a[0], micros)
+            shapes = jax.eval_shape(grad_fn, state.trained, frozen, first, total, key)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            carry = (zeros[0][1], zeros[1])
+            (metrics, grads), _ = jax.lax.scan(one, carry, (micros, jnp.arange(accumulate)))
+        return _update(state, grads, metrics, batch)
+
+    def _update(state: TrainState, grads: Flat, metrics: dict, batch: Batch):
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trained)
+        new_trained = optax.apply_updates(state.trained, updates)
+        # where, not cond: the choice is elementwise and keeps donated buffers in place.
+        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        metrics |= {
+            "grad_norm": norm,
+            "lr": schedule(state.step),
+            "tokens": jnp.sum(batch.segment_BT > 0),
+            "targets": jnp.sum(batch.weight_BT),
+            "bad": 1 - good.astype(jnp.int32),
+            "bad_steps": bad_steps,
+        }
+        state = TrainState(
+            step=state.step + 1,
+            trained=jax.tree.map(keep, new_trained, state.trained),
+            optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+            seed=state.seed,
+            bad_steps=bad_steps,
+        )
+        return state, metrics
+
+    return step
+
+
+def _micro_metrics(ce, aux, moe, accumulate: int) -> dict[str, jax.Array]:
+    metrics = {"loss": ce, "aux": aux}
+    if moe is not None:
+        metrics |= {
+            "balance": jnp.mean(moe.balance) / accumulate,
+            "router_z": jnp.mean(moe.router_z) / accumulate,
+            "entropy": moe.entropy / accumulate,
+            "load": moe.load_ME,
+        }
+    return metrics
+
+
+def _micro_batches(a: jax.Array, shards: int, accumulate: int) -> jax.Array:
+    """[shards·accumulate·n, …] grouped by shard -> [accumulate, shards·n, …]; stays in place."""
+    a = a.reshape(shards, accumulate, -1, *a.shape[1:])
+    return jnp.moveaxis(a, 1, 0).reshape(accumulate, -1, *a.shape[3:])
+
+
+def make_score_step(model: UniMoE):
+    """`score(params, batch) -> (right, total)`: int32 counts of samples (segments) in the batch.
+
+    A sample is right when greedy decoding would answer it exactly; see `exact_tokens`.
+    """
+
+    def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        rngs = {"router": jax.random.key(0)}
+        out = model.apply({"params": nest(params)}, batch, rngs=rngs)
+        exact_BT = exact_tokens(out.logits_BTV, batch.target_BT, batch.weight_BT)
+        # A sample takes several positions, so a row holds fewer samples than half its length.
+        segment_BTS = jax.nn.one_hot(batch.segment_BT - 1, batch.segment_BT.shape[1] // 2)
+        targets_BS = jnp.einsum("bt,bts->bs", batch.weight_BT, segment_BTS)
+        wrong_BS = jnp.einsum("bt,bts->bs", 1.0 - exact_BT, segment_BTS)
+        real = targets_BS > 0
+        return jnp.sum(real & (wrong_BS == 0)), jnp.sum(real)
+
+    return score
