@@ -101,7 +101,7 @@ def memory(
 def _samples(config: RunConfig, stage: StageConfig, data: DataConfig, shards: int) -> str:
     tokenizer, _ = load_tokenizer(config)
     pipeline = stage_pipeline(config, stage, data, tokenizer, shards)
-    budget = pipeline.token_budget()
+    budget = pipeline.budget()
     lines = [f"{pipeline.steps_per_epoch} steps per epoch, tokens per epoch by modality:"]
     lines += [f"  {name:<8}{count:>14,}" for name, count in budget.items()]
     return "\n".join([*lines, "", *pipeline.preview(SAMPLES)])

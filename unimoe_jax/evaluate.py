@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from unimoe_jax.data.batch import Batch
+from unimoe_jax.data.batch import Batch, Signature
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.params import Flat
 from unimoe_jax.sharding import batch_sharding, replicated
@@ -34,20 +36,21 @@ def compile_score(stage: Stage, mesh: Mesh, spec: Batch) -> Any:
 
 
 def exact_match(
-    params: Flat, pipelines: Mapping[str, Pipeline], compiled: Mapping[tuple, Any], mesh: Mesh
+    params: Flat, pipeline: Pipeline, compiled: Mapping[Signature, Any], mesh: Mesh
 ) -> dict[str, float]:
-    """Accuracy per source. `compiled` maps (source, signature) to a compiled scoring step."""
-    accuracy = {}
-    for name, pipeline in pipelines.items():
-        counts = []
-        batches = pipeline.batches(
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            stop_step=pipeline.steps_per_epoch,
-        )
-        for _, signature, batch in batches:
-            counts.append(compiled[name, signature](params, to_devices(batch, mesh)))
-        right = sum(int(r) for r, _ in counts)
-        total = sum(int(t) for _, t in counts)
-        accuracy[name] = right / max(1, total)
-    return accuracy
+    """Accuracy per source of one pass over `pipeline`; `compiled`: scoring step per signature."""
+    right, total = Counter(), Counter()
+    batches = pipeline.batches(
+        host=jax.process_index(), hosts=jax.process_count(), stop_step=pipeline.steps_per_epoch
+    )
+    pending = [
+        (step, compiled[signature](params, to_devices(batch, mesh)))
+        for step, signature, batch in batches
+    ]
+    for step, (exact_BS, real_BS) in pending:
+        exact_BS, real_BS = np.asarray(exact_BS), np.asarray(real_BS)
+        for row, sources in enumerate(pipeline.sources_at(step)):
+            for segment, source in enumerate(sources):
+                total[source] += int(real_BS[row, segment])
+                right[source] += int(exact_BS[row, segment])
+    return {source: right[source] / max(1, total[source]) for source in pipeline.names}

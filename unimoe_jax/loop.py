@@ -115,11 +115,12 @@ class _Log:
             load = metrics.pop("load")
             self.load = load if self.load is None else self.load + load
         loss = float(metrics["loss"])
-        if self.summary.first_loss is None:
-            self.summary.first_loss = loss
-        # Signatures differ in difficulty: the last loss is a mean over recent steps.
-        last = self.summary.last_loss
-        self.summary.last_loss = loss if last is None else 0.9 * last + 0.1 * loss
+        if math.isfinite(loss):
+            if self.summary.first_loss is None:
+                self.summary.first_loss = loss
+            # Signatures differ in difficulty: the last loss is a mean over recent steps.
+            last = self.summary.last_loss
+            self.summary.last_loss = loss if last is None else 0.9 * last + 0.1 * loss
         if step % self.every == 0 or step == self.steps or step == 1:
             self._write(step, signature, metrics)
 
@@ -159,7 +160,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     shards = data_shards(mesh)
     pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, shards)
     optim = config.optim
-    steps = optim.steps or math.ceil(optim.epochs * pipeline.steps_per_epoch)
+    steps = optim.steps or pipeline.steps(optim.epochs)
     stage = build_stage(run, config, mesh, steps)
     summary = StageSummary(steps)
     folder = runtime.folder / "checkpoints" / config.name
@@ -180,6 +181,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
                 params = {**frozen, **state.trained}
                 summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
         summary.first_loss = position.get("first_loss")
+        summary.last_loss = position.get("last_loss")
         writer = MetricsWriter(
             runtime.folder,
             config.name,
@@ -192,9 +194,10 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
 
         def save(step: int, state: TrainState) -> None:
             position = {
-                **pipeline.state(step),
+                "data": pipeline.state(step),
                 "heldout_before": summary.heldout_before,
                 "first_loss": summary.first_loss,
+                "last_loss": summary.last_loss,
             }
             checkpoints.save(step, state, position)
 
@@ -231,7 +234,7 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
         )
         return init(trained), frozen, 0, {}
     step, state, position = restored
-    pipeline.check_state(position)
+    pipeline.check_state(position["data"])
     _, frozen_infos = split(stage.infos, stage.infos)
     frozen = initial_params(stage, sources, mesh, seed, only=set(frozen_infos))
     return state, frozen, step, position
@@ -257,24 +260,21 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
         with jax.set_mesh(mesh):
             return compile_score(stage, mesh, spec)
 
-    loader = config.loader or runtime.data.loader
-    heldout = {
-        name: heldout_pipeline(runtime.run, name, runtime.data, loader, runtime.tokenizer, shards)
-        for name in config.evaluate
-    }
+    heldout = None
+    if config.evaluate:
+        heldout = heldout_pipeline(runtime.run, config, runtime.data, runtime.tokenizer, shards)
     jobs: dict[Any, Callable[[], Any]] = {
-        ("step", signature): lambda spec=spec: compile_step(spec)
-        for signature, spec in pipeline.signatures.items()
+        ("step", signature): lambda name=signature: compile_step(pipeline.spec(name))
+        for signature in pipeline.signatures
     } | {
-        ("score", name, signature): lambda spec=spec: score(spec)
-        for name, held in heldout.items()
-        for signature, spec in held.signatures.items()
+        ("score", signature): lambda name=signature: score(heldout.spec(name))
+        for signature in (heldout.signatures if heldout else ())
     }
     progress.announce(f"compiling {len(jobs)} programs,")
     with ThreadPoolExecutor(max_workers=4) as pool:
         done = dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
     steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}
-    scores = {key[1:]: fn for key, fn in done.items() if key[0] == "score"}
+    scores = {key[1]: fn for key, fn in done.items() if key[0] == "score"}
     return steps, scores, heldout
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from unimoe_jax.config import DataConfig, LoaderConfig, RunConfig, StageConfig
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
@@ -62,16 +62,14 @@ def stage_pipeline(
 
 
 def heldout_pipeline(
-    run: RunConfig,
-    source: str,
-    data: DataConfig,
-    loader: LoaderConfig,
-    tokenizer: Tokenizer,
-    shards: int,
+    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, shards: int
 ) -> Pipeline:
-    """Every sample of one held-out source exactly once, in file order."""
+    """Every sample of the stage's held-out sources exactly once, all media in one signature: one
+    program scores them all."""
+    loader = (stage.loader or data.loader).model_copy(update={"group_by_modality": False})
+    mixture = dict.fromkeys(stage.evaluate, 1.0)
     return Pipeline(
-        data, run.model, {source: 1.0}, tokenizer, loader, seed=0, shards=shards, shuffle=False
+        data, run.model, mixture, tokenizer, loader, seed=0, shards=shards, shuffle=False
     )
 
 

@@ -22,7 +22,7 @@ from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.optim import Schedule, learning_rate, make_optimizer
 from unimoe_jax.params import Flat, ParamInfo, declared, flatten, split, table
-from unimoe_jax.sharding import data_shards, param_sharding, replicated
+from unimoe_jax.sharding import current_mesh, data_shards, param_sharding, replicated
 from unimoe_jax.train_step import TrainState, init_state
 from unimoe_jax.upcycle import Source, gather, needed_sources, origin_of
 
@@ -46,7 +46,9 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
     """Every parameter of the stage's model and what happens to it; computes nothing."""
     config = run.stage_model(stage)
     model = UniMoE(config, LayerOptions(lora=config.lora))
-    return table(declared(model, full_batch(config)), stage.train, run.precision)
+    mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
+    batch = full_batch(config, data_shards(mesh) if mesh else 1)
+    return table(declared(model, batch), stage.train, run.precision)
 
 
 @dataclass(frozen=True)

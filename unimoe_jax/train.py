@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     parser.add_argument("--debug", action="store_true", help="full tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

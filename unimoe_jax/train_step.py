@@ -140,20 +140,20 @@ def _micro_batches(a: jax.Array, shards: int, accumulate: int) -> jax.Array:
 
 
 def make_score_step(model: UniMoE):
-    """`score(params, batch) -> (right, total)`: int32 counts of samples (segments) in the batch.
+    """`score(params, batch) -> (exact_BS, real_BS)`, bool per row and segment (segment s+1).
 
-    A sample is right when greedy decoding would answer it exactly; see `exact_tokens`.
+    A sample is exact when greedy decoding would answer it to the letter, see `exact_tokens`; real
+    when it has targets at all. S is half the row length: a sample takes several positions.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         rngs = {"router": jax.random.key(0)}
         out = model.apply({"params": nest(params)}, batch, rngs=rngs)
         exact_BT = exact_tokens(out.logits_BTV, batch.target_BT, batch.weight_BT)
-        # A sample takes several positions, so a row holds fewer samples than half its length.
         segment_BTS = jax.nn.one_hot(batch.segment_BT - 1, batch.segment_BT.shape[1] // 2)
         targets_BS = jnp.einsum("bt,bts->bs", batch.weight_BT, segment_BTS)
         wrong_BS = jnp.einsum("bt,bts->bs", 1.0 - exact_BT, segment_BTS)
-        real = targets_BS > 0
-        return jnp.sum(real & (wrong_BS == 0)), jnp.sum(real)
+        real_BS = targets_BS > 0
+        return real_BS & (wrong_BS == 0), real_BS
 
     return score

@@ -28,7 +28,7 @@ VIDEO_FORGOTTEN = "video_only_speech_training_quirk"
 
 
 def tokenizer(name: str) -> Tokenizer:
-    return Tokenizer(golden_dir("preprocessing") / "tokenizers" / name)
+    return Tokenizer.load(golden_dir("preprocessing") / "tokenizers" / name)
 
 
 def templates(name: str) -> dict:
@@ -111,7 +111,7 @@ def test_plain_equals_the_reference():
 )
 def test_batches_and_prompts_equal_the_reference(folder, base):
     root = golden_dir(folder)
-    tok = Tokenizer(root / "checkpoint" / base)
+    tok = Tokenizer.load(root / "checkpoint" / base)
     with np.load(root / "inputs.npz") as file:
         inputs = {key: file[key] for key in file if "ids" in key or key == "labels"}
     for row, sample in enumerate(json.loads((root / "data.json").read_text())):

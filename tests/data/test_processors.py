@@ -60,7 +60,8 @@ def test_waveforms_and_log_mel_equal_the_reference(golden, name):
     assert len(chunks) == golden[f"{name}/num_chunks"]
     for number, chunk in enumerate(chunks):
         mel = log_mel(chunk, 80, 3000)
-        assert mel.shape == (80, 3000) and mel.dtype == np.float32
+        assert mel.shape == (80, 3000)
+        assert mel.dtype == np.float32
         key = f"{name}/chunk{number}"
         if f"{key}/log_mel_first100_last100" in golden:
             both = np.concatenate([mel[:, :100], mel[:, -100:]], axis=1)
@@ -83,7 +84,9 @@ def test_fbank_equals_torchaudio(golden):
     first = golden["d_16k_beats/fbank_norm_padded30s_first_frames"]
     np.testing.assert_allclose(padded[: len(first)], first, atol=5e-3)
     tail = golden["d_16k_beats/fbank_norm_padded30s_tail_value"]
-    np.testing.assert_allclose(padded[len(first) :], tail[None].repeat(2998 - len(first), 0), atol=1e-5)
+    np.testing.assert_allclose(
+        padded[len(first) :], tail[None].repeat(2998 - len(first), 0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,11 @@ def test_visible_tokens_share_out_samples(num_samples: int, num_frames: int, num
         np.testing.assert_array_equal(~row, coarser(coarser(masked, num_frames), num_tokens))
 
 
+def test_more_tokens_than_frames_are_refused():
+    with pytest.raises(ValueError, match="9 tokens of 8 frames"):
+        visible_tokens(jnp.array([5]), 1600, 8, 9)
+
+
 def test_buckets():
     offset = np.arange(-1495, 1496)
     bucket = relative_buckets(offset, 320, 800)
@@ -103,12 +109,23 @@ def encoder():
     fbank = jax.random.normal(jax.random.key(0), (2, FRAMES, 8))
     module = BeatsEncoder(CONFIG, LayerOptions())
     length = jnp.array([1500, SAMPLES])
-    variables = nn.unbox(module.init(jax.random.key(1), fbank, length, SAMPLES))
-    # Random norms and biases, so that no parameter is idle.
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return module, jax.tree.unflatten(tree, noisy), fbank, length
+    init = partial(module.init, num_samples=SAMPLES)
+    variables = nn.unbox(jax.eval_shape(init, jax.random.key(1), fbank, length))
+    # All parameters random, norms and biases too, so that none is idle.
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), variables)
+    return module, variables, fbank, length
+
+
+@partial(jax.jit, static_argnums=0)
+def run(module: BeatsEncoder, variables, fbank: jax.Array, length: jax.Array) -> jax.Array:
+    return module.apply(variables, fbank, length, SAMPLES)
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.grad, argnums=(1, 2))
+def gradients(module: BeatsEncoder, variables, fbank: jax.Array, length: jax.Array):
+    return jnp.sum(jnp.sin(module.apply(variables, fbank, length, SAMPLES)))
 
 
 def test_padding_reaches_nothing(encoder):
@@ -117,25 +134,19 @@ def test_padding_reaches_nothing(encoder):
     visible = visible_tokens(length, SAMPLES, FRAMES, 8)
     assert int(visible[0].sum()) == 5
 
-    def outputs(fbank):
-        return module.apply(variables, fbank, length, SAMPLES)
-
     # Time patch 3 of row 0 holds only masked tokens; frames 16.. are beyond the last whole patch.
-    base, jacobian = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(outputs(x))))(fbank)
-    touched = np.abs(np.asarray(jacobian)).max(axis=2) > 0
+    _, slope = gradients(module, variables, fbank, length)
+    touched = np.abs(np.asarray(slope)).max(axis=2) > 0
     np.testing.assert_array_equal(touched[0], np.arange(FRAMES) < 12)
     np.testing.assert_array_equal(touched[1], np.arange(FRAMES) < 16)
     # Token 5 (patch 2, second band) is masked although token 4 of the same patch is not.
-    assert np.abs(jacobian[0, 8:12, :4]).max() > 0 and np.abs(jacobian[0, 8:12, 4:]).max() == 0
+    assert np.abs(slope[0, 8:12, :4]).max() > 0 and np.abs(slope[0, 8:12, 4:]).max() == 0
 
 
 def test_gradients_are_finite_and_complete(encoder):
     module, variables, fbank, length = encoder
-
-    def loss(variables):
-        return jnp.sum(jnp.sin(module.apply(variables, fbank, length, SAMPLES)))
-
-    for path, grad in jax.tree.leaves_with_path(jax.grad(loss)(variables)):
+    by_parameter, _ = gradients(module, variables, fbank, length)
+    for path, grad in jax.tree.leaves_with_path(by_parameter):
         assert np.isfinite(grad).all(), path
         # A key bias shifts all scores of a query alike, which softmax does not see.
         assert np.abs(grad).max() > 0 or "k_proj" in jax.tree_util.keystr(path), path
@@ -144,10 +155,11 @@ def test_gradients_are_finite_and_complete(encoder):
 def test_bfloat16_and_rows_without_samples_stay_finite(encoder):
     module, variables, fbank, _ = encoder
     low = BeatsEncoder(CONFIG, LayerOptions(dtype=jnp.bfloat16))
-    out = low.apply(variables, fbank, jnp.array([0, SAMPLES]), SAMPLES)
+    lengths = jnp.array([0, SAMPLES])
+    out = run(low, variables, fbank, lengths)
     assert out.shape == (2, 8, 8) and out.dtype == jnp.bfloat16
     assert bool(jnp.isfinite(out).all())
-    full = module.apply(variables, fbank, jnp.array([0, SAMPLES]), SAMPLES)
+    full = run(module, variables, fbank, lengths)
     np.testing.assert_allclose(out[1].astype(jnp.float32), full[1], atol=0.15)
 
 

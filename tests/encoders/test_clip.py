@@ -18,10 +18,14 @@ CONFIG = ClipConfig(
 )
 
 
-def init(config: ClipConfig, options: LayerOptions = LayerOptions()):
-    module = ClipEncoder(config, options)
+def init(config: ClipConfig):
+    module = ClipEncoder(config, LayerOptions())
     image = jax.random.normal(jax.random.key(0), (2, config.image_size, config.image_size, 3))
-    return module, nn.unbox(module.init(jax.random.key(1), image)), image
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(1), image)), image
+
+
+def run(module: ClipEncoder, variables, image: jax.Array) -> jax.Array:
+    return jax.jit(module.apply)(variables, image)
 
 
 @pytest.mark.parametrize("select_layer,used", [(-2, 2), (-1, 3), (1, 1), (0, 0), (-4, 0)])
@@ -48,8 +52,8 @@ def test_select_layer_is_the_hidden_state_of_a_deeper_encoder():
     module, variables, image = init(CONFIG)
     shallow = CONFIG.model_copy(update={"num_layers": 2, "select_layer": -1})
     np.testing.assert_array_equal(
-        module.apply(variables, image),
-        ClipEncoder(shallow, LayerOptions()).apply(variables, image),
+        run(module, variables, image),
+        run(ClipEncoder(shallow, LayerOptions()), variables, image),
     )
 
 
@@ -57,9 +61,9 @@ def test_patches_are_row_major_without_the_class_token():
     """Without layers, features depend on their own patch only."""
     config = CONFIG.model_copy(update={"select_layer": 0})
     module, variables, image = init(config)
-    features = module.apply(variables, image)
+    features = run(module, variables, image)
     assert features.shape == (2, config.num_patches, 8)
-    changed = module.apply(variables, image.at[:, 0:4, 4:8].add(1.0))  # top right patch
+    changed = run(module, variables, image.at[:, 0:4, 4:8].add(1.0))  # top right patch
     moved = np.abs(changed - features).max(axis=(0, 2)) > 0
     np.testing.assert_array_equal(moved, [False, True, False, False])
 
@@ -75,6 +79,6 @@ def test_wrong_sizes_are_refused():
 def test_bfloat16_and_remat_agree_with_float32():
     module, variables, image = init(CONFIG)
     config = CONFIG.model_copy(update={"remat": True})
-    low = ClipEncoder(config, LayerOptions(dtype=jnp.bfloat16)).apply(variables, image)
+    low = run(ClipEncoder(config, LayerOptions(dtype=jnp.bfloat16)), variables, image)
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(jnp.float32), module.apply(variables, image), atol=0.05)
+    np.testing.assert_allclose(low.astype(jnp.float32), run(module, variables, image), atol=0.05)

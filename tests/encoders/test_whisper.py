@@ -20,15 +20,16 @@ CONFIG = WhisperConfig(
 def test_shapes_parameters_and_low_precision():
     module = WhisperEncoder(CONFIG, LayerOptions())
     mel = jax.random.normal(jax.random.key(0), (2, 5, 12))
-    variables = nn.unbox(module.init(jax.random.key(1), mel))
+    variables = nn.unbox(jax.jit(module.init)(jax.random.key(1), mel))
     params = variables["params"]
     assert params["conv1"]["kernel"].shape == (15, 8)
     assert params["conv2"]["kernel"].shape == (24, 8)
     assert params["layers"]["mlp"]["fc1"]["kernel"].shape == (3, 8, 16)
     assert "bias" not in params["layers"]["attention"]["k_proj"]
-    states = module.apply(variables, mel)
+    states = jax.jit(module.apply)(variables, mel)
     assert states.shape == (2, 6, 8)
-    low = WhisperEncoder(CONFIG, LayerOptions(dtype=jnp.bfloat16)).apply(variables, mel)
+    half = WhisperEncoder(CONFIG, LayerOptions(dtype=jnp.bfloat16))
+    low = jax.jit(half.apply)(variables, mel)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), states, atol=0.06)
 

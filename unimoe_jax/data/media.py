@@ -39,10 +39,12 @@ class ImageLimits:
     max_aspect_ratio: float = 200
 
 
+DEFAULT_LIMITS = ImageLimits()
+
 # --------------------------------------------------------------------------------- images
 
 
-def load_image(path: str, limits: ImageLimits = ImageLimits()) -> Image.Image:
+def load_image(path: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The first frame of an image file, upright, as 8-bit RGB.
 
     Alpha is dropped, as in the originals; 16-bit grey is scaled (Pillow alone would clip it).
@@ -90,7 +92,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_frames(
-    paths: tuple[str, ...], count: int, limits: ImageLimits = ImageLimits()
+    paths: tuple[str, ...], count: int, limits: ImageLimits = DEFAULT_LIMITS
 ) -> list[Image.Image]:
     """`count` RGB frames of a video: a file, a folder of frame images, or the images themselves.
 

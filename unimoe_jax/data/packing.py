@@ -1,7 +1,7 @@
 """Samples into rows, rows into batches, rows of a batch onto shards. Pure functions of integers.
 
-Rows are filled in the given order and closed by an exact pair; batches and shards are dealt rows of like media in turn, so
-that every batch and every shard receives its share of each pool.
+Rows are filled in the given order and closed by an exact pair; batches and shards are dealt rows of
+like media in turn, so that every batch and every shard receives its share of each pool.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 
 import numpy as np
+
 
 class _Pool:
     """The samples not yet packed: by size, and in their given order."""
@@ -220,7 +221,9 @@ def _relieve(places, padded, loads, capacity) -> np.ndarray:
 
 
 def epoch_slice(number: int, weight: float, epoch: int) -> tuple[int, int]:
-    """Positions [a, b) of the endless row of permutations that `epoch` reads of a source."""
-    return math.floor(epoch * weight * number + 1e-9), math.floor(
-        (epoch + 1) * weight * number + 1e-9
-    )
+    """Positions [a, b) of the endless row of permutations that `epoch` reads of a source.
+
+    Rounded up, so that the first epoch is never empty; the slack absorbs float error.
+    """
+    start, end = (math.ceil(at * weight * number - 1e-9) for at in (epoch, epoch + 1))
+    return start, end

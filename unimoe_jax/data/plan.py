@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from unimoe_jax.config import LoaderConfig, MediaName
 from unimoe_jax.data.batch import POOLS, Signature
-from unimoe_jax.data.packing import arrange, fill_rows, epoch_slice, row_limit
+from unimoe_jax.data.packing import arrange, epoch_slice, fill_rows, row_limit
 
 SIMULATED_EPOCHS = 3
 """Epochs over which pool capacities must hold without moving rows."""
@@ -60,6 +62,15 @@ class EpochPlan:
         return self.members[self.offsets[number] : self.offsets[number + 1]].tolist()
 
 
+class _Packed(NamedTuple):
+    """One signature of one epoch: rows of sample numbers, batches of row numbers, peak loads."""
+
+    rows: list[np.ndarray]
+    batches: np.ndarray
+    shard_peak: np.ndarray
+    row_peak: np.ndarray
+
+
 class Plan:
     """Batches of all epochs, computed when first asked for.
 
@@ -77,13 +88,13 @@ class Plan:
             raise ValueError(f"no usable sample in {', '.join(samples.names)}")
         self.samples, self.loader = samples, loader
         self.seed, self.shards, self.shuffle = seed, shards, shuffle
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
         self._sizes: list[int] = []
         self._groups = self._group()
         self.signatures: list[Signature] = [group[0] for group in self._groups]
         self._limits = [self._limit(members) for _, members in self._groups]
-        self._capacity: list[np.ndarray] | None = None
+        self._capacity: list[np.ndarray] | None = None  # unlimited while simulating
         self._capacity = self._simulate()
 
     def __getstate__(self):
@@ -92,7 +103,7 @@ class Plan:
         return state
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _group(self) -> list[tuple[Signature, np.ndarray]]:
         present = self.samples.entries > 0
@@ -115,11 +126,15 @@ class Plan:
 
     def _simulate(self) -> list[np.ndarray]:
         """Pool capacities per shard: what the first epochs need, at least any one row's load."""
-        peaks = [self.samples.entries[members].max(axis=0) for _, members in self._groups]
+        need = [self.samples.entries[members].max(axis=0) for _, members in self._groups]
+        shard_peaks, row_peaks = list(need), list(need)
         for epoch in range(SIMULATED_EPOCHS if self.shuffle else 1):
-            for number, (_, _, peak) in enumerate(self._pack(epoch)):
-                peaks[number] = np.maximum(peaks[number], peak)
-        return [np.maximum(peak, 0) for peak in peaks]
+            for number, packed in enumerate(self._pack(epoch)):
+                shard_peaks[number] = np.maximum(shard_peaks[number], packed.shard_peak)
+                row_peaks[number] = np.maximum(row_peaks[number], packed.row_peak)
+        # Later epochs pack within what these rows needed, so that any row fits into any shard.
+        self._limits = row_peaks
+        return [np.maximum(*peaks) for peaks in zip(shard_peaks, row_peaks, strict=True)]
 
     def capacity(self, signature: Signature) -> dict[MediaName, int]:
         """Pool entries per shard for each medium of a signature, constant over epochs."""
@@ -145,8 +160,8 @@ class Plan:
     def _random(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
 
-    def _pack(self, epoch: int):
-        """Per signature: (rows as lists of samples, batches of row numbers, peak load)."""
+    def _pack(self, epoch: int) -> Iterator[_Packed]:
+        """The rows and batches of an epoch, signature by signature."""
         chosen = self._chosen(epoch)
         if self.shuffle:
             chosen = self._random(2, epoch).permutation(chosen)
@@ -154,10 +169,7 @@ class Plan:
             own = chosen[np.isin(chosen, members, assume_unique=False)]
             tokens, entries = self.samples.tokens[own], self.samples.entries[own]
             if self.loader.packing:
-                limit = self._limits[number]
-                if self._capacity is not None:
-                    limit = np.minimum(limit, self._capacity[number])
-                local = fill_rows(tokens, entries, self.loader.row_length, limit)
+                local = fill_rows(tokens, entries, self.loader.row_length, self._limits[number])
             else:
                 local = [[i] for i in range(len(own))]
             load = np.array([entries[row].sum(axis=0) for row in local], np.int64)
@@ -168,7 +180,8 @@ class Plan:
             capacity = self._capacity[number] if self._capacity is not None else None
             batches, peak = arrange(load[order], self.loader.rows, self.shards, capacity)
             batches = np.where(batches < 0, -1, order[batches]) if len(order) else batches
-            yield [own[row] for row in local], batches, peak
+            row_peak = load.max(axis=0, initial=0)
+            yield _Packed([own[row] for row in local], batches, peak, row_peak)
 
     def epoch(self, number: int) -> EpochPlan:
         """The batches of an epoch; the last few epochs asked for are kept."""
@@ -181,10 +194,11 @@ class Plan:
 
     def _plan(self, epoch: int) -> EpochPlan:
         rows, batches, signature = [], [], []
-        for number, (new_rows, new_batches, _) in enumerate(self._pack(epoch)):
-            batches.append(np.where(new_batches < 0, -1, new_batches + len(rows)))
-            signature += [number] * len(new_batches)
-            rows += new_rows
+        for number, packed in enumerate(self._pack(epoch)):
+            shifted = np.where(packed.batches < 0, -1, packed.batches + len(rows))
+            batches.append(shifted)
+            signature += [number] * len(shifted)
+            rows += packed.rows
         table = np.concatenate(batches)
         order = np.arange(len(table))
         if self.shuffle:
@@ -197,9 +211,10 @@ class Plan:
 
     def start_of(self, epoch: int) -> int:
         """The step an epoch begins with."""
-        while len(self._sizes) < epoch:
-            self._sizes.append(len(self.epoch(len(self._sizes))))
-        return sum(self._sizes[:epoch])
+        with self._lock:
+            while len(self._sizes) < epoch:
+                self._sizes.append(len(self.epoch(len(self._sizes))))
+            return sum(self._sizes[:epoch])
 
     def locate(self, step: int) -> tuple[int, int]:
         """Global step -> (epoch, batch within it)."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.data.media import (
+    DEFAULT_LIMITS,
     SAMPLE_RATE,
     ImageLimits,
     load_frames,
@@ -70,7 +71,7 @@ def chunk_starts(samples: int, size: int, stride: str) -> list[int]:
     Uni-MoE's speech loader does.
     """
     step = size + (stride == "reference")
-    return [start for start in range(0, samples, step)] if samples > size else [0]
+    return list(range(0, samples, step)) if samples > size else [0]
 
 
 def split_chunks(wave: np.ndarray, size: int, stride: str, most: int) -> list[np.ndarray]:
@@ -185,7 +186,7 @@ class Entries(NamedTuple):
 class Processors:
     """Reads media files for one model. Picklable, stateless, raises `BadSample`."""
 
-    def __init__(self, model: ModelConfig, limits: ImageLimits = ImageLimits()):
+    def __init__(self, model: ModelConfig, limits: ImageLimits = DEFAULT_LIMITS):
         self.model = model
         self.limits = limits
 

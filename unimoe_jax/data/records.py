@@ -61,7 +61,7 @@ class RecordFile:
         self.path = str(path)
         data = Path(path).read_bytes()
         self.digest = hashlib.sha256(data).hexdigest()
-        if data.lstrip()[:1] == b"[":
+        if data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             spans = list(_list_spans(data, self.path))
         else:
             spans = list(_line_spans(data))

@@ -62,26 +62,27 @@ def unpack_events(data: np.ndarray) -> tuple[list[Event], int]:
 
 @dataclass
 class Tally:
-    """Counts of a pipeline. Every bad sample is logged once, however often it is met.
+    """Counts of a pipeline. Every sample is counted and logged once per reason.
 
-    total: samples of the data set, good and bad; seen: samples looked at (indexed, then loaded).
+    total: samples of the data set, good and bad; loaded: samples read for batches so far.
     """
 
     total: int
     max_bad_share: float
     strict: bool = False
-    seen: int = 0
+    loaded: int = 0
     counts: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     _met: set = field(default_factory=set)
+    _bad_loads: int = 0
 
-    def add(self, events: list[Event], seen: int) -> None:
-        """Count `events` met while looking at `seen` samples.
+    def add(self, events: list[Event], loaded: int = 0) -> None:
+        """Count `events`, met while loading `loaded` samples (0: while indexing).
 
-        Raises `TooManyBadSamples` when the share of bad ones passes the limit; each bad sample
-        counts once.
+        Raises `TooManyBadSamples`, with a table, when bad samples pass the allowed share of the
+        data set or of what was loaded so far; with `strict` at the first.
         """
-        self.seen += seen
+        self.loaded += loaded
         for event in events:
             key = (event.source, event.file, event.line, event.kind, event.reason)
             if key in self._met:
@@ -92,16 +93,19 @@ class Tally:
             self.examples.setdefault(event.reason, f"{where}: {event.message}")
             level = logging.WARNING if event.kind == "bad" else logging.INFO
             log.log(level, "%s: %s (%s: %s)", where, event.message, event.kind, event.reason)
-            if event.kind == "bad" and self.strict:
-                raise TooManyBadSamples(f"{where}: {event.message} ({event.reason}; strict)")
-        self._check()
+            if event.kind == "bad":
+                self._bad_loads += loaded > 0
+                if self.strict:
+                    raise TooManyBadSamples(f"{where}: {event.message} ({event.reason}; strict)")
+        self._check(self.bad, self.total, "of the data set")
+        seen = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
+        self._check(self._bad_loads, seen, "loaded")
 
-    def _check(self) -> None:
-        base = max(min(self.seen, self.total), min(self.total, MIN_SEEN), 1)
-        if self.bad > self.max_bad_share * base:
+    def _check(self, bad: int, base: int, of_what: str) -> None:
+        if bad > self.max_bad_share * base:
             raise TooManyBadSamples(
-                f"{self.bad} of {base} samples are bad "
-                f"({self.bad / base:.2%}, allowed {self.max_bad_share:.2%})\n{self.table()}"
+                f"{bad} of {base} samples {of_what} are bad ({bad / max(base, 1):.2%}, allowed "
+                f"{self.max_bad_share:.2%})\n{self.table()}"
             )
 
     @property

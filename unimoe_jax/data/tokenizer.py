@@ -17,25 +17,16 @@ SPACE = "\u2581"
 
 
 class Tokenizer:
-    """Text <-> ids. `path` is a `.model` file or a folder with `tokenizer.model`.
+    """Text <-> ids. Picklable.
 
-    A `tokenizer_config.json` beside it may set `legacy`: with false, text that continues after a
-    control token gets no space of its own. Picklable; raises FileNotFoundError without a model.
+    model: a serialised SentencePiece model; legacy: false gives text that continues after a control
+    token no space of its own. Raises ValueError if the model lacks bos, eos or unk.
     """
 
-    def __init__(self, path: str | Path, legacy: bool | None = None):
-        path = Path(path)
-        model = path / "tokenizer.model" if path.is_dir() else path
-        if not model.is_file():
-            raise FileNotFoundError(f"no SentencePiece model at {model}")
-        config_file = model.with_name("tokenizer_config.json")
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        self.legacy = bool(config.get("legacy", True)) if legacy is None else legacy
-        self._load(model.read_bytes())
-
-    def _load(self, proto: bytes) -> None:
-        self._proto = proto
-        self._pieces = SentencePieceProcessor(model_proto=proto)
+    def __init__(self, model: bytes, legacy: bool = True):
+        self.legacy = legacy
+        self._model = model
+        self._pieces = SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._pieces.vocab_size()
         self.bos_id = self._pieces.bos_id()
         self.eos_id = self._pieces.eos_id()
@@ -49,17 +40,28 @@ class Tokenizer:
             for index in (self.unk_id, self.bos_id, self.eos_id)
         }
 
-    def __getstate__(self):
-        return {"legacy": self.legacy, "proto": self._proto}
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a `.model` file or a folder with `tokenizer.model`.
 
-    def __setstate__(self, state):
-        self.legacy = state["legacy"]
-        self._load(state["proto"])
+        `legacy` comes from a `tokenizer_config.json` beside it. Raises FileNotFoundError without a
+        model.
+        """
+        path = Path(path)
+        model = path / "tokenizer.model" if path.is_dir() else path
+        if not model.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at {model}")
+        config_file = model.with_name("tokenizer_config.json")
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        return cls(model.read_bytes(), bool(config.get("legacy", True)))
+
+    def __reduce__(self):
+        return Tokenizer, (self._model, self.legacy)
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever ids could change."""
-        return hashlib.sha256(self._proto).hexdigest() + f"/legacy={self.legacy}"
+        return hashlib.sha256(self._model).hexdigest() + f"/legacy={self.legacy}"
 
     def encode(self, text: str, start: bool = True, control: bool = False) -> list[int]:
         """Ids of `text`, without bos and eos.

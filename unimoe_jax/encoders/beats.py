@@ -50,7 +50,15 @@ def visible_tokens(
     and a share is masked if all of it is padding. Padding is a suffix, so its first sample decides.
     This is coarser in time than the tokens are (a token spans p frames and p mel bins, and the
     tokens of one time step are consecutive), but it is how the released encoder was trained.
+
+    Raises:
+        ValueError: more tokens than frames or more frames than samples, so nothing to share out.
     """
+    if not num_tokens <= num_frames <= num_samples:
+        raise ValueError(
+            f"{num_tokens} tokens of {num_frames} frames of {num_samples} samples: each must have "
+            f"at least one of the next"
+        )
     samples_per_token = (num_samples // num_frames) * (num_frames // num_tokens)
     start_T = jnp.arange(num_tokens) * samples_per_token
     return start_T[None] < length_B[:, None]
@@ -231,13 +239,14 @@ class BeatsEncoder(nn.Module):
         project = Linear(
             config.hidden_size, options, use_bias=True, axes=(None, "embed"), name="embed_proj"
         )
-        x_BTD = shard(project(x_BTE), "batch", None, None)
+        x_BTD = project(x_BTE)
 
         tokens = x_BTD.shape[1]
         visible_BT = visible_tokens(length_B, num_samples, frames, tokens)
         x_BTD = jnp.where(visible_BT[..., None], x_BTD, 0)
         x_BTD = x_BTD + ConvPosition(config, options, name="conv_position")(x_BTD)
         x_BTD = LayerNorm(config.norm_eps, options, name="embed_norm")(x_BTD)
+        x_BTD = shard(x_BTD, "batch", None, None)
 
         table_RN = declare(
             self,

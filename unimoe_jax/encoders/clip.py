@@ -86,7 +86,7 @@ class ClipEncoder(nn.Module):
             q=patch,
         )
         embed = Linear(width, options, axes=(None, "embed"), name="patch_embedding")
-        x_BPD = shard(embed(patches_BPC), "batch", None, None)
+        x_BPD = embed(patches_BPC)
 
         class_D = declare(self, "class_embedding", embedding_init, (width,), ("embed",))
         shape = (1 + config.num_patches, width)
@@ -99,6 +99,7 @@ class ClipEncoder(nn.Module):
         )
 
         x_BTD = LayerNorm(config.norm_eps, options, name="pre_norm")(x_BTD)
+        x_BTD = shard(x_BTD, "batch", None, None)
         if config.used_layers:
             layers = scan_layers(
                 ClipBlock,

@@ -101,10 +101,10 @@ class WhisperEncoder(nn.Module):
             return gelu(linear(windows(x_BTC, stride)))
 
         x_BFD = conv(log_mel_BMF.astype(options.dtype).swapaxes(1, 2), 1, "conv1")
-        x_BTD = shard(conv(x_BFD, 2, "conv2"), "batch", None, None)
+        x_BTD = conv(x_BFD, 2, "conv2")
         shape = (config.max_positions, config.hidden_size)
         position_TD = declare(self, "position_embedding", sinusoids, shape, (None, "embed"))
-        x_BTD = x_BTD + position_TD.astype(options.dtype)[None]
+        x_BTD = shard(x_BTD + position_TD.astype(options.dtype)[None], "batch", None, None)
 
         layers = scan_layers(
             WhisperBlock, config.num_layers, config.remat, "layers", config=config, options=options

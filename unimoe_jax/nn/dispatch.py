@@ -127,7 +127,7 @@ class _Order(NamedTuple):
 def _sort_slots(expert_XK: jax.Array, experts: int) -> _Order:
     """Counting sort: cheaper than argsort, and it gives the ranks as well."""
     slot_expert = expert_XK.reshape(-1)
-    chosen = slot_expert[:, None] == jnp.arange(experts + 1)
+    chosen = slot_expert[:, None] == jnp.arange(experts + 1)[None]
     rank = jnp.cumsum(chosen.astype(jnp.int32), axis=0)
     count = rank[-1]
     start = jnp.cumsum(count) - count

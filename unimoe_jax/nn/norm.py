@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
         scale = declare(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x.astype(self.options.dtype) * scale.astype(self.options.dtype)
+        x = x.astype(self.options.dtype)
+        return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
 class LayerNorm(nn.Module):
@@ -39,4 +40,5 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        scale, bias = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
         return (x * scale + bias).astype(self.options.dtype)

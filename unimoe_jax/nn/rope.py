@@ -14,7 +14,7 @@ def rope_tables(
     `table_dtype` rounds the tables, as the originals do when they are loaded in half precision.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = position_BT.astype(jnp.float32)[..., None] / theta**exponent
+    angle = position_BT.astype(jnp.float32)[..., None] / (theta**exponent)[None, None]
     cos, sin = jnp.cos(angle).astype(table_dtype), jnp.sin(angle).astype(table_dtype)
     return cos.astype(jnp.float32), sin.astype(jnp.float32)
 

@@ -70,7 +70,7 @@ def route(
 
 def _sampled(logits: jax.Array, noisy: jax.Array, top_k: int) -> jax.Array:
     first = jnp.argmax(logits, axis=-1, keepdims=True)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, noisy)
+    others = jnp.where(jnp.arange(logits.shape[-1])[None] == first, -jnp.inf, noisy)
     rest = jax.lax.top_k(others, top_k - 1)[1] if top_k > 1 else first[:, :0]
     return jnp.concatenate([first, rest], axis=-1)
 

@@ -1,0 +1,28 @@
+"""Comparison of trees of arrays by relative norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; the norm of `actual` where `expected` is 0."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    norm = np.linalg.norm(expected)
+    return float(np.linalg.norm(actual - expected) / (norm if norm > 0 else 1.0))
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    """Every leaf agrees within `tolerance`; the message names the leaves that do not."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    errors = jax.tree.map(relative_error, actual, expected)
+    bad = {
+        jax.tree_util.keystr(path): error
+        for path, error in jax.tree_util.tree_leaves_with_path(errors)
+        if not error <= tolerance  # NaN is bad as well
+    }
+    assert not bad, f"relative errors above {tolerance}: {bad}"

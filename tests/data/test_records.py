@@ -1,0 +1,168 @@
+"""Every way a record can be wrong is found, named and located."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.data.helpers import talk
+from unimoe_jax.data.conversation import Medium, messages
+from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.tally import BadSample, Event, Tally, TooManyBadSamples
+
+ALL = frozenset({"image", "video", "speech", "audio"})
+
+
+def reader(path, root=None, voice="speech", accepts=ALL) -> RecordReader:
+    return RecordReader("test", RecordFile(path), root or path.parent, voice, accepts)
+
+
+def turns(*values) -> dict:
+    roles = ("human", "gpt")
+    return {"conversations": [{"from": roles[i % 2], "value": v} for i, v in enumerate(values)]}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({}, "malformed_record"),
+        ({"conversations": []}, "malformed_record"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed_record"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "malformed_record"),
+        (turns("only a question"), "roles"),
+        (turns("q", "a", "q"), "roles"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "roles"),
+        ({"conversations": [{"from": "human", "value": "x"}] * 2}, "roles"),
+        (talk(answer="  "), "empty_answer"),
+        (talk("no placeholder", image="a.png"), "placeholder_count"),
+        (talk("<image> <image>", image="a.png"), "placeholder_count"),
+        (talk("<audio>", voice=["a.wav", "a.wav"]), "placeholder_count"),
+        (talk("<image>", image="b.png"), "missing_file"),
+        (talk("<image>", image="../secret"), "outside_root"),
+        (talk("<image>", image="/etc/passwd"), "outside_root"),
+        (talk("<image>", image="link.png"), "outside_root"),
+        (talk("<image>", image="a\0.png"), "outside_root"),
+        (talk("<image>", image={"path": "a.png"}), "malformed_record"),
+        (talk("<audio>", voice="a.wav", voice_modality="music"), "voice_modality"),
+        (talk("<audio>", voice="a.wav", voice_modality=["audio", "audio"]), "voice_modality"),
+        ([1, 2], "malformed_json"),
+    ],
+)
+def test_bad_records(folder, record, reason):
+    folder.image("a.png")
+    folder.sound("a.wav")
+    (folder.root.parent / "secret").write_text("x")
+    os.symlink(folder.root.parent / "secret", folder.root / "link.png")
+    for lines in (True, False):
+        source = reader(folder.write("data.json", [record], lines))
+        with pytest.raises(BadSample) as caught:
+            source.record(0)
+        assert caught.value.reason == reason, caught.value.message
+
+
+def test_open_voice_modality_and_missing_encoder(folder):
+    folder.sound("a.wav")
+    path = folder.write("data.json", [talk("<audio>", voice="a.wav")])
+    with pytest.raises(BadSample, match="speech and audio"):
+        reader(path, voice=None).record(0)
+    with pytest.raises(BadSample, match="no encoder for speech"):
+        reader(path, accepts=frozenset({"image"})).record(0)
+    (file,) = reader(path, voice="audio").record(0).media["<audio>"]
+    assert file.modality == "audio"
+
+
+def test_media_in_all_their_forms(folder):
+    frames = [folder.image(f"f{i}.png") for i in range(3)]
+    folder.sound("a.wav")
+    path = folder.write(
+        "data.json",
+        [
+            talk("<image><image>", image=["f0.png", "f1.png"]),
+            talk("<video>", video=frames),
+            talk("<video><video>", video=[frames, frames[:2]]),
+            talk("<video>", video="f0.png"),
+            talk("<audio><audio>", voice=["a.wav", "a.wav"], voice_modality=["speech", "audio"]),
+            talk("<image>", image=str(folder.root / "f0.png")),
+        ],
+    )
+    records = [reader(path).record(i) for i in range(6)]
+    assert [len(f.paths) for f in records[0].media["<image>"]] == [1, 1]
+    assert [len(f.paths) for f in records[1].media["<video>"]] == [3]
+    assert [len(f.paths) for f in records[2].media["<video>"]] == [3, 2]
+    assert [f.modality for f in records[4].media["<audio>"]] == ["speech", "audio"]
+
+
+def test_undeclared_placeholders_and_answers_are_text(folder):
+    folder.image("a.png")
+    talks = [
+        talk("what is <audio> and <video> or </s>?", "an <image> of </s>"),
+        talk("<image> or <audio>?", "<image><image>", image="a.png"),
+    ]
+    source = reader(folder.write("data.json", talks))
+    plain, pictured = (source.record(i) for i in range(2))
+    assert [m.parts for m in messages(plain.turns, plain.media)] == [
+        ("what is <audio> and <video> or </s>?",),
+        ("an <image> of </s>",),
+    ]
+    human, gpt = messages(pictured.turns, pictured.media)
+    assert isinstance(human.parts[0], Medium)
+    assert human.parts[1:] == (" or <audio>?",)
+    assert gpt.parts == ("<image><image>",)
+
+
+def test_leading_answers_are_dropped(folder):
+    record = {"conversations": [{"from": "gpt", "value": "Hi."}, *talk()["conversations"]]}
+    assert len(reader(folder.write("d.json", [record])).record(0).turns) == 2
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_a_pretty_printed_list(tmp_path, bom):
+    records = [talk(f"ü☃ {i}", id=str(i)) for i in range(4)]
+    path = tmp_path / "d.json"
+    text = json.dumps(records, indent=2, ensure_ascii=False)
+    path.write_bytes(bom + text.encode())
+    file = RecordFile(path)
+    assert [file.read(i) for i in range(4)] == records
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if line == "  {"]
+    assert file.lines.tolist() == starts
+
+
+def test_broken_files(tmp_path):
+    broken = tmp_path / "list.json"
+    broken.write_text('[\n{"a": 1},\n{"a": \n')
+    with pytest.raises(ValueError, match=r"list.json:\d: broken JSON list"):
+        RecordFile(broken)
+    broken.write_text('[{"a": 1}\n {"b": 2}]')
+    with pytest.raises(ValueError, match=r"list.json:\d: expected"):
+        RecordFile(broken)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps(talk()) + "\n{broken\n\n" + json.dumps(talk()))
+    source = reader(lines)
+    assert [source.line(i) for i in range(len(source))] == [1, 2, 4]
+    assert source.record(2).turns == source.record(0).turns
+    with pytest.raises(BadSample, match="not JSON"):
+        source.record(1)
+    empty = tmp_path / "empty.json"
+    empty.write_text(" [ ] ")
+    assert len(RecordFile(empty)) == 0
+
+
+def test_tally_counts_once_and_stops_at_the_share(caplog):
+    def bad(line):
+        return Event("bad", "s", "f.json", line, "missing_file", "gone")
+
+    tally = Tally(total=1000, max_bad_share=0.01)
+    tally.add([bad(1), bad(1)])
+    tally.add([bad(1)], loaded=4)
+    assert tally.bad == 1
+    assert caplog.text.count("f.json:1") == 1
+    tally.add([bad(line) for line in range(2, 11)])
+    with pytest.raises(TooManyBadSamples, match=r"11 of 1000 .*\n(.*\n)*bad +missing_file +11"):
+        tally.add([bad(11)])
+    with pytest.raises(TooManyBadSamples, match=r"f.json:3: gone .*strict"):
+        Tally(1000, 0.01, strict=True).add([bad(3)])
+    tally = Tally(total=10**6, max_bad_share=0.01)  # stops long before 1 % of a million failed
+    with pytest.raises(TooManyBadSamples, match="11 of 1000 samples loaded"):
+        tally.add([bad(line) for line in range(11)], loaded=20)

@@ -1,0 +1,77 @@
+"""Whole records of the recorded runs: every file through `Processors`, against the collator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.golden_dir import golden_dir
+from unimoe_jax.config import (
+    AudioConfig,
+    BeatsConfig,
+    ClipConfig,
+    DecoderConfig,
+    ModelConfig,
+    QueryConnectorConfig,
+    SpeechConfig,
+    VisionConfig,
+    WhisperConfig,
+)
+from unimoe_jax.data.processors import Processors
+from unimoe_jax.data.records import RecordFile, RecordReader
+
+SMALL = {"hidden_size": 8, "mlp_dim": 8, "num_layers": 1, "num_heads": 1}
+QUERIES = QueryConnectorConfig(kind="qformer", num_queries=10, **SMALL)
+
+
+def model(voice: str) -> ModelConfig:
+    speech = SpeechConfig(
+        encoder=WhisperConfig(max_positions=1500, **SMALL),
+        connector=QUERIES,
+        chunk_stride="reference",
+    )
+    audio = AudioConfig(encoder=BeatsConfig(embed_size=8, **SMALL), connector=QUERIES)
+    return ModelConfig(
+        decoder=DecoderConfig(vocab_size=384, num_kv_heads=1, **SMALL),
+        vision=VisionConfig(encoder=ClipConfig(image_size=56, patch_size=14, **SMALL)),
+        speech=speech if voice == "speech" else None,
+        audio=audio if voice == "audio" else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "voice"),
+    [("unimoe-speech", "speech"), ("unimoe-8e", "speech"), ("unimoe-audio", "audio")],
+)
+def test_media_equal_the_reference_collator(folder, voice):
+    root = golden_dir(folder)
+    with np.load(root / "inputs.npz") as file:
+        names = ("images", "videos", "input_features", "features_mask")
+        expected = {name: file[name] for name in names}
+    config = model(voice)
+    accepts = frozenset(config.tokens_per_medium())
+    reader = RecordReader(folder, RecordFile(root / "data.json"), root, voice, accepts)
+    processors = Processors(config)
+    compared = dict.fromkeys(accepts, 0)
+    for row in range(len(reader)):
+        chunk = 0
+        for files in reader.record(row).media.values():
+            for number, file in enumerate(files, 1):
+                entries = processors.load(file)
+                assert processors.count(file) == (len(entries.arrays), entries.found)
+                compared[file.modality] += len(entries.arrays)
+                if file.modality == "image":
+                    got = entries.arrays[0].transpose(2, 0, 1)
+                    np.testing.assert_allclose(got, expected["images"][row], atol=1e-5)
+                elif file.modality == "video":
+                    got = entries.arrays[0].transpose(0, 3, 1, 2)
+                    np.testing.assert_allclose(got, expected["videos"][row], atol=1e-5)
+                else:
+                    for array in entries.arrays:
+                        want = expected["input_features"][row, chunk].reshape(array.shape)
+                        tolerance = 1e-4 if voice == "speech" else 5e-3
+                        np.testing.assert_allclose(array, want, atol=tolerance)
+                        assert expected["features_mask"][row, chunk] == number
+                        chunk += 1
+        assert not expected["features_mask"][row, chunk:].any()
+    assert min(compared.values()) > 0

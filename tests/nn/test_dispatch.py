@@ -1,0 +1,231 @@
+"""Dispatch: the sorted path against the dense reference, values and gradients."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from tests.close import assert_close, relative_error
+from tests.nn.dispatch_cases import (
+    EXPERTS,
+    HIDDEN,
+    MLP,
+    ROUTINGS,
+    SWIGLU,
+    WIDTH,
+    inputs_of,
+    routing,
+    values_and_gradients,
+    weights_of,
+)
+from unimoe_jax.nn import dispatch
+from unimoe_jax.nn.dispatch import moe_ffn
+from unimoe_jax.nn.experts import ExpertFunction
+
+ROWS, LENGTH = 2, 13
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Blocks of 8 and 2 rows: 26 tokens then fill several blocks and leave tails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "LARGEST_BLOCK", 8)
+        patch.setattr(dispatch, "SMALLEST_BLOCK", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def programs(small_blocks):
+    """Compiled on first use for every shape; routings are data."""
+    return {
+        (expert_fn, method): values_and_gradients(expert_fn, method)
+        for expert_fn in (MLP, SWIGLU)
+        for method in ("grouped", "dense")
+    }
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_grouped_equals_dense(programs, top_k: int):
+    """All routings in one program; weights with biases and adapters."""
+    weights, x = weights_of(MLP), inputs_of(ROWS, LENGTH)
+    for name in ROUTINGS:
+        expert, weight = routing(name, ROWS, LENGTH, top_k)
+        actual = programs[MLP, "grouped"](weights, x, expert, weight)
+        expected = programs[MLP, "dense"](weights, x, expert, weight)
+        assert_close(actual, expected, TOLERANCE)
+
+
+def test_grouped_equals_dense_swiglu(programs):
+    weights, x = weights_of(SWIGLU), inputs_of(ROWS, LENGTH)
+    expert, weight = routing("skewed", ROWS, LENGTH, 2)
+    actual = programs[SWIGLU, "grouped"](weights, x, expert, weight)
+    assert_close(actual, programs[SWIGLU, "dense"](weights, x, expert, weight), TOLERANCE)
+
+
+@pytest.mark.parametrize("loads", [(0, 1, 2, 3), (8, 7, 9, 2), (16, 0, 0, 10), (5, 11, 1, 9)])
+def test_loads_around_block_sizes(programs, loads):
+    expert = np.repeat(np.arange(EXPERTS + 1), [*loads, ROWS * LENGTH - sum(loads)])
+    expert = np.random.default_rng(0).permutation(expert).reshape(ROWS, LENGTH, 1)
+    weights, x = weights_of(MLP), inputs_of(ROWS, LENGTH)
+    _, weight = routing("balanced", ROWS, LENGTH, 1)
+    args = (weights, x, expert.astype(np.int32), weight)
+    assert_close(programs[MLP, "grouped"](*args), programs[MLP, "dense"](*args), TOLERANCE)
+
+
+def test_value_against_numpy(programs):
+    """The dense reference itself, written out token by token."""
+    weights, x = weights_of(SWIGLU), inputs_of(1, 5)
+    expert, weight = routing("some_none", 1, 5, 2)
+
+    def linear(e, name, v):
+        w = weights[name]
+        y = v @ w["kernel"][e]
+        if "lora_a" in w:
+            y = y + 3.0 / 2 * (v @ w["lora_a"][e] @ w["lora_b"][e])
+        return y
+
+    expected = np.zeros_like(x)
+    for t in range(5):
+        for e, share in zip(expert[0, t], weight[0, t], strict=True):
+            if e < EXPERTS:
+                gate = linear(e, "gate_proj", x[0, t])
+                hidden = gate / (1 + np.exp(-gate)) * linear(e, "up_proj", x[0, t])
+                expected[0, t] += share * linear(e, "down_proj", hidden)
+    for method in ("dense", "grouped"):
+        y, _ = programs[SWIGLU, method](weights, x, expert, weight)
+        assert relative_error(y, expected) < TOLERANCE
+
+
+def test_single_token(programs):
+    weights, x = weights_of(MLP), inputs_of(1, 1)
+    expert, weight = routing("balanced", 1, 1, 2)
+    actual = programs[MLP, "grouped"](weights, x, expert, weight)
+    assert_close(actual, programs[MLP, "dense"](weights, x, expert, weight), TOLERANCE)
+
+
+def test_unused_experts_and_slots_are_exactly_zero(programs):
+    weights, x = weights_of(MLP), inputs_of(ROWS, LENGTH)
+    expert, weight = routing("empty", ROWS, LENGTH, 2)
+    _, (dweights, _, _) = programs[MLP, "grouped"](weights, x, expert, weight)
+    for leaf in jax.tree.leaves(dweights):
+        assert not np.any(leaf[1::2])
+        assert all(np.any(leaf[e]) for e in (0, 2))
+
+    expert, weight = routing("none", ROWS, LENGTH, 2)
+    outputs = programs[MLP, "grouped"](weights, x, expert, weight)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(outputs))
+
+
+def test_bfloat16():
+    low = replace(SWIGLU, dtype=jnp.bfloat16)
+    weights, x = weights_of(SWIGLU), inputs_of(ROWS, LENGTH)
+    expert, weight = routing("skewed", ROWS, LENGTH, 2)
+    args = (weights, jnp.asarray(x, jnp.bfloat16), expert, weight)
+    actual = values_and_gradients(low, "grouped")(*args)
+    expected = values_and_gradients(SWIGLU, "dense")(weights, x, expert, weight)
+    assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(actual))
+    assert_close(actual, expected, 2e-2)
+    assert actual[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dropout_is_the_same_in_both_paths(seed: int):
+    expert_fn = replace(SWIGLU, train=True)
+    weights, x = weights_of(expert_fn), inputs_of(ROWS, LENGTH)
+    expert, weight = routing("skewed", ROWS, LENGTH, 2)
+    seed = np.uint32(seed)
+    args = (expert_fn, weights, x, expert, weight, seed)
+    run = jax.jit(moe_ffn, static_argnums=(0, 6))
+    grouped, dense = run(*args, "grouped"), run(*args, "dense")
+    assert relative_error(grouped, dense) < TOLERANCE
+    without = run(SWIGLU, *args[1:], "dense")
+    assert relative_error(grouped, without) > 1e-2
+    assert relative_error(run(*args[:5], seed + np.uint32(1), "grouped"), grouped) > 1e-2
+
+
+# --------------------------------------------------------------- the custom gradient
+
+
+@dataclass(frozen=True)
+class Tanh(ExpertFunction):
+    """A float64 expert: the real ones accumulate in float32."""
+
+    def __call__(self, weights, x_RD, row_R, seed):
+        return jnp.tanh(x_RD @ weights["kernel"])
+
+
+def test_gradient_against_finite_differences():
+    with jax.enable_x64(True):
+        expert, weight = routing("some_none", 1, 5, 2)
+        rng = np.random.default_rng(0)
+        weights = {"kernel": rng.standard_normal((EXPERTS, WIDTH, WIDTH))}
+        row, seed = np.arange(5, dtype=np.uint32), np.uint32(0)
+
+        def f(weights, x, weight):
+            return dispatch.grouped(Tanh(jnp.float64), weights, x, expert[0], weight, row, seed)
+
+        args = (weights, rng.standard_normal((5, WIDTH)), np.asarray(weight[0], np.float64))
+        check_grads(jax.jit(f), args, 1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=1e-2)
+
+
+def test_under_vmap_scan_and_remat():
+    """Two groups in parallel, each two layers deep, recomputed in the backward pass."""
+    weights = jax.tree.map(lambda *a: np.stack(a), weights_of(SWIGLU, 0), weights_of(SWIGLU, 1))
+    x = np.stack([inputs_of(1, 7, seed) for seed in (1, 2)])
+    routings = [routing("skewed", 1, 7, 2, seed) for seed in (1, 2)]
+    expert, weight = (np.stack(a) for a in zip(*routings, strict=True))
+
+    def loss(weights, x, method):
+        def layers(x, expert, weight):
+            @jax.checkpoint
+            def layer(x, w):
+                return x + moe_ffn(SWIGLU, w, x, expert, weight, np.uint32(0), method), None
+
+            return jax.lax.scan(layer, x, weights)[0]
+
+        return jnp.sum(jnp.sin(jax.vmap(layers)(x, expert, weight)))
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    assert_close(run(weights, x, "grouped"), run(weights, x, "dense"), 3e-6)
+
+
+# ------------------------------------------------------------------ the compiled program
+
+
+def _compiled(method: str, argnums) -> jax.stages.Compiled:
+    plain = replace(SWIGLU, adapters=())
+    x, (expert, weight) = inputs_of(4, 16), routing("balanced", 4, 16, 2)
+
+    def loss(weights, x):
+        return jnp.sum(jnp.sin(moe_ffn(plain, weights, x, expert, weight, np.uint32(0), method)))
+
+    return jax.jit(jax.grad(loss, argnums)).lower(weights_of(plain), x).compile()
+
+
+def _dot_sizes(compiled: jax.stages.Compiled) -> list[int]:
+    """Elements of the result of every matrix product in the optimised program."""
+    text = compiled.as_text()
+    shapes = re.findall(r"= f32\[([\d,]*)\]\S* (?:dot|custom-call)\(", text)
+    return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+
+
+def test_program_multiplies_routed_rows_only():
+    """No product over all experts, nor over all tokens, in the optimised program."""
+    largest = max(8 * HIDDEN, WIDTH * HIDDEN)  # a block's rows, or a weight's gradient
+    full, reference = _compiled("grouped", (0, 1)), _compiled("dense", (0, 1))
+    sizes = _dot_sizes(full)
+    assert sizes
+    assert max(sizes) <= largest
+    assert max(_dot_sizes(reference)) >= 64 * HIDDEN  # the check sees what it is meant to see
+
+    frozen = _compiled("grouped", 1)
+    # Forward again, then dx: 2 of the 3 units of work of a backward pass with dW.
+    assert frozen.cost_analysis()["flops"] < 0.75 * full.cost_analysis()["flops"]
+    assert len(_dot_sizes(frozen)) < len(sizes)

@@ -1,0 +1,314 @@
+"""Source checkpoints, read lazily and tensor by tensor.
+
+Safetensors files are memory-mapped with an own header parser, so that no framework is needed and a
+hostile header cannot allocate anything. `.bin`, `.pt` and `.pth` files go through
+`torch.load(weights_only=True, mmap=True)`, which executes nothing; torch is the optional extra
+`[convert]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+OLDEST_TORCH = (2, 10)
+MAX_HEADER = 100_000_000
+SAFETENSORS_DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class ConvertError(RuntimeError):
+    """A checkpoint that cannot be read or does not fit; names file, tensor and shapes."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a source file. `read` returns it without keeping anything."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np_dtype(self.dtype).itemsize
+
+
+Tensors = dict[str, Tensor]
+
+
+def np_dtype(name: str) -> np.dtype:
+    """numpy dtype of a name, `bfloat16` included."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConvertError: missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConvertError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------ safetensors
+
+
+def open_safetensors(path: Path) -> Tensors:
+    """Tensors of a safetensors file; every offset is checked against the file's size.
+
+    Raises:
+        ConvertError: truncated, overlapping, of unknown dtype, or not a safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ConvertError(f"{path}: truncated, {size} bytes are no safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(MAX_HEADER, size - 8):
+            raise ConvertError(
+                f"{path}: the header claims {length} bytes, the file has {size}; damaged or hostile"
+            )
+        try:
+            header = json.loads(file.read(length))
+            entries = [(k, v) for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ConvertError(f"{path}: the header is not JSON: {error}") from error
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data, tensors, end = 8 + length, {}, 0
+    for name, entry in sorted(entries, key=lambda item: _begin(path, *item)):
+        dtype, shape, (first, last) = _entry(path, name, entry)
+        expected = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+        if first != end or last - first != expected:
+            raise ConvertError(
+                f"{path}: tensor {name!r} of shape {shape} {dtype} needs {expected} bytes from "
+                f"{end}, the header says {first}..{last}"
+            )
+        if data + last > size:
+            raise ConvertError(
+                f"{path}: truncated: tensor {name!r} of shape {shape} ends at byte {data + last}, "
+                f"the file has {size}"
+            )
+        end = last
+        read = _mapped(view, data + first, shape, dtype)
+        tensors[name] = Tensor(name, path, shape, str(dtype), read)
+    return tensors
+
+
+def _begin(path: Path, name: str, entry: Any) -> int:
+    try:
+        return int(entry["data_offsets"][0])
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise ConvertError(f"{path}: tensor {name!r} has a malformed header entry") from error
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
+    try:
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        shape = tuple(int(size) for size in entry["shape"])
+        first, last = (int(offset) for offset in entry["data_offsets"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConvertError(
+            f"{path}: tensor {name!r} has a malformed header entry: {entry!r:.120}"
+        ) from error
+    if any(size < 0 for size in shape):
+        raise ConvertError(f"{path}: tensor {name!r} has shape {shape}")
+    return dtype, shape, (first, last)
+
+
+def _mapped(view: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype):
+    count = int(np.prod(shape, dtype=np.int64))
+
+    def read() -> np.ndarray:
+        array = np.frombuffer(view, dtype, count, offset).reshape(shape).copy()
+        # The copy is ours; the file's pages need not stay resident.
+        page = offset - offset % mmap.PAGESIZE
+        if count and hasattr(view, "madvise"):
+            view.madvise(mmap.MADV_DONTNEED, page, offset + count * dtype.itemsize - page)
+        return array
+
+    return read
+
+
+# ------------------------------------------------------------------------------------ torch
+
+
+def import_torch() -> Any:
+    """torch, if it is new enough to read untrusted files.
+
+    Raises:
+        ConvertError: not installed, or older than 2.10 (memory corruption in its restricted
+            unpickler, GHSA-63cw-57p8-fm3p).
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConvertError(
+            "reading .bin and .pt files needs torch: pip install 'unimoe_jax[convert]' "
+            "(or convert the files to safetensors)"
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise ConvertError(
+            f"torch {torch.__version__} is too old to read untrusted files safely; "
+            f"pip install 'torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}'"
+        )
+    return torch
+
+
+def load_torch(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a torch file, tensors memory-mapped, nothing executed.
+
+    Raises:
+        ConvertError: not a torch zip file, or it holds anything but tensors and plain values.
+    """
+    torch = import_torch()
+    try:
+        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ConvertError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a damaged or hostile pickle provokes in torch
+        reason = str(error).strip().splitlines()
+        raise ConvertError(f"{path}: refused: {reason[0] if reason else error!r}") from error
+    if not isinstance(content, Mapping):
+        raise ConvertError(f"{path}: expected a dictionary, found {type(content).__name__}")
+    return content
+
+
+def open_torch(path: Path, content: Mapping[str, Any] | None = None) -> Tensors:
+    """Tensors of a torch file's flat dictionary (or of `content`, part of one).
+
+    Raises:
+        ConvertError: as `load_torch`; or an entry is no tensor.
+    """
+    torch = import_torch()
+    content = load_torch(path) if content is None else content
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
+            raise ConvertError(
+                f"{path}: {name!r} is no tensor but {type(value).__name__}; a flat state "
+                "dictionary is expected"
+            )
+        dtype = str(value.dtype).removeprefix("torch.")
+        read = _torch_reader(torch, value, path, name)
+        tensors[name] = Tensor(name, path, tuple(value.shape), dtype, read)
+    return tensors
+
+
+def _torch_reader(torch: Any, value: Any, path: Path, name: str) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        if value.layout != torch.strided or value.is_meta:
+            raise ConvertError(f"{path}: tensor {name!r} is {value.layout}, not a dense tensor")
+        flat = value.detach().contiguous()
+        if flat.dtype == torch.bfloat16:
+            return flat.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return flat.numpy()
+
+    return read
+
+
+# ---------------------------------------------------------------------------------- folders
+
+
+def open_file(path: Path) -> Tensors:
+    """Tensors of one file, by its suffix.
+
+    Raises:
+        ConvertError: missing, unreadable, or of an unknown kind.
+    """
+    if not path.is_file():
+        raise ConvertError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return open_torch(path)
+    raise ConvertError(f"{path}: unknown kind of file; expected .safetensors, .bin, .pt or .pth")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Weight files of a Hugging Face folder: an index if there is one, safetensors preferred.
+
+    Raises:
+        ConvertError: none, or an index that names files outside the folder.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            mapped = read_json(index).get("weight_map")
+            if not isinstance(mapped, dict) or not mapped:
+                raise ConvertError(f"{index}: has no `weight_map`")
+            names = sorted({str(name) for name in mapped.values()})
+            inside = [name for name in names if Path(name).name == name]
+            if inside != names:
+                raise ConvertError(f"{index}: names files outside its folder: {names}")
+            return [folder / name for name in names]
+        if single.is_file():
+            return [single]
+    raise ConvertError(
+        f"{folder}: no weights: neither model.safetensors(.index.json) nor "
+        "pytorch_model.bin(.index.json)"
+    )
+
+
+def open_folder(folder: Path) -> Tensors:
+    """Tensors of a Hugging Face folder over all its shards; an index must agree with them.
+
+    Raises:
+        ConvertError: a shard is missing, a tensor is in two shards, or the index lists others.
+    """
+    files, tensors = weight_files(folder), {}
+    for file in files:
+        for name, tensor in open_file(file).items():
+            if name in tensors:
+                raise ConvertError(f"{file}: tensor {name!r} is also in {tensors[name].file}")
+            tensors[name] = tensor
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file() and files[0].suffix in index.name:
+            listed = read_json(index)["weight_map"]
+            for name in sorted(set(listed) ^ set(tensors)):
+                where = "the index but in no shard" if name in listed else "a shard but not indexed"
+                raise ConvertError(f"{index}: tensor {name!r} is in {where}")
+    return tensors
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[str]:
+    """Names below `prefix`."""
+    return (name for name in tensors if name.startswith(prefix))

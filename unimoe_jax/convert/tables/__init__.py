@@ -1,0 +1,1 @@
+"""Which source tensor becomes which parameter, one module per model family: data, not code."""

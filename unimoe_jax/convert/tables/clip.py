@@ -1,0 +1,62 @@
+"""CLIP vision models of transformers (`CLIPModel` or `CLIPVisionModel`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unimoe_jax.config import ClipConfig
+from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
+
+EXCUSES = (
+    Excuse(r"clip:(text_model|text_projection|visual_projection|logit_scale)\b.*",
+           "text side of CLIP, not part of a vision encoder"),
+    Excuse(r"clip:(vision_model\.)?post_layernorm\..*",
+           "only the class token of the last layer passes it; patch features do not"),
+    Excuse(r"clip:(vision_model\.)?encoder\.layers\.\d+\..*",
+           "layers after the selected hidden state"),
+    Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
+)
+
+
+def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
+    """From a `config.json` of CLIPModel or CLIPVisionModel; defaults are transformers'."""
+    vision = config.get("vision_config") or config
+    return ClipConfig(
+        hidden_size=vision.get("hidden_size", 768),
+        mlp_dim=vision.get("intermediate_size", 3072),
+        num_layers=vision.get("num_hidden_layers", 12),
+        num_heads=vision.get("num_attention_heads", 12),
+        image_size=vision.get("image_size", 224),
+        patch_size=vision.get("patch_size", 32),
+        norm_eps=vision.get("layer_norm_eps", 1e-5),
+        select_layer=select_layer,
+    )
+
+
+def copies(config: ClipConfig, dst: str, prefix: str = "vision_model.") -> list[Copy]:
+    """Everything up to the selected hidden state, from group `clip`."""
+    src, patch = f"clip:{prefix}", (("p", config.patch_size), ("q", config.patch_size))
+    top = (
+        Entry(
+            f"{src}embeddings.patch_embedding.weight",
+            f"{dst}/patch_embedding/kernel",
+            "d c p q -> (p q c) d",
+            patch,
+        ),
+        Entry(f"{src}embeddings.class_embedding", f"{dst}/class_embedding"),
+        Entry(f"{src}embeddings.position_embedding.weight", f"{dst}/position_embedding"),
+        *norm(f"{src}pre_layrnorm", f"{dst}/pre_norm"),
+    )
+    s, d = f"{src}encoder.layers.{{l}}.", f"{dst}/{{l}}/"
+    layer = (
+        *norm(f"{s}layer_norm1", f"{d}attention_norm"),
+        *linear(f"{s}self_attn.q_proj", f"{d}attention/q_proj"),
+        *linear(f"{s}self_attn.k_proj", f"{d}attention/k_proj"),
+        *linear(f"{s}self_attn.v_proj", f"{d}attention/v_proj"),
+        *linear(f"{s}self_attn.out_proj", f"{d}attention/o_proj"),
+        *norm(f"{s}layer_norm2", f"{d}mlp_norm"),
+        *linear(f"{s}mlp.fc1", f"{d}mlp/fc1"),
+        *linear(f"{s}mlp.fc2", f"{d}mlp/fc2"),
+    )
+    return expand(top) + expand(layer, flat_stack(config.used_layers))

@@ -1,0 +1,94 @@
+"""LLaMA-shaped decoders of transformers: LLaMA, Vicuna, Mistral."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unimoe_jax.config import DecoderConfig, MoEConfig
+from unimoe_jax.convert.entry import LINEAR, Copy, Entry, Excuse, expand, linear, norm
+from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.nn.stack import Place, where_is
+
+EXCUSES = (
+    Excuse(r"base:(.*\.)?rotary_emb\.inv_freq", "a buffer of rotary frequencies, recomputed here"),
+)
+
+
+def decoder_config(
+    config: Mapping[str, Any], moe: MoEConfig | None = None, **defaults: Any
+) -> DecoderConfig:
+    """From a `config.json` of LlamaForCausalLM or MistralForCausalLM.
+
+    Raises:
+        ConvertError: an option that changes numbers and that this decoder does not have.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ConvertError(f"config.json: rope_scaling {kind!r} is not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConvertError(f"config.json: hidden_act {config['hidden_act']!r} is not supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ConvertError(f"config.json: {key} is not supported")
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
+    theta = config.get("rope_theta") or scaling.get("rope_theta") or defaults.get("theta", 10000.0)
+    return DecoderConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        mlp_dim=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_dim=config.get("head_dim"),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        # Full attention equals a sliding window for streams no longer than the window.
+        max_positions=min(window, longest) if window else longest,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        moe=moe,
+    )
+
+
+def places(config: DecoderConfig) -> dict[int, Place]:
+    """Where each layer lies under `decoder/`."""
+    return dict(enumerate(where_is(config.moe_layers())))
+
+
+def chosen(config: DecoderConfig, moe: bool) -> dict[int, Place]:
+    """Places of the layers that do (or do not) carry experts."""
+    kinds = config.moe_layers()
+    return {layer: place for layer, place in places(config).items() if kinds[layer] == moe}
+
+
+def trunk(config: DecoderConfig) -> list[Copy]:
+    """Everything but the feed-forward layers, from group `base`."""
+    top = [
+        Entry("base:model.embed_tokens.weight", "embed/embedding"),
+        *norm("base:model.norm", "decoder/final_norm", bias=False),
+    ]
+    if not config.tie_embeddings:
+        top.append(Entry("base:lm_head.weight", "lm_head/kernel", LINEAR))
+    s, d = "base:model.layers.{l}.", "decoder/{l}/"
+    layers = [
+        *norm(f"{s}input_layernorm", f"{d}attention_norm", bias=False),
+        *norm(f"{s}post_attention_layernorm", f"{d}mlp_norm", bias=False),
+    ]
+    for name in "qkvo":
+        layers += linear(f"{s}self_attn.{name}_proj", f"{d}attention/{name}_proj", bias=False)
+    return expand(top) + expand(layers, places(config))
+
+
+def swiglu(src: str, dst: str) -> tuple[Entry, ...]:
+    """gate, up and down of one feed-forward layer."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return tuple(
+        entry for name in names for entry in linear(f"{src}{name}", f"{dst}{name}", bias=False)
+    )
+
+
+def copies(config: DecoderConfig) -> list[Copy]:
+    """A dense decoder, from group `base`."""
+    mlp = swiglu("base:model.layers.{l}.mlp.", "decoder/{l}/mlp/")
+    return trunk(config) + expand(mlp, chosen(config, moe=False))
