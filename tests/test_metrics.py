@@ -92,7 +92,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
         writer.write(1, {"loss": 1.0, "router_entropy": [0.25, 0.5], "signature": "image"})
     (events,) = (tmp_path / "tb" / "align").iterdir()
     content = events.read_bytes()
-    for tag in (b"loss", b"router_entropy/01", b"loss_by_signature/image"):
+    for tag in (b"loss", b"router_entropy/01", b"loss_by_modality/image"):
         assert tag in content
     assert dict(metrics._scalars({"a": {"b": 1}, "c": [[1]], "d": "inf", "e": "x"})) == {
         "a/b": 1.0,

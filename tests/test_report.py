@@ -82,7 +82,7 @@ def finished(tmp_path_factory):
 def test_every_figure_is_written_and_not_blank(finished):
     names = {path.stem for path in (finished / "plots").iterdir()}
     assert names == {
-        *("loss", "loss_by_signature", "learning_rate", "grad_norm", "tokens_per_s"),
+        *("loss", "loss_by_modality", "learning_rate", "grad_norm", "tokens_per_s"),
         *("aux_losses", "router_entropy", "expert_load_tune", "heldout"),
     }
     for path in (finished / "plots").iterdir():
@@ -159,13 +159,13 @@ def test_axes_from_zero_still_hold_every_stage():
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 90
 
 
-def test_losses_by_signature_takes_both_forms():
+def test_losses_by_modality_takes_both_forms():
     records = [
         {"step": 1, "signature": "image", "loss": 2.0},
-        {"step": 2, "loss_by_signature": {"image": 1.0, "text": "nan"}, "loss": 5.0},
+        {"step": 2, "loss_by_modality": {"image": 1.0, "text": "nan"}, "loss": 5.0},
         {"step": 3, "loss": 4.0},
     ]
-    found = metric_series.losses_by_signature(records)
+    found = metric_series.losses_by_modality(records)
     np.testing.assert_array_equal(found["image"], [[1, 2], [2.0, 1.0]])
     np.testing.assert_array_equal(found["text"], [[2], [np.nan]])
 

@@ -341,6 +341,11 @@ class LoaderConfig(Config):
 
     row_length: Positive = Field(description="T: positions per row, soft tokens included")
     rows: Positive = Field(description="rows of one global batch")
+    groups: Positive | None = Field(
+        None,
+        description="media pools that a batch is cut into, a multiple of the data shards; set it "
+        "to get the same batches on any mesh (default: one per data shard)",
+    )
     packing: bool = True
     group_by_modality: bool = Field(True, description="each batch holds one combination of media")
     workers: NonNegative = Field(0, description="processes; 0 reads with threads")
@@ -355,7 +360,7 @@ class LoaderConfig(Config):
 class DataConfig(Config):
     sources: dict[str, SourceConfig]
     loader: LoaderConfig
-    template: Literal["vicuna_v1", "plain"] = "vicuna_v1"
+    template: Literal["vicuna_v1", "vicuna_turns", "plain"] = "vicuna_v1"
     embedded_size: Positive = Field(1, description="scale of the embedded data set")
     cache: str | None = Field(None, description="folder of the embedded data set and the indices")
 

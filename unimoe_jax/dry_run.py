@@ -10,7 +10,13 @@ import numpy as np
 from unimoe_jax import config_io
 from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.params import ParamInfo, describe
-from unimoe_jax.setup_data import PREFIX, load_tokenizer, resolve_sources, stage_pipeline
+from unimoe_jax.setup_data import (
+    PREFIX,
+    load_tokenizer,
+    pool_groups,
+    resolve_sources,
+    stage_pipeline,
+)
 from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
 from unimoe_jax.stage import parameter_table
 
@@ -46,9 +52,12 @@ def dry_run(config: RunConfig) -> None:
                 for path, info in infos.items()
             }
             print(describe(infos, shardings))
+            print(origins(config, stage))
+            print(components(infos))
             print(memory(config, stage, infos, shardings, data_shards(mesh)))
             if tokenizer_here and not missing.keys() & stage.mixture.keys():
-                print(_samples(config, stage, data, data_shards(mesh)))
+                groups = pool_groups(config, stage, data_shards(mesh))
+                print(_samples(config, stage, data, groups))
 
 
 def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
@@ -59,6 +68,35 @@ def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
     }
     kept = {name: s for name, s in data.sources.items() if name not in missing}
     return resolve_sources(data.model_copy(update={"sources": kept})), missing
+
+
+def origins(config: RunConfig, stage: StageConfig) -> str:
+    """Where the parameters start, in the order in which it is tried."""
+    earlier = {s.name for s in config.stages}
+    lines = []
+    for take in stage.init:
+        for name in take.experts or (take.source,):
+            folder = Path(name.removeprefix("checkpoint:")).expanduser()
+            here = name == "fresh" or name in earlier or folder.is_dir()
+            label = name if here else f"{folder} is not here"
+            lines.append(f"  {take.match:<48}{label}")
+    return "starts from\n" + "\n".join(lines) + "\n"
+
+
+def components(infos: dict[str, ParamInfo]) -> str:
+    """Millions of parameters by part of the model, in all and trained."""
+    total: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    for path, info in infos.items():
+        first, second, *_ = path.split("/")
+        name = f"{first} {second}" if second in ("encoder", "connector") else "language model"
+        total[name] = total.get(name, 0) + info.size
+        trained[name] = trained.get(name, 0) + info.trained * info.size
+    rows = [*total.items(), ("sum", sum(total.values()))]
+    trained["sum"] = sum(trained.values())
+    head = f"{'millions of parameters':<40}{'all':>10}{'trained':>12}"
+    lines = [f"  {name:<38}{n / 1e6:>10,.1f}{trained[name] / 1e6:>12,.1f}" for name, n in rows]
+    return "\n".join([head, *lines]) + "\n"
 
 
 def memory(
@@ -98,10 +136,10 @@ def memory(
     return "memory per device\n" + "\n".join(lines)
 
 
-def _samples(config: RunConfig, stage: StageConfig, data: DataConfig, shards: int) -> str:
+def _samples(config: RunConfig, stage: StageConfig, data: DataConfig, groups: int) -> str:
     tokenizer, _ = load_tokenizer(config)
-    pipeline = stage_pipeline(config, stage, data, tokenizer, shards)
-    budget = pipeline.budget()
+    pipeline = stage_pipeline(config, stage, data, tokenizer, groups)
+    budget = pipeline.token_budget()
     lines = [f"{pipeline.steps_per_epoch} steps per epoch, tokens per epoch by modality:"]
     lines += [f"  {name:<8}{count:>14,}" for name, count in budget.items()]
     return "\n".join([*lines, "", *pipeline.preview(SAMPLES)])

@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 
 from unimoe_jax.checkpoint import StepCheckpoints, save_final
 from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.evaluate import compile_score, exact_match, to_devices
 from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
-from unimoe_jax.setup_data import heldout_pipeline, stage_pipeline
+from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline
 from unimoe_jax.sharding import batch_sharding, data_shards, replicated
 from unimoe_jax.stage import (
     Stage,
@@ -101,7 +102,7 @@ class _Log:
     steps: int
     tokens: float = 0.0
     waited: float = 0.0
-    load: Any = None
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     total_tokens: float = 0.0
     total_seconds: float = 0.0
@@ -111,9 +112,9 @@ class _Log:
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
         self.tokens += float(metrics["tokens"])
         self.waited += waited
-        if "load" in metrics:
-            load = metrics.pop("load")
-            self.load = load if self.load is None else self.load + load
+        for name in ("load", "nll_by_modality", "targets_by_modality"):
+            if name in metrics:
+                self.sums[name] = self.sums.get(name, 0) + metrics[name]
         loss = float(metrics["loss"])
         if math.isfinite(loss):
             if self.summary.first_loss is None:
@@ -135,19 +136,24 @@ class _Log:
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
             "skipped": int(metrics["bad"]),
+            "loss_by_modality": self._by_modality(),
         }
         if "balance" in metrics:
             values |= {
                 "balance": float(metrics["balance"]),
                 "router_z": float(metrics["router_z"]),
                 "router_entropy": metrics["entropy"].tolist(),
-                "expert_load": self.load.tolist(),
+                "expert_load": self.sums["load"].tolist(),
             }
         self.writer.write(step, values)
         self.progress.update(step, values)
         self.total_tokens += self.tokens
         self.total_seconds += seconds
-        self.tokens, self.waited, self.load, self.since = 0.0, 0.0, None, time.monotonic()
+        self.tokens, self.waited, self.sums, self.since = 0.0, 0.0, {}, time.monotonic()
+
+    def _by_modality(self) -> dict[str, float]:
+        nll, targets = self.sums["nll_by_modality"], self.sums["targets_by_modality"]
+        return {name: float(nll[i] / targets[i]) for name, i in MODALITY.items() if targets[i]}
 
 
 def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
@@ -157,8 +163,8 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         TrainingStopped: too many non-finite steps in a row.
     """
     run, mesh, started = runtime.run, runtime.mesh, time.monotonic()
-    shards = data_shards(mesh)
-    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, shards)
+    groups = pool_groups(run, config, data_shards(mesh))
+    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
     optim = config.optim
     steps = optim.steps or pipeline.steps(optim.epochs)
     stage = build_stage(run, config, mesh, steps)
@@ -243,9 +249,9 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
 def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progress):
     """Compile everything the stage will run, side by side: afterwards nothing can recompile."""
     mesh, config = runtime.mesh, stage.config
-    shards = data_shards(mesh)
+    groups = pool_groups(runtime.run, config, data_shards(mesh))
     step = make_train_step(
-        stage.model, stage.optimizer, stage.schedule, config.aux, config.optim.accumulate, shards
+        stage.model, stage.optimizer, stage.schedule, config.aux, config.optim.accumulate, groups
     )
     shardings = (stage.state_shardings(mesh), replicated(mesh))
     jitted = jax.jit(step, donate_argnums=(0,), out_shardings=shardings)
@@ -262,7 +268,7 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
 
     heldout = None
     if config.evaluate:
-        heldout = heldout_pipeline(runtime.run, config, runtime.data, runtime.tokenizer, shards)
+        heldout = heldout_pipeline(runtime.run, config, runtime.data, runtime.tokenizer, groups)
     jobs: dict[Any, Callable[[], Any]] = {
         ("step", signature): lambda name=signature: compile_step(pipeline.spec(name))
         for signature in pipeline.signatures

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 
 from unimoe_jax.config import AuxLossConfig
 from unimoe_jax.nn.moe import MoEAux
+from unimoe_jax.nn.router import NUM_MODALITIES
+
+
+def token_nll(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
+    """−log p(target) at every position, float32 [B,T]. The target stands where it is predicted."""
+    logits = logits_BTV.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, target_BT[..., None], axis=-1)[..., 0]
 
 
 def cross_entropy(
@@ -14,13 +24,31 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """(Σ weight · −log p(target), Σ weight), float32 scalars.
 
-    The target stands at the position that predicts it. Divide the first by the second for the mean
-    per target token.
+    Divide the first by the second for the mean per target token.
     """
-    logits = logits_BTV.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, target_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(weight_BT * (log_z - picked)), jnp.sum(weight_BT)
+    return jnp.sum(weight_BT * token_nll(logits_BTV, target_BT)), jnp.sum(weight_BT)
+
+
+def modality_sums(
+    value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.Array
+) -> jax.Array:
+    """Σ value over the samples that hold each modality, float32 [text, image, video, speech, audio].
+
+    A sample (segment) without media counts as text; one with two media counts for both.
+    """
+    samples = segment_BT.shape[1] // 2 + 1
+    present_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES).at[..., 0].set(0)
+
+    def per_row(segment_T, present_TM, value_T):
+        # The maximum over a segment that is not there is -inf.
+        holds_SM = jnp.maximum(
+            jax.ops.segment_max(present_TM, segment_T, num_segments=samples), 0
+        )
+        sum_S = jax.ops.segment_sum(value_T, segment_T, num_segments=samples)
+        holds_SM = holds_SM.at[:, 0].set(1 - jnp.max(holds_SM[:, 1:], axis=1))
+        return sum_S[1:] @ holds_SM[1:]  # segment 0 is padding
+
+    return jnp.sum(jax.vmap(per_row)(segment_BT, present_BTM, value_BT), axis=0)
 
 
 def router_losses(aux: MoEAux | None, config: AuxLossConfig) -> jax.Array:
@@ -43,3 +71,64 @@ def exact_tokens(
     greedy token equals the reference, so the next one is predicted from the reference prefix.
     """
     return (jnp.argmax(logits_BTV, axis=-1) == target_BT) | (weight_BT == 0)
+
+
+# Modalities that 8e's two extra losses tell apart; padding counts as text, speech as audio.
+_GROUPS: Mapping[str, tuple[int, ...]] = {
+    "image": (1,),
+    "video": (2,),
+    "audio": (3, 4),
+    "text": (0, -1),
+}
+_APART = (
+    ("image", "audio"),
+    ("image", "text"),
+    ("audio", "text"),
+    ("audio", "video"),
+    ("video", "text"),
+)
+
+
+def _in_group(modality_BT: jax.Array, group: str) -> jax.Array:
+    return jnp.isin(modality_BT, jnp.asarray(_GROUPS[group]))
+
+
+def modality_expert_loss(
+    logits_LBTE: jax.Array, modality_BT: jax.Array, experts: Mapping[str, Sequence[int]]
+) -> jax.Array:
+    """Σ over layers, rows and modalities of mean |softmax(logits) − target| · share of the row.
+
+    `experts` maps image, video, audio to the experts whose entries of the target are 1. Uni-MoE
+    8e's `aux_multimodal_loss`: the means are over tokens and experts, the share is tokens / T.
+    """
+    probs = jax.nn.softmax(logits_LBTE.astype(jnp.float32), axis=-1)
+    length, num_experts = probs.shape[2:]
+    total = jnp.float32(0)
+    for group, chosen in experts.items():
+        target_E = jnp.zeros(num_experts).at[jnp.asarray(chosen)].set(1.0)
+        distance_LBT = jnp.abs(probs - target_E[None, None, None]).mean(-1)
+        total += jnp.sum(distance_LBT * _in_group(modality_BT, group)[None]) / length
+    return total
+
+
+def modality_kl_loss(logits_LBTE: jax.Array, modality_BT: jax.Array) -> jax.Array:
+    """Σ over layers and rows of the mean over pairs of modalities of 1 − KL(b ‖ a) / E.
+
+    a and b are the modalities' mean router probabilities, soft-maxed once more; pairs that a row
+    lacks do not count. Uni-MoE 8e's `aux_kl_loss`.
+    """
+    probs = jax.nn.softmax(logits_LBTE.astype(jnp.float32), axis=-1)
+    log_mean, present = {}, {}
+    for group in _GROUPS:
+        inside_BT = _in_group(modality_BT, group).astype(jnp.float32)
+        count_B = inside_BT.sum(-1)
+        sum_LBE = jnp.einsum("lbte,bt->lbe", probs, inside_BT)
+        mean_LBE = sum_LBE / jnp.maximum(count_B, 1)[None, :, None]
+        log_mean[group], present[group] = jax.nn.log_softmax(mean_LBE, axis=-1), count_B > 0
+    total_B, pairs_B = jnp.zeros(probs.shape[1]), jnp.zeros(probs.shape[1])
+    for a, b in _APART:
+        both_B = (present[a] & present[b]).astype(jnp.float32)
+        divergence_LB = jnp.mean(jnp.exp(log_mean[b]) * (log_mean[b] - log_mean[a]), axis=-1)
+        total_B += both_B * jnp.sum(1 - divergence_LB, axis=0)
+        pairs_B += both_B
+    return jnp.sum(total_B / jnp.maximum(pairs_B, 1))

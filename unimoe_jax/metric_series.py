@@ -40,14 +40,10 @@ def expert_load(records: Sequence[Mapping], last_share: float = 0.25) -> np.ndar
     return np.sum(counts[-max(1, math.ceil(len(counts) * last_share)) :], axis=0)
 
 
-def losses_by_signature(records: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(step, loss) per batch signature, from `loss_by_signature` or `signature` and `loss`."""
+def losses_by_modality(records: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(step, loss) per modality, from the records that hold `loss_by_modality`."""
     found: dict[str, list[dict]] = {}
     for record in records:
-        losses = record.get("loss_by_signature")
-        if losses is None:
-            known = record.get("signature") is not None and record.get("loss") is not None
-            losses = {record["signature"]: record["loss"]} if known else {}
-        for signature, loss in losses.items():
-            found.setdefault(signature, []).append({"step": record["step"], "loss": loss})
-    return {signature: series(found[signature], "loss") for signature in sorted(found)}
+        for modality, loss in record.get("loss_by_modality", {}).items():
+            found.setdefault(modality, []).append({"step": record["step"], "loss": loss})
+    return {modality: series(found[modality], "loss") for modality in sorted(found)}

@@ -195,7 +195,7 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         elif isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
             yield name, float(value)
     if "signature" in record and "loss" in record:
-        yield f"loss_by_signature/{record['signature']}", float(record["loss"])
+        yield f"loss_by_modality/{record['signature']}", float(record["loss"])
 
 
 # ---------------------------------------------------------------------------------- progress

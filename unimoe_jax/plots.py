@@ -19,7 +19,7 @@ from unimoe_jax.metric_series import (
     by_stage,
     expert_load,
     layer_series,
-    losses_by_signature,
+    losses_by_modality,
     series,
 )
 
@@ -162,7 +162,7 @@ def _scalar_figure(
 
 
 def _signature_figure(stages: Stages):
-    losses = {stage: losses_by_signature(records) for stage, records in stages.items()}
+    losses = {stage: losses_by_modality(records) for stage, records in stages.items()}
     names = [stage for stage, found in losses.items() if found]
     signatures = sorted({signature for found in losses.values() for signature in found})
     if not signatures:
@@ -374,7 +374,7 @@ def _figures(stages: Stages, moe_layers, heldout):
     caption = "Thick: moving mean; faint: single steps; orange crosses: not finite."
     yield "loss", "Loss", caption, _scalar_figure(stages, "loss", loss, smooth=True)
     caption = "Batches hold one combination of media each."
-    yield "loss_by_signature", "Loss by modality", caption, _signature_figure(stages)
+    yield "loss_by_modality", "Loss by modality", caption, _signature_figure(stages)
     rate = _scalar_figure(stages, "lr", "learning rate", share=False, from_zero=True)
     yield "learning_rate", "Learning rate", "", rate
     norm = _scalar_figure(stages, "grad_norm", "gradient norm", log=True, smooth=True)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
@@ -40,11 +41,32 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
     return Tokenizer.load(path), Path(path)
 
 
+def pool_groups(run: RunConfig, stage: StageConfig, shards: int) -> int:
+    """G: media pools per batch; rows and data shards must fit it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    loader = stage.loader or run.data.loader
+    groups = loader.groups or shards
+    if groups % shards:
+        raise ConfigError(
+            f"data.loader.groups = {groups} (stage {stage.name}) is not a multiple of the {shards} "
+            "data shards of the mesh"
+        )
+    if loader.rows % groups:
+        raise ConfigError(
+            f"data.loader.rows = {loader.rows} (stage {stage.name}) does not divide over {groups} "
+            f"pool groups (by default one per data shard); allowed: multiples of {groups}"
+        )
+    return groups
+
+
 def stage_pipeline(
-    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, shards: int
+    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, groups: int
 ) -> Pipeline:
     """Training batches of a stage. Each holds the micro-batches of one optimizer step: rows and
-    shards are multiplied by `optim.accumulate`."""
+    groups are multiplied by `optim.accumulate`."""
     loader = stage.loader or data.loader
     accumulate = stage.optim.accumulate
     loader = loader.model_copy(update={"rows": loader.rows * accumulate})
@@ -57,19 +79,19 @@ def stage_pipeline(
         tokenizer,
         loader,
         seed=seed,
-        shards=shards * accumulate,
+        shards=groups * accumulate,
     )
 
 
 def heldout_pipeline(
-    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, shards: int
+    run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, groups: int
 ) -> Pipeline:
     """Every sample of the stage's held-out sources exactly once, all media in one signature: one
     program scores them all."""
     loader = (stage.loader or data.loader).model_copy(update={"group_by_modality": False})
     mixture = dict.fromkeys(stage.evaluate, 1.0)
     return Pipeline(
-        data, run.model, mixture, tokenizer, loader, seed=0, shards=shards, shuffle=False
+        data, run.model, mixture, tokenizer, loader, seed=0, shards=groups, shuffle=False
     )
 
 

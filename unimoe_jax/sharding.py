@@ -49,6 +49,15 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     Raises:
         ShardingError: the product of the axes is not the number of devices.
     """
+    sizes = _filled_sizes(config, devices)
+    product = int(np.prod(list(sizes.values())))
+    if product != devices:
+        keys = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise ShardingError(f"{keys}: that is {product} devices, but there are {devices}")
+    return sizes
+
+
+def _filled_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     wild = [axis for axis, size in sizes.items() if size == -1]
     if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -56,10 +65,6 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     if wild:
         fixed = int(np.prod([size for size in sizes.values() if size != -1]))
         sizes[wild[0]] = max(1, devices // fixed)
-    product = int(np.prod(list(sizes.values())))
-    if product != devices:
-        keys = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise ShardingError(f"{keys}: that is {product} devices, but there are {devices}")
     return sizes
 
 
@@ -78,10 +83,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
     """A mesh of the configured sizes without devices, for planning; -1 counts as what is here."""
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    left = max(1, jax.device_count() // fixed)
-    sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
+    sizes = _filled_sizes(config, jax.device_count())
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.sharding.AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
 
@@ -94,6 +96,13 @@ def use_mesh(
     unknown = sorted(set(changes or {}) - set(RULES))
     if unknown:
         raise ShardingError(f"mesh.rules: unknown logical axes {unknown}; known: {sorted(RULES)}")
+    for axis, entry in (changes or {}).items():
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        strange = sorted(set(names) - set(MESH_AXES))
+        if strange:
+            raise ShardingError(
+                f"mesh.rules.{axis}: unknown mesh axes {strange}; known: {list(MESH_AXES)}"
+            )
     token = _rules.set({**RULES, **(changes or {})})
     planned = isinstance(mesh, jax.sharding.AbstractMesh)
     try:

@@ -31,7 +31,13 @@ from unimoe_jax.metrics import write_json_atomic
 from unimoe_jax.params import ParamError
 from unimoe_jax.report import result_block, write_report
 from unimoe_jax.run_folder import RunFolderError, claim
-from unimoe_jax.setup_data import chance_levels, load_tokenizer, resolve_sources
+from unimoe_jax.setup_data import (
+    cache_folder,
+    chance_levels,
+    load_tokenizer,
+    pool_groups,
+    resolve_sources,
+)
 from unimoe_jax.sharding import ShardingError, data_shards, make_mesh, use_mesh
 
 SETTINGS_ERRORS = (ConfigError, ParamError, ShardingError, RunFolderError, CheckpointError)
@@ -107,7 +113,9 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             writer=jax.process_index() == 0,
         ) as folder,
     ):
-        check_rows(config, data_shards(mesh))
+        for stage in config.stages:
+            pool_groups(config, stage, data_shards(mesh))
+        enable_compilation_cache(config)
         data = resolve_sources(config.data)
         tokenizer, _ = load_tokenizer(config)
         stop = StopSignal()
@@ -137,15 +145,11 @@ def check_stage_name(config: RunConfig, name: str | None) -> None:
         raise ConfigError(f"--stage {name}: no such stage; the run has {', '.join(names)}")
 
 
-def check_rows(config: RunConfig, shards: int) -> None:
-    """The rows of a batch must divide over the data shards."""
-    for stage in config.stages:
-        loader = stage.loader or config.data.loader
-        if loader.rows % shards:
-            raise ConfigError(
-                f"data.loader.rows = {loader.rows} (stage {stage.name}) does not divide over the "
-                f"{shards} data shards of the mesh; allowed: multiples of {shards}"
-            )
+def enable_compilation_cache(config: RunConfig) -> None:
+    """Programs compiled once are found again by a restart, beside the other caches."""
+    folder = cache_folder(config.data) / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def stage_is_finished(folder: Path, name: str) -> bool:

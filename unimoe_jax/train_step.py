@@ -16,8 +16,9 @@ import optax
 
 from unimoe_jax.config import AuxLossConfig
 from unimoe_jax.data.batch import Batch
-from unimoe_jax.losses import cross_entropy, exact_tokens, router_losses
+from unimoe_jax.losses import exact_tokens, modality_sums, router_losses, token_nll
 from unimoe_jax.models.unimoe import UniMoE
+from unimoe_jax.nn.moe import MoEAux
 from unimoe_jax.optim import Schedule
 from unimoe_jax.params import Flat, nest
 
@@ -49,26 +50,29 @@ def make_train_step(
     schedule: Schedule,
     aux_config: AuxLossConfig,
     accumulate: int,
-    shards: int,
+    groups: int,
 ):
     """`step(state, frozen, batch) -> (state, metrics)`, pure; the caller jits it.
 
-    The batch holds `accumulate` micro-batches: rows and pools are grouped by shard, and within a
-    shard by micro-batch. The loss is the mean over all target tokens of the whole batch, however
+    The batch holds `accumulate` micro-batches: rows and pools are grouped by pool group, and within
+    a group by micro-batch. The loss is the mean over all target tokens of the whole batch, however
     they fall into micro-batches.
 
     Metrics: loss, balance, router_z, aux, grad_norm, lr, tokens (positions that are not padding),
-    targets, bad (1 if the step was skipped), bad_steps, and with experts entropy [L] and
-    load [L, modalities, E].
+    targets, nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was
+    skipped), bad_steps, and with experts entropy [L] and load [L, modalities, E].
     """
 
     def micro_loss(trained: Flat, frozen: Flat, batch: Batch, total: jax.Array, key: jax.Array):
         rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
         out = model.apply({"params": nest({**frozen, **trained})}, batch, rngs=rngs)
-        nll, _ = cross_entropy(out.logits_BTV, batch.target_BT, batch.weight_BT)
-        ce = nll / total
+        nll_BT = batch.weight_BT * token_nll(out.logits_BTV, batch.target_BT)
+        ce = jnp.sum(nll_BT) / total
         aux = router_losses(out.aux, aux_config) / accumulate
-        return ce + aux, _micro_metrics(ce, aux, out.aux, accumulate)
+        metrics = {"loss": ce, "aux": aux, **_moe_metrics(out.aux, accumulate)}
+        for name, value_BT in (("nll_by_modality", nll_BT), ("targets_by_modality", batch.weight_BT)):
+            metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
+        return ce + aux, metrics
 
     grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
 
@@ -85,7 +89,7 @@ def make_train_step(
                 (_, metrics), grads = grad_fn(state.trained, frozen, micro, total, micro_key)
                 return jax.tree.map(jnp.add, carry, (metrics, grads)), None
 
-            micros = jax.tree.map(lambda a: _micro_batches(a, shards, accumulate), batch)
+            micros = jax.tree.map(lambda a: _micro_batches(a, groups, accumulate), batch)
             first = jax.tree.map(lambda a: a[0], micros)
             shapes = jax.eval_shape(grad_fn, state.trained, frozen, first, total, key)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -94,7 +98,7 @@ def make_train_step(
         return _update(state, grads, metrics, batch)
 
     def _update(state: TrainState, grads: Flat, metrics: dict, batch: Batch):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trained)
         new_trained = optax.apply_updates(state.trained, updates)
@@ -121,21 +125,20 @@ def make_train_step(
     return step
 
 
-def _micro_metrics(ce, aux, moe, accumulate: int) -> dict[str, jax.Array]:
-    metrics = {"loss": ce, "aux": aux}
-    if moe is not None:
-        metrics |= {
-            "balance": jnp.mean(moe.balance) / accumulate,
-            "router_z": jnp.mean(moe.router_z) / accumulate,
-            "entropy": moe.entropy / accumulate,
-            "load": moe.load_ME,
-        }
-    return metrics
+def _moe_metrics(moe: MoEAux | None, accumulate: int) -> dict[str, jax.Array]:
+    if moe is None:
+        return {}
+    return {
+        "balance": jnp.mean(moe.balance) / accumulate,
+        "router_z": jnp.mean(moe.router_z) / accumulate,
+        "entropy": moe.entropy / accumulate,
+        "load": moe.load_ME,
+    }
 
 
-def _micro_batches(a: jax.Array, shards: int, accumulate: int) -> jax.Array:
-    """[shards·accumulate·n, …] grouped by shard -> [accumulate, shards·n, …]; stays in place."""
-    a = a.reshape(shards, accumulate, -1, *a.shape[1:])
+def _micro_batches(a: jax.Array, groups: int, accumulate: int) -> jax.Array:
+    """[groups·accumulate·n, …] -> [accumulate, groups·n, …]; every row stays on its device."""
+    a = a.reshape(groups, accumulate, -1, *a.shape[1:])
     return jnp.moveaxis(a, 1, 0).reshape(accumulate, -1, *a.shape[3:])
 
 

@@ -38,6 +38,10 @@ class Source:
 
     def layer(self, number: int, rest: str) -> np.ndarray:
         """Parameter `rest` (e.g. `attention/q_proj/kernel`) of decoder layer `number`."""
+        if number >= len(self.moe_layers):
+            raise ParamError(
+                f"{self.name} has {len(self.moe_layers)} decoder layers, layer {number} is wanted"
+            )
         place = where_is(self.moe_layers)[number]
         path = f"decoder/{place.prefix}/{rest}"
         if path not in self.shapes:

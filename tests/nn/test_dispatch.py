@@ -14,7 +14,6 @@ from jax.test_util import check_grads
 from tests.close import assert_close, relative_error
 from tests.nn.dispatch_cases import (
     EXPERTS,
-    HIDDEN,
     MLP,
     ROUTINGS,
     SWIGLU,
@@ -26,7 +25,7 @@ from tests.nn.dispatch_cases import (
 )
 from unimoe_jax.nn import dispatch
 from unimoe_jax.nn.dispatch import moe_ffn
-from unimoe_jax.nn.experts import ExpertFunction
+from unimoe_jax.nn.experts import ExpertFunction, SwiGLUExpert
 
 ROWS, LENGTH = 2, 13
 TOLERANCE = 1e-6
@@ -172,12 +171,13 @@ def test_gradient_against_finite_differences():
             return dispatch.grouped(Tanh(jnp.float64), weights, x, expert[0], weight, row, seed)
 
         args = (weights, rng.standard_normal((5, WIDTH)), np.asarray(weight[0], np.float64))
-        check_grads(jax.jit(f), args, 1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=1e-2)
+        check_grads(jax.jit(f), args, 1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=2e-3)
 
 
 def test_under_vmap_scan_and_remat():
     """Two groups in parallel, each two layers deep, recomputed in the backward pass."""
     weights = jax.tree.map(lambda *a: np.stack(a), weights_of(SWIGLU, 0), weights_of(SWIGLU, 1))
+    weights = jax.tree.map(lambda w: 0.5 * w, weights)  # keeps rounding from being amplified
     x = np.stack([inputs_of(1, 7, seed) for seed in (1, 2)])
     routings = [routing("skewed", 1, 7, 2, seed) for seed in (1, 2)]
     expert, weight = (np.stack(a) for a in zip(*routings, strict=True))
@@ -199,14 +199,24 @@ def test_under_vmap_scan_and_remat():
 # ------------------------------------------------------------------ the compiled program
 
 
+INNER, OUTER = 24, 40  # wide enough for the products to be most of the work
+
+
 def _compiled(method: str, argnums) -> jax.stages.Compiled:
-    plain = replace(SWIGLU, adapters=())
-    x, (expert, weight) = inputs_of(4, 16), routing("balanced", 4, 16, 2)
+    plain = SwiGLUExpert(jnp.float32)
+    wide, narrow = (jax.ShapeDtypeStruct((EXPERTS, *s), jnp.float32) for s in ((INNER, OUTER), (OUTER, INNER)))
+    weights = {
+        "gate_proj": {"kernel": wide},
+        "up_proj": {"kernel": wide},
+        "down_proj": {"kernel": narrow},
+    }
+    x = jax.ShapeDtypeStruct((4, 16, INNER), jnp.float32)
+    expert, weight = map(jnp.asarray, routing("balanced", 4, 16, 2))
 
     def loss(weights, x):
         return jnp.sum(jnp.sin(moe_ffn(plain, weights, x, expert, weight, np.uint32(0), method)))
 
-    return jax.jit(jax.grad(loss, argnums)).lower(weights_of(plain), x).compile()
+    return jax.jit(jax.grad(loss, argnums)).lower(weights, x).compile()
 
 
 def _dot_sizes(compiled: jax.stages.Compiled) -> list[int]:
@@ -218,14 +228,14 @@ def _dot_sizes(compiled: jax.stages.Compiled) -> list[int]:
 
 def test_program_multiplies_routed_rows_only():
     """No product over all experts, nor over all tokens, in the optimised program."""
-    largest = max(8 * HIDDEN, WIDTH * HIDDEN)  # a block's rows, or a weight's gradient
+    largest = INNER * OUTER  # a weight's gradient; a block of rows is smaller
     full, reference = _compiled("grouped", (0, 1)), _compiled("dense", (0, 1))
     sizes = _dot_sizes(full)
     assert sizes
     assert max(sizes) <= largest
-    assert max(_dot_sizes(reference)) >= 64 * HIDDEN  # the check sees what it is meant to see
+    assert max(_dot_sizes(reference)) >= 64 * OUTER  # the check sees what it is meant to see
 
     frozen = _compiled("grouped", 1)
-    # Forward again, then dx: 2 of the 3 units of work of a backward pass with dW.
-    assert frozen.cost_analysis()["flops"] < 0.75 * full.cost_analysis()["flops"]
+    # Of forward, forward again, dx and dW, the last is gone.
+    assert frozen.cost_analysis()["flops"] < 0.8 * full.cost_analysis()["flops"]
     assert len(_dot_sizes(frozen)) < len(sizes)

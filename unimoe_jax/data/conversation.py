@@ -65,6 +65,12 @@ Template = Callable[[Iterable[Message]], Iterator[Piece]]
 def vicuna_v1(messages: Iterable[Message]) -> Iterator[Piece]:
     """Vicuna v1.1: system text, then `USER: … ASSISTANT: …</s>` without line breaks."""
     yield Text(VICUNA_SYSTEM + " ")
+    yield from vicuna_turns(messages)
+
+
+def vicuna_turns(messages: Iterable[Message]) -> Iterator[Piece]:
+    """The turns of Vicuna v1.1 without the system text, for models so small that it would be half
+    of what they read."""
     for message in messages:
         if message.role == "human":
             yield Text("USER: ")
@@ -86,7 +92,11 @@ def plain(messages: Iterable[Message]) -> Iterator[Piece]:
             yield Text("".join(message.parts) + "\n", supervised=True)
 
 
-TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "plain": plain}
+TEMPLATES: dict[str, Template] = {
+    "vicuna_v1": vicuna_v1,
+    "vicuna_turns": vicuna_turns,
+    "plain": plain,
+}
 
 
 def _parts(message: Message) -> Iterator[Piece]:

@@ -123,7 +123,7 @@ def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Ima
             if not container.streams.video:
                 raise BadSample("unreadable_video", f"{path}: no video stream")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 1  # loader threads run side by side already
             size = (stream.codec_context.width, stream.codec_context.height)
             _check_size(path, size, limits)
             rate = stream.average_rate or stream.guessed_rate
@@ -156,6 +156,7 @@ def _frames_at(container, stream, times: list[float], slack: float) -> list[Imag
     images: list[Image.Image] = []
     shown, shown_time, image = None, -math.inf, None
     decoded = container.decode(stream)
+    convert = _av().video.reformatter.VideoReformatter()  # one, as setting it up is slow
     for time in times:
         if time > shown_time + 2.0:  # nearer by a key frame than by decoding on
             container.seek(int((time + origin) / stream.time_base), stream=stream)
@@ -168,7 +169,8 @@ def _frames_at(container, stream, times: list[float], slack: float) -> list[Imag
             shown_time = float(frame.time or 0.0) - origin
         if shown is None:
             raise ValueError("no frame could be decoded")
-        image = image or shown.to_image().convert("RGB")
+        if image is None:
+            image = Image.fromarray(convert.reformat(shown, format="rgb24").to_ndarray())
         images.append(image)
     return images
 

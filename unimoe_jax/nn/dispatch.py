@@ -190,7 +190,7 @@ def grouped(
             token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
             y = expert_fn(w, x_XD[token], row_X[token], seed)
             # A tail block may write into the next expert's rows; that expert overwrites them.
-            return jax.lax.dynamic_update_slice(y_sorted, y, (offset, 0))
+            return jax.lax.dynamic_update_slice_in_dim(y_sorted, y, offset, axis=0)
 
         return _over_blocks(sizes, start, count, block, y_sorted), None
 
@@ -228,7 +228,7 @@ def _grouped_bwd(expert_fn, args, g_XD):
             dweight = jnp.sum(g * y.astype(jnp.float32), axis=1)
             dw_block, dx = pull((g * slot_weight[slot][:, None]).astype(y.dtype))
             dw = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dw, dw_block)
-            dx_sorted = jax.lax.dynamic_update_slice(dx_sorted, dx, (offset, 0))
+            dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
             dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
             return dx_sorted, dweight_sorted, dw
 

@@ -29,7 +29,7 @@ class Placing(NamedTuple):
     angle: float
 
 
-def place(rng: np.random.Generator, low: float = 9.0, high: float = 15.0) -> Placing:
+def place(rng: np.random.Generator, low: float = 13.0, high: float = 18.0) -> Placing:
     """Draws a placing whose shape lies inside the picture."""
     radius = rng.uniform(low, high)
     margin = radius + 2

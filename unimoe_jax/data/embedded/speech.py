@@ -70,7 +70,7 @@ def _syllable(
 
 def synthesise(syllables: list[tuple[str, ...]], rng: np.random.Generator) -> np.ndarray:
     """One speaker says the syllables: float [samples], |x| < 1, 16 kHz, at most 2 seconds."""
-    pitch = rng.uniform(90, 250)
+    pitch = rng.uniform(95, 190)
     scale = (pitch / 130) ** 0.22 * rng.uniform(0.97, 1.03)
     longest = 0.85 if len(syllables) == 1 else 0.6
     parts = [np.zeros(int(rng.uniform(0.05, 0.2) * RATE))]

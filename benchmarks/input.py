@@ -1,0 +1,130 @@
+"""Speed of the input pipeline alone, and how much of a batch is padding.
+
+    python benchmarks/input.py [--samples 600] [--output FILE]
+
+Runs over the embedded data set with the settings of configs/run/tiny.yaml: JSON, image, sound and
+video files in, packed batches out, nothing trained. The ways of reading take turns, several times
+over, so that a machine that changes its speed changes it for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import common
+
+from unimoe_jax import config_io
+from unimoe_jax.config import LoaderConfig, RunConfig
+from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.setup_data import load_tokenizer, resolve_sources, stage_pipeline
+
+WAYS = {
+    "1 thread": {"threads": 1, "workers": 0},
+    "2 threads": {"threads": 2, "workers": 0},
+    "4 threads": {"threads": 4, "workers": 0},
+    "1 process": {"threads": 1, "workers": 1},
+    "2 processes": {"threads": 1, "workers": 2},
+}
+
+BATCHES = {
+    "by modality": {"group_by_modality": True},
+    "by modality, one row of 2048": {"group_by_modality": True, "row_length": 2048, "rows": 1},
+    "mixed": {"group_by_modality": False},
+    "one sample per row": {"group_by_modality": True, "packing": False},
+}
+
+
+def pipeline_for(run: RunConfig, stage_name: str, **changes) -> Pipeline:
+    """The pipeline of a stage with other loader settings, on one data shard."""
+    stage = next(stage for stage in run.stages if stage.name == stage_name)
+    loader = (stage.loader or run.data.loader).model_copy(update=changes)
+    LoaderConfig.model_validate(loader.model_dump())
+    data = resolve_sources(run.data)
+    tokenizer, _ = load_tokenizer(run)
+    return stage_pipeline(run, stage.model_copy(update={"loader": loader}), data, tokenizer, 1)
+
+
+def samples_in(pipeline: Pipeline, step: int) -> int:
+    """Samples in the batch of a step."""
+    _, rows, epoch = pipeline.plan.batch(step)
+    return sum(len(epoch.row(row)) for row in rows.tolist() if row >= 0)
+
+
+def samples_per_s(pipeline: Pipeline, samples: int, start: int) -> tuple[float, int]:
+    """(samples per second of at least `samples` samples from step `start`, next step). The first
+    batches, while threads or processes start, are not counted."""
+    warmup, counted, started, step = 4, 0, 0.0, start
+    batches = pipeline.batches(start_step=start)
+    try:
+        for step, _, _ in batches:
+            if step == start + warmup:
+                started = time.perf_counter()
+            elif step > start + warmup:
+                counted += samples_in(pipeline, step)
+                if counted >= samples:
+                    break
+        seconds = time.perf_counter() - started
+    finally:
+        batches.close()
+    return counted / seconds, step + 1
+
+
+def reading_cost(pipeline: Pipeline, number: int) -> dict[str, float]:
+    """Milliseconds to read one sample of each source, one after the other."""
+    costs = {}
+    for position, name in enumerate(pipeline.names):
+        reader, index = pipeline.readers[position], pipeline.indices[position]
+        times = []
+        for record in range(min(number, len(reader))):
+            started = time.perf_counter()
+            reader.load(record, index.size(record))
+            times.append(time.perf_counter() - started)
+        costs[name] = round(1000 * statistics.median(times), 2)
+    return costs
+
+
+def padding(run: RunConfig, stage: str) -> dict[str, dict[str, float]]:
+    """Share of an epoch that is padding, in rows and in every pool, for each way of batching."""
+    shares = {}
+    for way, changes in BATCHES.items():
+        found = pipeline_for(run, stage, **changes).padding()
+        shares[way] = {name: round(share, 4) for name, share in found.items()}
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--samples", type=int, default=600, help="in each turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way of reading")
+    parser.add_argument("--stages", nargs="+", default=["base", "tune"], help="for the padding")
+    parser.add_argument(
+        "--output", type=Path, default=common.ROOT / "benchmarks/results/input.json"
+    )
+    args = parser.parse_args()
+    run = config_io.load(common.ROOT / common.RUN_FILES["tiny"])
+    result = {"machine": common.machine(), "padding": {}}
+    for stage in args.stages:
+        result["padding"][stage] = shares = padding(run, stage)
+        for way, values in shares.items():
+            text = ", ".join(f"{name} {share:.1%}" for name, share in values.items())
+            print(f"{stage}: padding, {way}: {text}")
+    pipelines = {way: pipeline_for(run, "tune", **changes) for way, changes in WAYS.items()}
+    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    starts = dict.fromkeys(WAYS, 0)
+    for _ in range(args.rounds):
+        for way, pipeline in pipelines.items():
+            speed, starts[way] = samples_per_s(pipeline, args.samples, starts[way])
+            speeds[way].append(speed)
+    result["samples_per_s"] = {way: round(statistics.median(s), 1) for way, s in speeds.items()}
+    result["milliseconds_per_sample"] = reading_cost(pipelines["1 thread"], 40)
+    for way, speed in result["samples_per_s"].items():
+        print(f"{way}: {speed:,.0f} samples/s")
+    print(f"milliseconds to read one sample: {result['milliseconds_per_sample']}")
+    common.save(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Training speed and memory beside PyTorch eager, same model, same machine, same run.
+
+    python benchmarks/train_step.py [--sizes tiny small] [--rounds 5] [--output FILE]
+
+Each case runs two processes, one per side, which start from the same weights and batch. They take
+turns (A B A B …), the other waiting, so that a machine that changes its speed changes it for both.
+Before that both compute the loss and the gradient norm without dropout; they must agree.
+Float32 throughout. Compilation is reported, not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import numpy as np
+
+SIDES = ("jax", "torch")
+LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
+TOLERANCE = 1e-4
+
+
+# --------------------------------------------------------------------------------- the case
+
+
+def make_stage(size: str, name: str):
+    """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
+    from unimoe_jax import config_io
+    from unimoe_jax.config import OptimConfig, Rule, Take
+
+    run = config_io.load(common.ROOT / common.RUN_FILES[size])
+    stage = next(stage for stage in run.stages if stage.name == "tune")
+    changes = {
+        "init": (Take(match=".*", source="fresh"),),
+        "optim": OptimConfig(
+            learning_rate=LEARNING_RATE,
+            steps=10_000,
+            schedule="constant",
+            warmup_ratio=0.0,
+            clip_norm=CLIP_NORM,
+        ),
+    }
+    if name == "full":
+        changes |= {"lora": (), "train": (Rule(match=".*", lr=1.0),)}
+    return run, stage.model_copy(update=changes)
+
+
+def prepare(folder: Path, size: str, name: str, signature: str) -> None:
+    """Weights, batch and description of a case, as files that both sides read."""
+    import jax
+
+    from unimoe_jax.config import MeshConfig
+    from unimoe_jax.nn.stack import where_is
+    from unimoe_jax.sharding import make_mesh, use_mesh
+    from unimoe_jax.stage import build_stage, initial_params
+
+    run, stage = make_stage(size, name)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with use_mesh(mesh):
+        built = build_stage(run, stage, mesh, 10_000)
+        params = initial_params(built, {}, mesh, 0)
+    random = np.random.default_rng(1)
+    for path, value in params.items():
+        # Adapters start as no change; some change, so that the comparison can see them.
+        if path.endswith("/lora_b"):
+            noise = random.standard_normal(value.shape, dtype=np.float32)
+            params[path] = 0.01 * noise
+    np.savez(folder / "params.npz", **{path: np.asarray(v) for path, v in params.items()})
+    vision = built.model_config.vision
+    side = vision.encoder.image_size if signature == "image" else None
+    batch = common.make_batch(built.model_config.decoder.vocab_size, side, vision.num_tokens)
+    np.savez(folder / "batch.npz", **batch)
+    kinds = built.model_config.decoder.moe_layers()
+    description = {
+        "parameters": sum(info.size for info in built.infos.values()),
+        "trained": [path for path, info in built.infos.items() if info.trained],
+        "model": built.model_config.model_dump(),
+        "lora": [rule.model_dump() for rule in stage.lora],
+        "aux": stage.aux.model_dump(),
+        "places": [
+            (place.prefix, place.index, kind)
+            for place, kind in zip(where_is(kinds), kinds, strict=True)
+        ],
+        "tokens": int((batch["segment_BT"] > 0).sum()),
+    }
+    (folder / "case.json").write_text(json.dumps(description))
+
+
+# -------------------------------------------------------------------------------- the sides
+
+
+def jax_side(folder: Path, size: str, name: str):
+    """(check, step, compile seconds): what the library runs on one device."""
+    import jax
+
+    from unimoe_jax.config import MeshConfig
+    from unimoe_jax.data.batch import Batch
+    from unimoe_jax.params import split
+    from unimoe_jax.sharding import make_mesh, use_mesh
+    from unimoe_jax.stage import build_stage, place
+    from unimoe_jax.train_step import init_state, make_train_step
+
+    run, stage = make_stage(size, name)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with use_mesh(mesh):
+        built = build_stage(run, stage, mesh, 10_000)
+    with np.load(folder / "params.npz") as arrays:
+        params = {path: place(arrays[path], built.shardings[path]) for path in arrays}
+    with np.load(folder / "batch.npz") as arrays:
+        batch = jax.device_put(Batch(**{name: arrays[name] for name in arrays}))
+    trained, frozen = split(params, built.infos)
+    state = init_state(trained, built.optimizer, 0)
+
+    def compiled(model, donate: bool):
+        step = make_train_step(model, built.optimizer, built.schedule, stage.aux, 1, 1)
+        jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
+        with use_mesh(mesh):
+            return jitted.lower(state, frozen, batch).compile()
+
+    def check():
+        _, metrics = compiled(built.scorer, donate=False)(state, frozen, batch)
+        return {key: float(metrics[key]) for key in ("loss", "aux", "grad_norm")}
+
+    checked = check()
+    started = time.perf_counter()
+    fn = compiled(built.model, donate=True)
+    seconds = time.perf_counter() - started
+    held = [state]
+
+    def step() -> float:
+        held[0], metrics = fn(held[0], frozen, batch)
+        jax.block_until_ready(held[0])
+        return float(metrics["loss"])
+
+    return checked, step, seconds
+
+
+def torch_side(folder: Path, attention: str):
+    """(check, step, 0): the same in PyTorch eager."""
+    import torch
+    from torch_model import Model
+
+    case = json.loads((folder / "case.json").read_text())
+    model = Model(case["model"], case["places"], case["lora"], attention)
+    with np.load(folder / "params.npz") as arrays:
+        model.load(arrays, set(case["trained"]))
+    with np.load(folder / "batch.npz") as arrays:
+        batch = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    for key in ("token_id_BT", "target_BT", "slot_BT"):
+        batch[key] = batch[key].long()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+
+    def gradient():
+        optimizer.zero_grad(set_to_none=True)
+        loss, balance, z = model(batch)
+        aux = case["aux"]["balance"] * balance + case["aux"]["router_z"] * z
+        (loss + aux).backward()
+        # Parameters of absent media have no gradient on this side and zero on the other.
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        return {"loss": loss.item(), "aux": aux.item(), "grad_norm": norm.item()}
+
+    model.eval()
+    checked = gradient()
+    model.train()
+
+    def step() -> float:
+        loss = gradient()["loss"]
+        optimizer.step()
+        return loss
+
+    return checked, step, 0.0
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Answer on stdout: first the check, then seconds per step for each number of steps read."""
+    if args.worker == "jax":
+        checked, step, seconds = jax_side(args.folder, args.sizes[0], args.stages[0])
+    else:
+        checked, step, seconds = torch_side(args.folder, args.attention)
+    # Peaks from here on are those of training: what checking and compiling took goes first.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = common.resident_mib()
+    answer(check=checked, compile_seconds=seconds, resident_mib=before)
+    for line in sys.stdin:
+        times, loss = [], 0.0
+        for _ in range(int(line)):
+            started = time.perf_counter()
+            loss = step()
+            times.append(time.perf_counter() - started)
+        answer(
+            times=times, loss=loss, peak_mib=peak_since_reset(), whole_peak_mib=common.peak_mib()
+        )
+
+
+def peak_since_reset() -> float:
+    """VmHWM, which `clear_refs` sets back; ru_maxrss is not."""
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024
+
+
+def answer(**values) -> None:
+    print(json.dumps(values), flush=True)
+
+
+# -------------------------------------------------------------------------------- measuring
+
+
+class Side:
+    """One process; `steps(n)` runs n steps there and returns its answer."""
+
+    def __init__(self, side: str, folder: Path, size: str, stage: str, attention: str):
+        command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
+        command += ["--sizes", size, "--stages", stage, "--attention", attention]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.first = self.read()
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side ended with code {self.process.wait()}; see its output")
+        return json.loads(line)
+
+    def steps(self, number: int) -> dict:
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> dict:
+    """One case: prepare, check, warm up, take turns."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run(
+            [sys.executable, __file__, "--prepare", "--folder", name, "--sizes", size]
+            + ["--stages", stage, "--signatures", signature],
+            check=True,
+        )
+        case = json.loads((folder / "case.json").read_text())
+        sides = {side: Side(side, folder, size, stage, args.attention) for side in SIDES}
+        try:
+            checks = {side: sides[side].first["check"] for side in SIDES}
+            agree(checks)
+            for side in SIDES:
+                sides[side].steps(2)
+            times: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+            last: dict[str, dict] = {}
+            for _ in range(args.rounds):
+                for side in SIDES:
+                    last[side] = sides[side].steps(args.steps)
+                    times[side].append(last[side]["times"])
+        finally:
+            for side in sides.values():
+                side.close()
+    result = {"size": size, "stage": stage, "signature": signature, "attention": args.attention}
+    result |= {"parameters": case["parameters"], "tokens": case["tokens"], "check": checks}
+    for side in SIDES:
+        seconds = statistics.median(t for turn in times[side] for t in turn)
+        result[side] = {
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(case["tokens"] / seconds, 1),
+            "peak_mib": round(last[side]["peak_mib"]),
+            "peak_mib_with_check_and_compile": round(last[side]["whole_peak_mib"]),
+            "resident_mib_before": round(sides[side].first["resident_mib"]),
+            "compile_seconds": round(sides[side].first["compile_seconds"], 1),
+        }
+    ratios = [
+        statistics.median(b) / statistics.median(a)
+        for a, b in zip(times["jax"], times["torch"], strict=True)
+    ]
+    result["speed_ratio"] = round(statistics.median(ratios), 3)
+    result["speed_ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return result
+
+
+def agree(checks: dict[str, dict[str, float]]) -> None:
+    """Both sides must have computed the same thing, or the comparison means nothing."""
+    for key, value in checks["jax"].items():
+        other = checks["torch"][key]
+        if abs(value - other) > TOLERANCE * max(1.0, abs(value)):
+            raise RuntimeError(f"{key}: jax {value}, torch {other}; the two models differ")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=common.RUN_FILES)
+    parser.add_argument("--stages", nargs="+", default=["tune", "full"], choices=["tune", "full"])
+    parser.add_argument(
+        "--signatures", nargs="+", default=["text", "image"], choices=["text", "image"]
+    )
+    parser.add_argument(
+        "--attention",
+        default="eager",
+        choices=["eager", "sdpa"],
+        help="of the PyTorch side: as in the original, or its fused kernel",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
+    parser.add_argument(
+        "--output", type=Path, default=common.ROOT / "benchmarks/results/train_step.json"
+    )
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        return worker(args)
+    if args.prepare:
+        return prepare(args.folder, args.sizes[0], args.stages[0], args.signatures[0])
+    result = {"machine": common.machine(), "rounds": args.rounds, "steps": args.steps, "cases": []}
+    for size in args.sizes:
+        for stage in args.stages:
+            for signature in args.signatures:
+                case = measure(size, stage, signature, args)
+                result["cases"].append(case)
+                speeds = " ".join(
+                    f"{side} {case[side]['tokens_per_s']:,.0f} tokens/s "
+                    f"{case[side]['peak_mib']:,} MiB;"
+                    for side in SIDES
+                )
+                print(
+                    f"{size:<6}{stage:<5}{signature:<6}{speeds} ratio {case['speed_ratio']:.2f}",
+                    flush=True,
+                )
+    result["load_average_after"] = common.machine()["load_average"]
+    return common.save(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

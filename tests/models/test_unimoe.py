@@ -1,0 +1,121 @@
+"""The whole model: pools, their order in the table, unused entries, tied embeddings."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tests.close import relative_error
+from tests.models.tiny import (
+    SOFT_TOKENS,
+    VOCAB,
+    build,
+    decoder_config,
+    make_batch,
+    model_config,
+)
+from unimoe_jax.models.unimoe import Audio, Speech, UniMoE, Vision
+from unimoe_jax.nn.linear import LayerOptions
+from unimoe_jax.params import nest
+
+CONFIG = model_config(media=True, decoder=decoder_config(num_layers=1, moe=None))
+LENGTH = 20
+
+
+@partial(jax.jit, static_argnums=0)
+def run(model: UniMoE, params, batch):
+    return model.apply({"params": nest(params)}, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def one_medium(module: nn.Module, params, *inputs):
+    return module.apply({"params": params}, *inputs)
+
+
+@pytest.fixture(scope="module")
+def full():
+    batch = make_batch(CONFIG, 2, LENGTH, 1, media=True)
+    return (*build(CONFIG, batch), batch)
+
+
+def test_stream_holds_the_table_in_pool_order(full):
+    model, params, batch = full
+    count, tree = sum(SOFT_TOKENS.values()), nest(params)
+    width, options = CONFIG.decoder.hidden_size, model.options
+    vision = one_medium(
+        Vision(CONFIG.vision, width, options),
+        tree["vision"],
+        batch.image_GIHWC,
+        batch.video_GIFHWC,
+    )
+    speech = one_medium(Speech(CONFIG.speech, width, options), tree["speech"], batch.speech_GJMF)
+    audio = one_medium(
+        Audio(CONFIG.audio, width, options),
+        tree["audio"],
+        batch.audio_GJFM,
+        batch.audio_length_GJ,
+    )
+    table = np.concatenate([*vision, speech, audio], axis=1)[0]
+    assert table.shape == (count, width)
+    out = run(model, params, batch)
+    assert relative_error(out.stream_BTD[0, :count], table) < 1e-6
+    words = params["embed/embedding"][batch.token_id_BT[0, count:]]
+    np.testing.assert_array_equal(out.stream_BTD[0, count:], words)
+    assert out.logits_BTV.shape == (2, LENGTH, VOCAB)
+    assert out.logits_BTV.dtype == jnp.float32
+
+
+def test_a_video_of_one_picture_is_that_picture(full):
+    model, params, batch = full
+    module = Vision(CONFIG.vision, CONFIG.decoder.hidden_size, model.options)
+    frames = np.repeat(batch.image_GIHWC[:, :, None], CONFIG.vision.frames, axis=2)
+    tree = nest(params)["vision"]
+    image, video = one_medium(module, tree, batch.image_GIHWC, frames)
+    assert relative_error(video, image) < 1e-6
+    image, video = one_medium(module, tree, batch.image_GIHWC, batch.video_GIFHWC)
+    assert relative_error(video, image) > 1e-2
+    (alone,) = one_medium(module, tree, batch.image_GIHWC, None)
+    assert relative_error(alone, image) < 1e-6
+
+
+def test_text_needs_no_encoder(full):
+    model, params, batch = full
+    text = make_batch(CONFIG, 2, LENGTH, 1)
+    own = {path: leaf for path, leaf in params.items() if path.startswith(("embed", "decoder", "lm"))}
+    np.testing.assert_array_equal(
+        run(model, own, text).logits_BTV, run(model, params, text).logits_BTV
+    )
+
+
+def test_unused_entries_reach_nothing(full):
+    """A pool entry without a position that refers to it: no effect, no gradient."""
+    model, params, batch = full
+    slots = np.where(batch.slot_BT >= SOFT_TOKENS["image"], -1, batch.slot_BT)
+    others = dict.fromkeys(("video_GIFHWC", "audio_GJFM", "audio_length_GJ"))
+    unused = batch._replace(slot_BT=slots, **others)
+
+    @jax.jit
+    def loss(speech, image):
+        changed = unused._replace(speech_GJMF=speech, image_GIHWC=image)
+        return jnp.sum(jnp.sin(model.apply({"params": nest(params)}, changed).logits_BTV))
+
+    gradients = jax.grad(loss, argnums=(0, 1))(batch.speech_GJMF, batch.image_GIHWC)
+    assert not np.any(gradients[0])
+    assert np.any(gradients[1])
+
+
+def test_tied_embeddings():
+    config = model_config(decoder=decoder_config(num_layers=1, moe=None, tie_embeddings=True))
+    batch = make_batch(config, 1, 8, 1)
+    model, params = build(config, batch)
+    assert not any(path.startswith("lm_head") for path in params)
+    out = run(model, params, batch)
+    expected = out.decoder.hidden_BTD @ params["embed/embedding"].T
+    np.testing.assert_allclose(out.logits_BTV, expected, rtol=1e-5, atol=1e-6)
+    low = UniMoE(config, LayerOptions(dtype=jnp.bfloat16))
+    assert run(low, params, batch).logits_BTV.dtype == jnp.float32

@@ -1,0 +1,82 @@
+"""Runs of periodic layers, and where each layer's parameters lie."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimoe_jax.config import MoEConfig
+from unimoe_jax.nn.stack import Run, layer_runs, scan_layers, where_is
+
+ALL_SMALL = [kinds for length in range(9) for kinds in product((False, True), repeat=length)]
+
+
+def test_runs_spell_out_the_layers():
+    """Every pattern of up to eight layers."""
+    for kinds in ALL_SMALL:
+        spelled = [kind for run in layer_runs(kinds) for kind in run.period * run.repeats]
+        assert tuple(spelled) == kinds
+
+
+def test_every_layer_has_one_place_in_order():
+    for kinds in ALL_SMALL:
+        runs, places = layer_runs(kinds), where_is(kinds)
+        assert len(places) == len(set(places)) == len(kinds)
+        for kind, place in zip(kinds, places, strict=True):
+            run = runs[place.run]
+            assert run.period[place.block] == kind
+            assert 0 <= place.index < run.repeats
+        assert [(p.run, p.index, p.block) for p in places] == sorted(
+            (p.run, p.index, p.block) for p in places
+        )
+
+
+@pytest.mark.parametrize(
+    ("layers", "number", "expected"),
+    [
+        ("all", 6, [Run((True,), 6)]),
+        ("even", 6, [Run((True, False), 3)]),
+        ("even", 5, [Run((True, False), 2), Run((True,), 1)]),
+        ("first_half", 6, [Run((True,), 3), Run((False,), 3)]),
+        ("second_half", 5, [Run((False,), 2), Run((True,), 3)]),
+        ((1,), 3, [Run((False,), 1), Run((True,), 1), Run((False,), 1)]),
+    ],
+)
+def test_patterns_in_use(layers, number: int, expected):
+    moe = MoEConfig(num_experts=2, layers=layers)
+    kinds = [moe.is_moe_layer(layer, number) for layer in range(number)]
+    assert list(layer_runs(kinds)) == expected
+
+
+class Scale(nn.Module):
+    """carry · weight + input · shared; gives back its carry."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self, carry, layer_input, shared):
+        weight = self.param("weight", lambda key: self.start + jax.random.uniform(key))
+        return carry * weight + layer_input * shared, carry
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_equals_a_loop(remat: bool):
+    stack = scan_layers(Scale, 3, remat, "layers", start=1.0)
+    args = (jnp.float32(2), jnp.arange(3.0), jnp.float32(0.5))
+    params = nn.unbox(stack.init(jax.random.key(0), *args))
+    weights = np.asarray(params["params"]["weight"])
+    assert weights.shape == (3,)
+    assert len(set(weights)) == 3  # every layer draws its own
+
+    carry, carries = 2.0, []
+    for layer in range(3):
+        carries.append(carry)
+        carry = carry * weights[layer] + layer * 0.5
+    out, outputs = stack.apply(params, *args)
+    np.testing.assert_allclose(out, carry, rtol=1e-6)
+    np.testing.assert_allclose(outputs, carries, rtol=1e-6)

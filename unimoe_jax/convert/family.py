@@ -1,0 +1,181 @@
+"""Recognising what was given, from `config.json` and tensor names, never from folder names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unimoe_jax.convert.reader import (
+    TORCH_SUFFIXES,
+    ConvertError,
+    Tensors,
+    load_torch,
+    open_file,
+    open_folder,
+    open_torch,
+    read_json,
+    weight_files,
+)
+
+Role = Literal["clip", "whisper", "beats", "decoder", "base", "tuned", "experts"]
+DECODERS = ("llama", "mistral", "mixtral")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+PROCESSOR_FILE = "preprocessor_config.json"
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One recognised folder or file.
+
+    config: its config.json (BEATs: its `cfg`); tensors by group (see the tables).
+    """
+
+    role: Role
+    path: Path
+    config: Mapping[str, Any]
+    groups: Mapping[str, Tensors]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Tensors:
+        """The tensors of the only group."""
+        (tensors,) = self.groups.values()
+        return tensors
+
+
+def recognise(paths: Sequence[Path]) -> list[Source]:
+    """What each path is. A folder of folders stands for its members.
+
+    Raises:
+        ConvertError: nothing is known about a path, or two of them play one role.
+    """
+    sources: list[Source] = []
+    for path in paths:
+        if not path.exists():
+            raise ConvertError(f"{path}: no such file or folder")
+        sources += _recognise(path)
+    roles = [source.role for source in sources]
+    for source in sources:
+        if roles.count(source.role) > 1:
+            where = ", ".join(str(other.path) for other in sources if other.role == source.role)
+            raise ConvertError(f"two sources are {source.role}: {where}")
+    return sources
+
+
+def _recognise(path: Path) -> list[Source]:
+    if path.is_file():
+        return [_beats(path)]
+    if (path / "adapter_model.bin").is_file() or (path / "mlp_gates.bin").is_file():
+        return [_tuned(path)]
+    config_file = path / "config.json"
+    if config_file.is_file():
+        return [_hugging_face(path, read_json(config_file))]
+    experts = sorted(path.glob("mlp_*.bin"))
+    if experts:
+        groups = {file.stem: open_file(file) for file in experts}
+        return [Source("experts", path, {}, groups)]
+    members = [member for member in sorted(path.iterdir()) if not member.name.startswith(".")]
+    known = [m for m in members if m.is_dir() or m.suffix in TORCH_SUFFIXES]
+    if not known:
+        raise ConvertError(f"{path}: not recognised: no config.json, no adapters, no experts")
+    return [source for member in known for source in _recognise(member)]
+
+
+def _hugging_face(path: Path, config: dict[str, Any]) -> Source:
+    kind = config.get("model_type", "")
+    files = side_files(path)
+    if kind.startswith("clip"):
+        return Source("clip", path, config, {"clip": open_folder(path)}, files)
+    if kind == "whisper":
+        return Source("whisper", path, config, {"whisper": open_folder(path)}, files)
+    is_multimodal = any(key in config for key in ("mm_vision_tower", "mm_audio_tower"))
+    if kind in DECODERS and not is_multimodal:
+        return Source("decoder", path, config, {"base": open_folder(path)}, files)
+    if is_multimodal and config.get("architectures") == ["LlavaLlamaForCausalLM"]:
+        groups = {"base": open_folder(path)}
+        for group, name in (("base_projector", "mm_projector"), ("base_aligner", ALIGNER)):
+            if (path / f"{name}.bin").is_file():
+                groups[group] = open_file(path / f"{name}.bin")
+        return Source("base", path, config, groups, files)
+    raise ConvertError(
+        f"{path / 'config.json'}: model_type {kind!r}, architectures "
+        f"{config.get('architectures')} are not supported"
+    )
+
+
+ALIGNER = "mm_audio_aligner"
+TUNED_FILES = {
+    "tuned": "non_lora_trainables",
+    "peft": "adapter_model",
+    "aligner": ALIGNER,
+    "gates": "mlp_gates",
+    "fm": "fm_adapter",
+}
+
+
+def _tuned(path: Path) -> Source:
+    groups: dict[str, Tensors] = {}
+    for group, stem in TUNED_FILES.items():
+        for suffix in (".safetensors", ".bin"):
+            if (path / (stem + suffix)).is_file():
+                groups[group] = open_file(path / (stem + suffix))
+                break
+    ranks = {
+        int(match[1]): file
+        for file in path.iterdir()
+        if (match := re.fullmatch(r"(\d+)_mlp_experts\.(bin|safetensors)", file.name))
+    }
+    if sorted(ranks) != list(range(len(ranks))):
+        raise ConvertError(f"{path}: expert files of ranks {sorted(ranks)}: some are missing")
+    for rank, file in ranks.items():
+        groups[f"file{rank}"] = open_file(file)
+    config = read_json(path / "config.json")
+    config["_peft"] = (
+        read_json(path / "adapter_config.json") if (path / "adapter_config.json").is_file() else {}
+    )
+    return Source("tuned", path, config, groups, side_files(path))
+
+
+def _beats(path: Path) -> Source:
+    content = load_torch(path) if path.suffix in TORCH_SUFFIXES else {}
+    cfg, model = content.get("cfg"), content.get("model")
+    if not isinstance(cfg, Mapping) or not isinstance(model, Mapping):
+        raise ConvertError(f"{path}: not recognised: only BEATs files {{cfg, model}} stand alone")
+    return Source("beats", path, dict(cfg), {"beats": open_torch(path, model)})
+
+
+def side_files(path: Path) -> dict[str, Path]:
+    """Tokenizer and processor files in a folder."""
+    names = (*TOKENIZER_FILES, PROCESSOR_FILE)
+    return {name: path / name for name in names if (path / name).is_file()}
+
+
+def licences(path: Path) -> list[str]:
+    """Licences that a source names: licence files, and the front matter of its README."""
+    folder = path if path.is_dir() else path.parent
+    found = [str(folder / name) for name in LICENCE_FILES if (folder / name).is_file()]
+    readme = folder / "README.md"
+    if readme.is_file():
+        head = readme.read_text(errors="replace").split("---")
+        named = re.search(r"^license:\s*(\S+)", head[1], re.MULTILINE) if len(head) > 2 else None
+        found += [named[1]] if named else []
+    return found
+
+
+def source_files(source: Source) -> list[Path]:
+    """Every weight file of a source."""
+    if source.role in ("clip", "whisper", "decoder"):
+        return weight_files(source.path)
+    files = {tensor.file for group in source.groups.values() for tensor in group.values()}
+    return sorted(files)
