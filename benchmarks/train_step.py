@@ -190,13 +190,18 @@ def worker(args: argparse.Namespace) -> None:
     before = common.resident_mib()
     answer(check=checked, compile_seconds=seconds, resident_mib=before)
     for line in sys.stdin:
-        times, loss = [], 0.0
+        times, cpu, loss = [], [], 0.0
         for _ in range(int(line)):
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             loss = step()
             times.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - used)
         answer(
-            times=times, loss=loss, peak_mib=peak_since_reset(), whole_peak_mib=common.peak_mib()
+            times=times,
+            cpu=cpu,
+            loss=loss,
+            peak_mib=peak_since_reset(),
+            whole_peak_mib=common.peak_mib(),
         )
 
 
@@ -256,34 +261,50 @@ def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> 
             agree(checks)
             for side in SIDES:
                 sides[side].steps(2)
-            times: dict[str, list[list[float]]] = {side: [] for side in SIDES}
-            last: dict[str, dict] = {}
+            turns: dict[str, list[dict]] = {side: [] for side in SIDES}
             for _ in range(args.rounds):
                 for side in SIDES:
-                    last[side] = sides[side].steps(args.steps)
-                    times[side].append(last[side]["times"])
+                    turns[side].append(sides[side].steps(args.steps))
         finally:
             for side in sides.values():
                 side.close()
     result = {"size": size, "stage": stage, "signature": signature, "attention": args.attention}
     result |= {"parameters": case["parameters"], "tokens": case["tokens"], "check": checks}
     for side in SIDES:
-        seconds = statistics.median(t for turn in times[side] for t in turn)
-        result[side] = {
-            "seconds": round(seconds, 4),
-            "tokens_per_s": round(case["tokens"] / seconds, 1),
-            "peak_mib": round(last[side]["peak_mib"]),
-            "peak_mib_with_check_and_compile": round(last[side]["whole_peak_mib"]),
-            "resident_mib_before": round(sides[side].first["resident_mib"]),
-            "compile_seconds": round(sides[side].first["compile_seconds"], 1),
-        }
-    ratios = [
-        statistics.median(b) / statistics.median(a)
-        for a, b in zip(times["jax"], times["torch"], strict=True)
-    ]
-    result["speed_ratio"] = round(statistics.median(ratios), 3)
-    result["speed_ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    return result
+        result[side] = summary(turns[side], sides[side].first, case["tokens"])
+    return result | ratios(turns["jax"], turns["torch"])
+
+
+def summary(turns: list[dict], first: dict, tokens: int) -> dict:
+    """Medians over all steps of one side, and its memory."""
+    seconds = statistics.median(time for turn in turns for time in turn["times"])
+    return {
+        "seconds": round(seconds, 4),
+        "cpu_seconds": round(statistics.median(t for turn in turns for t in turn["cpu"]), 4),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "peak_mib": round(turns[-1]["peak_mib"]),
+        "peak_mib_with_check_and_compile": round(turns[-1]["whole_peak_mib"]),
+        "resident_mib_before": round(first["resident_mib"]),
+        "compile_seconds": round(first["compile_seconds"], 1),
+    }
+
+
+def ratios(ours: list[dict], theirs: list[dict]) -> dict:
+    """How many times faster we are: median over the turns, their range, and by processor time,
+    which depends less on what else the machine does."""
+
+    def of(key: str) -> list[float]:
+        return [
+            statistics.median(b[key]) / statistics.median(a[key])
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+
+    speed = of("times")
+    return {
+        "speed_ratio": round(statistics.median(speed), 3),
+        "speed_ratio_range": [round(min(speed), 3), round(max(speed), 3)],
+        "cpu_ratio": round(statistics.median(of("cpu")), 3),
+    }
 
 
 def agree(checks: dict[str, dict[str, float]]) -> None:

@@ -8,18 +8,18 @@ import jax
 import numpy as np
 
 
-def relative_error(actual: Any, expected: Any) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the norm of `actual` where `expected` is 0."""
+def relative_error(actual: Any, expected: Any, floor: float = 0.0) -> float:
+    """‖actual − expected‖ / max(‖expected‖, floor) in float64; absolute where that is 0."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
-    norm = np.linalg.norm(expected)
-    return float(np.linalg.norm(actual - expected) / (norm if norm > 0 else 1.0))
+    norm = max(float(np.linalg.norm(expected)), floor)
+    return float(np.linalg.norm(actual - expected)) / (norm if norm > 0 else 1.0)
 
 
-def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float, floor: float = 0.0) -> None:
     """Every leaf agrees within `tolerance`; the message names the leaves that do not."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    errors = jax.tree.map(relative_error, actual, expected)
+    errors = jax.tree.map(lambda a, e: relative_error(a, e, floor), actual, expected)
     bad = {
         jax.tree_util.keystr(path): error
         for path, error in jax.tree_util.tree_leaves_with_path(errors)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 
-# Before jax is imported: the number of devices is fixed when its backend starts.
+# Read when jax starts its backend. Most of the tests' time is compilation, so it optimises little.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_given = os.environ.get("XLA_FLAGS")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {_given or ''}".strip()
 
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The backend starts here; programs that tests start get the flags that were given, not these.
+jax.devices()
+if _given is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = _given
 
 
 def pytest_addoption(parser):
@@ -35,5 +42,5 @@ def update_golden(request) -> bool:
 def devices() -> list[jax.Device]:
     """Eight devices."""
     found = jax.devices()
-    assert len(found) >= 8, f"{len(found)} devices; XLA_FLAGS = {os.environ['XLA_FLAGS']!r}"
+    assert len(found) >= 8, f"{len(found)} devices, eight are needed"
     return found[:8]

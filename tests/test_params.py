@@ -100,7 +100,9 @@ def test_printed_table():
 def test_declared_takes_shape_structs():
     config = model_config()
     model = UniMoE(config, LayerOptions())
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch(config, 1, 8, 1))
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch(config, 1, 8, 1)
+    )
     shapes = declared(model, batch)
     assert shapes["decoder/run_0/block_0/moe/experts/down_proj/kernel"] == (
         (1, 4, 12, 8),

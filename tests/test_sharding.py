@@ -105,7 +105,11 @@ def test_table_can_be_changed(devices):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"experts": "expert"}, "experts"), ({"mlp": "model"}, "model"), ({"mlp": ("data", "x")}, "x")],
+    [
+        ({"experts": "expert"}, "experts"),
+        ({"mlp": "model"}, "model"),
+        ({"mlp": ("data", "x")}, "x"),
+    ],
 )
 def test_changes_of_unknown_axes(devices, changes, message: str):
     with (

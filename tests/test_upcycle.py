@@ -25,14 +25,20 @@ def source(name: str, mark: float, kinds=DENSE, rest: str = "mlp/up_proj/kernel"
     arrays = {"embed/embedding": np.full((3, 2), 100 * mark)}
     for run_number, run in enumerate(layer_runs(kinds)):
         for block in range(len(run.period)):
-            layers = [n for n, at in enumerate(where_is(kinds)) if (at.run, at.block) == (run_number, block)]
+            layers = [
+                n
+                for n, at in enumerate(where_is(kinds))
+                if (at.run, at.block) == (run_number, block)
+            ]
             stack = np.stack([np.full((2, 4), 100 * mark + layer) for layer in layers])
             arrays[f"decoder/run_{run_number}/block_{block}/{rest}"] = stack
     shapes = {path: array.shape for path, array in arrays.items()}
     return Source(name, shapes, arrays.__getitem__, kinds)
 
 
-def collect(kinds, rest: str, tail: tuple[int, ...], take: Take, sources, wanted) -> dict[int, np.ndarray]:
+def collect(
+    kinds, rest: str, tail: tuple[int, ...], take: Take, sources, wanted
+) -> dict[int, np.ndarray]:
     """{layer: value} of `rest` in every target layer for which `wanted(kind)`."""
     found = {}
     for layer, at in enumerate(where_is(kinds)):
@@ -52,7 +58,9 @@ def test_experts_from_several_dense_sources(layers):
     found = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
     assert set(found) == {layer for layer in range(LAYERS) if kinds[layer]}
     for layer, value in found.items():
-        np.testing.assert_array_equal(value[:, 0, 0], [200 + layer, 100 + layer, 300 + layer, 100 + layer])
+        np.testing.assert_array_equal(
+            value[:, 0, 0], [200 + layer, 100 + layer, 300 + layer, 100 + layer]
+        )
 
 
 @pytest.mark.parametrize("before", PLACEMENTS)
@@ -82,7 +90,9 @@ def test_dense_layers_of_a_mixed_model():
 
 
 def test_outside_the_decoder():
-    value = gather("embed/embedding", (3, 2), Take(match=".*", source="a"), {"a": source("a", 1)}, DENSE)
+    value = gather(
+        "embed/embedding", (3, 2), Take(match=".*", source="a"), {"a": source("a", 1)}, DENSE
+    )
     np.testing.assert_array_equal(value, np.full((3, 2), 100))
 
 
@@ -90,7 +100,12 @@ def test_outside_the_decoder():
     ("path", "shape", "take", "message"),
     [
         ("lm_head/kernel", (2,), {"source": "a"}, "a has no 'lm_head/kernel'"),
-        ("embed/embedding", (9, 2), {"source": "a"}, r"embedding' needs shape \(9, 2\), a .*\(3, 2\)"),
+        (
+            "embed/embedding",
+            (9, 2),
+            {"source": "a"},
+            r"embedding' needs shape \(9, 2\), a .*\(3, 2\)",
+        ),
         ("embed/embedding", (3, 2), {"experts": ("a",)}, "no decoder layer"),
         (
             "decoder/run_0/block_0/mlp/down_proj/kernel",

@@ -1,8 +1,8 @@
 """Checkpoints: training state with its data position, and what a finished stage leaves behind.
 
 `checkpoints/STAGE/steps/N` holds the state (trained parameters, optimizer, step, seed) and a JSON
-with the data position. `checkpoints/STAGE/final` holds a stage's parameters as a flat dictionary and
-`manifest.json`: parents, what was trained, where every group of parameters came from. Frozen
+with the data position. `checkpoints/STAGE/final` holds a stage's parameters as a flat dictionary
+and `manifest.json`: parents, what was trained, where every group of parameters came from. Frozen
 parameters are not repeated in every step: a resume takes them from where the stage took them.
 
 Orbax restores a flipped bit without an error, so every finished directory carries SHA-256 sums that
@@ -164,9 +164,7 @@ def load_final(folder: Path) -> dict[str, np.ndarray]:
     verify(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         meta = checkpointer.metadata(folder / "params").item_metadata.tree
-        template = {
-            path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in meta.items()
-        }
+        template = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in meta.items()}
         return checkpointer.restore(folder / "params", template)
 
 

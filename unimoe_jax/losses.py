@@ -29,10 +29,8 @@ def cross_entropy(
     return jnp.sum(weight_BT * token_nll(logits_BTV, target_BT)), jnp.sum(weight_BT)
 
 
-def modality_sums(
-    value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.Array
-) -> jax.Array:
-    """Σ value over the samples that hold each modality, float32 [text, image, video, speech, audio].
+def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.Array) -> jax.Array:
+    """Σ value over the samples that hold each modality: text, image, video, speech, audio.
 
     A sample (segment) without media counts as text; one with two media counts for both.
     """
@@ -41,9 +39,7 @@ def modality_sums(
 
     def per_row(segment_T, present_TM, value_T):
         # The maximum over a segment that is not there is -inf.
-        holds_SM = jnp.maximum(
-            jax.ops.segment_max(present_TM, segment_T, num_segments=samples), 0
-        )
+        holds_SM = jnp.maximum(jax.ops.segment_max(present_TM, segment_T, num_segments=samples), 0)
         sum_S = jax.ops.segment_sum(value_T, segment_T, num_segments=samples)
         holds_SM = holds_SM.at[:, 0].set(1 - jnp.max(holds_SM[:, 1:], axis=1))
         return sum_S[1:] @ holds_SM[1:]  # segment 0 is padding
@@ -62,9 +58,7 @@ def router_losses(aux: MoEAux | None, config: AuxLossConfig) -> jax.Array:
     return config.balance * jnp.sum(aux.balance) + config.router_z * jnp.mean(aux.router_z)
 
 
-def exact_tokens(
-    logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
-) -> jax.Array:
+def exact_tokens(logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
     """bool [B,T]: the most likely token is the target, or there is no target here.
 
     A segment that is True throughout is answered exactly by greedy decoding: by induction each

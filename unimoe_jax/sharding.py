@@ -1,6 +1,6 @@
 """Mesh, logical-axis table, sharding constraints: the only module that names mesh axes.
 
-Every parameter declares logical axes where it is declared; one table maps them to mesh axes. Unknown
+Every parameter names logical axes where it is declared; one table maps them to mesh axes. Unknown
 names, a rank that does not match, two dimensions on one mesh axis and sizes that do not divide are
 errors that name the parameter, never silent replication.
 """
@@ -155,7 +155,10 @@ def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:
 
 
 def param_sharding(
-    mesh: Mesh | jax.sharding.AbstractMesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
 ) -> NamedSharding:
     """Sharding of a parameter, checked against its shape.
 

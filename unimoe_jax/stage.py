@@ -1,4 +1,4 @@
-"""A stage made ready: its model, its parameters on the mesh, its optimizer, what it leaves behind."""
+"""A stage made ready: its model, parameters on the mesh, optimizer, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -137,8 +137,9 @@ def open_sources(run_dir: Path, stage: StageConfig) -> dict[str, Source]:
     Raises:
         CheckpointError: it is not there or not finished.
     """
-    return {name: open_source(name, source_folder(run_dir, name)) for name in
-            needed_sources(stage.init)}
+    return {
+        name: open_source(name, source_folder(run_dir, name)) for name in needed_sources(stage.init)
+    }
 
 
 def source_folder(run_dir: Path, name: str) -> Path:
@@ -197,9 +198,7 @@ def results(stage: Stage, params: Flat) -> tuple[Flat, list[str]]:
     """
     changed = {path for path, info in stage.infos.items() if info.trained}
     if stage.config.merge_lora:
-        changed |= {
-            path.rsplit("/", 1)[0] + "/kernel" for path in changed if lora.is_adapter(path)
-        }
+        changed |= {path.rsplit("/", 1)[0] + "/kernel" for path in changed if lora.is_adapter(path)}
         host = {path: np.asarray(jax.device_get(leaf)) for path, leaf in params.items()}
         params = lora.merge(host, stage.model_config.lora)
     if stage.config.leaves == "trained":

@@ -70,7 +70,10 @@ def make_train_step(
         ce = jnp.sum(nll_BT) / total
         aux = router_losses(out.aux, aux_config) / accumulate
         metrics = {"loss": ce, "aux": aux, **_moe_metrics(out.aux, accumulate)}
-        for name, value_BT in (("nll_by_modality", nll_BT), ("targets_by_modality", batch.weight_BT)):
+        for name, value_BT in (
+            ("nll_by_modality", nll_BT),
+            ("targets_by_modality", batch.weight_BT),
+        ):
             metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
         return ce + aux, metrics
 

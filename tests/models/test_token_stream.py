@@ -12,9 +12,7 @@ from unimoe_jax.models.token_stream import token_stream
 ROWS, LENGTH, WIDTH, SOFT = 4, 5, 3, 6
 RNG = np.random.default_rng(0)
 TEXT = RNG.standard_normal((ROWS, LENGTH, WIDTH), np.float32)
-SLOTS = np.array(
-    [[-1, 0, 1, -1, -1], [5, -1, -1, -1, 4], [-1, 0, 1, 2, -1], [-1, -1, -1, -1, 3]]
-)
+SLOTS = np.array([[-1, 0, 1, -1, -1], [5, -1, -1, -1, 4], [-1, 0, 1, 2, -1], [-1, -1, -1, -1, 3]])
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])

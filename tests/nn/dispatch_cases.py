@@ -21,7 +21,7 @@ def weights_of(expert_fn: ExpertFunction, seed: int = 0) -> dict[str, dict[str, 
     """Random weights, biases for MLP experts, both halves of every adapter."""
     rng = np.random.default_rng(seed)
     if isinstance(expert_fn, SwiGLUExpert):
-        sizes = {name: (WIDTH, HIDDEN) for name in ("gate_proj", "up_proj")}
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), (WIDTH, HIDDEN))
         sizes["down_proj"] = (HIDDEN, WIDTH)
     else:
         sizes = {"fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}

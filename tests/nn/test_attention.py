@@ -62,7 +62,9 @@ def test_chunks_have_the_same_gradients(monkeypatch):
     assert_close(gradients(q, k, v), whole, 1e-6)
 
 
-@pytest.mark.parametrize(("mask_shape", "bias_shape"), [((1, 1, 5), (1, 4, 1, 5)), ((2, 1, 5), None)])
+@pytest.mark.parametrize(
+    ("mask_shape", "bias_shape"), [((1, 1, 5), (1, 4, 1, 5)), ((2, 1, 5), None)]
+)
 def test_masks_and_biases_shared_by_queries(monkeypatch, mask_shape, bias_shape):
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     q, k, v = tensors(11, 5)

@@ -204,7 +204,9 @@ INNER, OUTER = 24, 40  # wide enough for the products to be most of the work
 
 def _compiled(method: str, argnums) -> jax.stages.Compiled:
     plain = SwiGLUExpert(jnp.float32)
-    wide, narrow = (jax.ShapeDtypeStruct((EXPERTS, *s), jnp.float32) for s in ((INNER, OUTER), (OUTER, INNER)))
+    wide, narrow = (
+        jax.ShapeDtypeStruct((EXPERTS, *s), jnp.float32) for s in ((INNER, OUTER), (OUTER, INNER))
+    )
     weights = {
         "gate_proj": {"kernel": wide},
         "up_proj": {"kernel": wide},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 import jax
@@ -18,6 +19,8 @@ from tests.parity.golden_gradients import recorded_gradients
 from tests.parity.golden_model import Golden, loss_and_gradients
 from tests.parity.golden_system import Spliced, System, query_batch, training_batch
 from unimoe_jax.nn.moe import MoEAux
+from unimoe_jax.nn.stack import where_is
+from unimoe_jax.params import nest
 
 TIE = 5e-4  # closer router logits may change places
 EXACT = (0.0, 0.0)
@@ -37,7 +40,6 @@ TOLERANCES = (
     (r".*/(step_logits|step_top2_margin)", 5e-4, 0.0),
     (r"meta/min_topk_margin", 2e-4, 0.0),
 )
-GROUPS = ("encoders", "unmerged", "merged", "layers", "noisy", "generate", "gradients")
 
 
 def check(system: System, key: str, actual: np.ndarray) -> float:
@@ -88,11 +90,10 @@ def encoders(system: System) -> dict[str, np.ndarray]:
 
 def unmerged(system: System) -> dict[str, np.ndarray]:
     golden = Golden(system, "unmerged")
-    spliced, pools = _batch(golden)
-    out = jax.jit(lambda flat: golden.run(flat, spliced, pools))(golden.flat)
+    out, _ = forward_backward(system)
     return {
         "unmerged/spliced/inputs_embeds": out.stream_BTD,
-        **_spliced(spliced),
+        **_spliced(_batch(golden)[0]),
         **_outputs("unmerged", golden, out),
     }
 
@@ -105,11 +106,23 @@ def _spliced(spliced: Spliced) -> dict[str, np.ndarray]:
     }
 
 
-def merged(system: System) -> dict[str, np.ndarray]:
+@cache
+def forward_backward(system: System):
+    """(outputs, gradients) of the unmerged form; one compiled program."""
+    golden = Golden(system, "unmerged")
+    return loss_and_gradients(golden, *_batch(golden))
+
+
+@cache
+def forward_merged(system: System):
+    """Outputs of the merged form."""
     golden = Golden(system, "merged")
     spliced, pools = _batch(golden)
-    out = jax.jit(lambda flat: golden.run(flat, spliced, pools))(golden.flat)
-    return _outputs("merged", golden, out)
+    return jax.jit(lambda flat: golden.run(flat, spliced, pools))(golden.flat)
+
+
+def merged(system: System) -> dict[str, np.ndarray]:
+    return _outputs("merged", Golden(system, "merged"), forward_merged(system))
 
 
 def _outputs(form: str, golden: Golden, out) -> dict[str, np.ndarray]:
@@ -127,8 +140,6 @@ def _outputs(form: str, golden: Golden, out) -> dict[str, np.ndarray]:
 
 
 def _hidden(golden: Golden, layers) -> list[np.ndarray]:
-    from unimoe_jax.nn.stack import where_is
-
     places = where_is(golden.config.decoder.moe_layers())
     return [layers[place.run][place.block].hidden[place.index] for place in places]
 
@@ -155,12 +166,9 @@ def _router(form: str, golden: Golden, aux: MoEAux | None) -> dict[str, np.ndarr
 def margins(system: System) -> dict[str, np.ndarray]:
     """The smallest distance between a chosen and the next router logit, unmerged and merged."""
     found = []
-    for form in ("unmerged", "merged"):
-        golden = Golden(system, form)
-        spliced, pools = _batch(golden)
-        out = jax.jit(lambda flat, g=golden, s=spliced, p=pools: g.run(flat, s, p))(golden.flat)
+    top_k = Golden(system, "merged").config.decoder.moe.top_k
+    for out in (forward_backward(system)[0], forward_merged(system)):
         ordered = -np.sort(-np.asarray(out.decoder.aux.logits_BTE), axis=-1)
-        top_k = golden.config.decoder.moe.top_k
         found.append((ordered[..., top_k - 1] - ordered[..., top_k]).min())
     return {"meta/min_topk_margin": np.array(found)}
 
@@ -179,11 +187,9 @@ def _drawing(noise):
 
 
 def _stream(golden: Golden):
-    from unimoe_jax.params import nest
-
     spliced, pools = _batch(golden)
-    params = nest(golden.flat)
-    return golden.stream(params, spliced, golden.soft_tokens(params, pools)), spliced
+    soft = jax.jit(lambda flat: golden.soft_tokens(nest(flat), pools))(golden.flat)
+    return golden.stream(nest(golden.flat), spliced, soft), spliced
 
 
 def layers(system: System) -> dict[str, np.ndarray]:
@@ -213,13 +219,11 @@ def noisy(system: System) -> dict[str, np.ndarray]:
     steps = golden.layers(stream, spliced, noise, _drawing)
     aux = jax.tree.map(lambda *a: jnp.stack(a), *(step[1] for step in steps if step[1] is not None))
     logits = golden.head(steps[-1][0])
-    given = {f"noisy/layer{layer}/gumbel_noise": value for layer, value in noise.items()}
     return {
         "noisy/logits": logits,
         "noisy/logits_sample0": logits[:1],
         **{f"noisy/{name}": value for name, value in golden.losses(logits, aux, spliced).items()},
         **_router("noisy", golden, aux),
-        **given,
     }
 
 
@@ -243,13 +247,15 @@ def generate(system: System) -> dict[str, np.ndarray]:
     # Later positions are hidden from earlier ones, so nothing but the next token changes.
     everything = np.full(len(slot), slot.shape[1])
 
+    soft = jax.jit(lambda flat: golden.soft_tokens(nest(flat), pools))(golden.flat)
+
     @jax.jit
-    def forward(flat, token_id):
-        row = Spliced(token_id, wider[1], slot, labels, everything, zero & False)
-        return golden.run(flat, row, pools).logits_BTV
+    def forward(flat, token_id, soft):
+        row = Spliced(token_id, wider[1], slot, labels, everything, np.zeros_like(zero))
+        return golden.run(flat, row, pools, soft).logits_BTV
 
     for step in range(count):
-        logits.append(np.asarray(forward(golden.flat, token_id))[rows, last + step])
+        logits.append(np.asarray(forward(golden.flat, token_id, soft))[rows, last + step])
         chosen.append(logits[-1].argmax(-1))
         token_id = token_id.copy()
         token_id[rows, last + step + 1] = chosen[-1]
@@ -280,20 +286,13 @@ def gradients(system: System) -> dict[str, np.ndarray]:
     return values
 
 
-_gradients: dict[System, dict[str, np.ndarray]] = {}
-
-
+@cache
 def all_gradients(system: System) -> dict[str, np.ndarray]:
     """Every recorded name -> its gradient in torch layout."""
-    if system not in _gradients:
-        golden = Golden(system, "unmerged")
-        spliced, pools = _batch(golden)
-        with jax.default_matmul_precision("highest"):
-            _, grads = loss_and_gradients(golden, spliced, pools)
-        names = set().union(*system.grad_norms.values())
-        names |= {k.split("/", 1)[1] for k in system.expected if k.startswith("grad_")}
-        _gradients[system] = recorded_gradients(golden.resolution, grads, names)
-    return _gradients[system]
+    names = set().union(*system.grad_norms.values())
+    names |= {k.split("/", 1)[1] for k in system.expected if k.startswith("grad_")}
+    _, grads = forward_backward(system)
+    return recorded_gradients(Golden(system, "unmerged").resolution, grads, names)
 
 
 COMPUTE = {

@@ -30,9 +30,13 @@ from unimoe_jax.models.decoder import Block, Context, Decoder, DecoderOutput
 from unimoe_jax.models.token_stream import token_stream
 from unimoe_jax.models.unimoe import Audio, Speech, Vision
 from unimoe_jax.nn.linear import LayerOptions, Linear
+from unimoe_jax.nn.norm import RMSNorm
 from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
+
+
+INSPECTED = ("mlp_norm", "modality_map", "moe")
 
 
 class Text(nn.Module):
@@ -113,7 +117,11 @@ class Golden:
 
     def encoder_outputs(self) -> dict[str, np.ndarray]:
         """Everything recorded of encoders and connectors, by its recorded name."""
-        params, inputs = nest(self.flat), self.system.inputs
+        outputs = jax.jit(lambda flat: self._encoder_outputs(nest(flat)))(self.flat)
+        return jax.tree.map(np.asarray, outputs)
+
+    def _encoder_outputs(self, params: dict) -> dict[str, jax.Array]:
+        inputs = self.system.inputs
         pixels = np.concatenate([inputs["images"], *inputs["videos"]]).transpose(0, 2, 3, 1)
         images = len(inputs["images"])
         config = self.config.vision
@@ -128,7 +136,7 @@ class Golden:
             out[f"mm_projector_out/call{call}"] = soft[part]
         for name, value in self._sound_outputs(params[self.system.voice]).items():
             out |= {f"{name}/call{call}": value[call : call + 1] for call in range(len(value))}
-        return jax.tree.map(np.asarray, out)
+        return out
 
     def _sound_outputs(self, params: dict) -> dict[str, jax.Array]:
         inputs = self.system.inputs
@@ -162,10 +170,13 @@ class Golden:
         stream = token_stream(text, soft, jnp.asarray(spliced.slot))
         return jnp.where(jnp.asarray(spliced.zero)[..., None], 0.0, stream)
 
-    def run(self, flat: dict[str, Any], spliced: Spliced, pools: Pools) -> Outputs:
-        """The forward pass, padding included."""
+    def run(
+        self, flat: dict[str, Any], spliced: Spliced, pools: Pools, soft: Any = None
+    ) -> Outputs:
+        """The forward pass, padding included; `soft` replaces what the pools would give."""
         params = nest(flat)
-        stream = self.stream(params, spliced, self.soft_tokens(params, pools))
+        soft = self.soft_tokens(params, pools) if soft is None else soft
+        stream = self.stream(params, spliced, soft)
         position, mask = positions_and_mask(spliced.attended, stream.shape[1])
         modality = jnp.asarray(spliced.modality)
         logits, out = Text(self.config, self.options).apply(
@@ -228,23 +239,19 @@ class Golden:
             stacked = decoder[f"run_{place.run}"][f"block_{place.block}"]
             params = jax.tree.map(lambda leaf, at=place.index: leaf[at], stacked)
             block = Block(config, config.moe_layers()[layer], options)
+            run = partial(
+                block.apply,
+                rngs={"router": jax.random.key(0)},
+                capture_intermediates=lambda module, _: module.name in INSPECTED,
+                mutable=["intermediates"],
+            )
             with patch(noise.get(layer)):
-                (x, aux, _), seen = block.apply(
-                    {"params": params},
-                    x,
-                    context,
-                    None,
-                    rngs={"router": jax.random.key(0)},
-                    capture_intermediates=True,
-                    mutable=["intermediates"],
-                )
+                (x, aux, _), seen = jax.jit(run)({"params": params}, x, context, None)
             steps.append((x, aux, seen["intermediates"]))
         return steps
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Final norm and logits."""
-        from unimoe_jax.nn.norm import RMSNorm
-
         norm = RMSNorm(self.config.decoder.norm_eps, self.options)
         normed = norm.apply({"params": {"scale": self.flat["decoder/final_norm/scale"]}}, hidden)
         return normed @ self.flat["lm_head/kernel"]

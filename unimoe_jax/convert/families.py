@@ -177,7 +177,7 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     senses, more = _senses(sources, config, groups, sense)
     peft = tuned.config["_peft"] if tuned else {}
     copies = [*copies, *more]
-    if peft:
+    if peft and "peft" in groups:
         scale, use_router = peft["lora_alpha"] / peft["r"], options.router_lora == "merge"
         names = set(groups["peft"])
         copies = unimoe.with_adapters(copies, names, scale, options.lora == "merge", use_router)
@@ -295,38 +295,43 @@ def _queries(groups: Mapping[str, Tensors], name: str) -> int:
     raise ConvertError(f"no file has the learned queries {name!r}")
 
 
-def _connector(queries: str, depth: int, sequential: bool, sense: str) -> list[Copy]:
-    copies = []
+def connector_copies(config: QueryConnectorConfig, sense: str, sequential: bool) -> list[Copy]:
+    """Queries, reader and projector of the sound side, from every file that may hold them."""
+    is_whisper = config.kind == "whisper_decoder"
+    queries = "model.query_tokens" if is_whisper else f"{ALIGNER}.query_tokens"
+    dst, copies = f"{sense}/connector", []
     for group in ALIGNERS:
-        copies += expand([Entry(f"{group}:{queries}", f"{sense}/connector/queries", "1 q d -> q d")])
-        src = f"{group}:model.mm_audio_aligner.projector"
-        copies += unimoe.projector(src, f"{sense}/connector/projector", depth, sequential)
+        copies += expand([Entry(f"{group}:{queries}", f"{dst}/queries", "1 q d -> q d")])
+        src = f"{group}:{ALIGNER}."
+        copies += unimoe.projector(
+            f"{src}projector", f"{dst}/projector", config.projector_depth, sequential
+        )
+        if is_whisper:
+            copies += whisper.reader_copies(config, f"{src}decoder.audio_decoder.", dst)
+        else:
+            copies += beats.qformer_copies(config, f"{src}qformer.qformer.", dst)
     return copies
+
+
+ALIGNER = "model.mm_audio_aligner"
 
 
 def _speech_sense(source: Source, groups: Mapping[str, Tensors]):
     depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
-    name = "model.query_tokens"
-    connector = whisper.reader_config(source.config, _queries(groups, name), depth)
+    queries = _queries(groups, "model.query_tokens")
+    connector = whisper.reader_config(source.config, queries, depth)
     encoder = whisper.whisper_config(source.config)
-    copies = _whisper_copies(source, encoder) + _connector(name, depth, sequential, "speech")
-    for group in ALIGNERS:
-        src = f"{group}:model.mm_audio_aligner.decoder.audio_decoder."
-        copies += whisper.reader_copies(connector, src, "speech/connector")
+    copies = _whisper_copies(source, encoder) + connector_copies(connector, "speech", sequential)
     return _speech(encoder, connector), copies
 
 
 def _audio_sense(source: Source, config: Mapping[str, Any], groups: Mapping[str, Tensors]):
     depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
-    name = "model.mm_audio_aligner.query_tokens"
-    qformer = config.get("qformer_config", {})
-    connector = beats.qformer_config(qformer, _queries(groups, name), depth)
+    queries = _queries(groups, f"{ALIGNER}.query_tokens")
+    connector = beats.qformer_config(config.get("qformer_config", {}), queries, depth)
     encoder = beats.beats_config(source.config)
     copies = beats.encoder_copies(encoder, "audio/encoder")
-    copies += _connector(name, depth, sequential, "audio")
-    for group in ALIGNERS:
-        src = f"{group}:model.mm_audio_aligner.qformer.qformer."
-        copies += beats.qformer_copies(connector, src, "audio/connector")
+    copies += connector_copies(connector, "audio", sequential)
     return AudioConfig(encoder=encoder, connector=connector), copies
 
 

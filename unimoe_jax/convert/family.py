@@ -76,12 +76,12 @@ def recognise(paths: Sequence[Path]) -> list[Source]:
 def _recognise(path: Path) -> list[Source]:
     if path.is_file():
         return [_beats(path)]
-    if (path / "adapter_model.bin").is_file() or (path / "mlp_gates.bin").is_file():
+    if any((path / f"{stem}{end}").is_file() for stem in TUNED_MARKS for end in SUFFIXES):
         return [_tuned(path)]
     config_file = path / "config.json"
     if config_file.is_file():
         return [_hugging_face(path, read_json(config_file))]
-    experts = sorted(path.glob("mlp_*.bin"))
+    experts = sorted(file for file in path.glob("mlp_*") if file.suffix in SUFFIXES)
     if experts:
         groups = {file.stem: open_file(file) for file in experts}
         return [Source("experts", path, {}, groups)]
@@ -115,6 +115,8 @@ def _hugging_face(path: Path, config: dict[str, Any]) -> Source:
 
 
 ALIGNER = "mm_audio_aligner"
+SUFFIXES = (".safetensors", ".bin")
+TUNED_MARKS = ("adapter_model", "mlp_gates", "non_lora_trainables")
 TUNED_FILES = {
     "tuned": "non_lora_trainables",
     "peft": "adapter_model",
@@ -127,7 +129,7 @@ TUNED_FILES = {
 def _tuned(path: Path) -> Source:
     groups: dict[str, Tensors] = {}
     for group, stem in TUNED_FILES.items():
-        for suffix in (".safetensors", ".bin"):
+        for suffix in SUFFIXES:
             if (path / (stem + suffix)).is_file():
                 groups[group] = open_file(path / (stem + suffix))
                 break

@@ -1,7 +1,7 @@
 """LLaMA-shaped decoder whose feed-forward layers may be mixtures of experts.
 
-Parameters: `run_{r}/block_{b}/{attention_norm, attention/{q,k,v,o}_proj, mlp_norm, mlp | moe}` with a
-leading layers axis (see nn/stack.py), and `final_norm`.
+Parameters: `run_{r}/block_{b}/{attention_norm, attention/{q,k,v,o}_proj, mlp_norm, mlp | moe}` with
+a leading layers axis (see nn/stack.py), and `final_norm`.
 """
 
 from __future__ import annotations

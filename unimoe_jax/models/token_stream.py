@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def token_stream(
-    text_BTD: jax.Array, soft_GSD: jax.Array | None, slot_BT: jax.Array
-) -> jax.Array:
+def token_stream(text_BTD: jax.Array, soft_GSD: jax.Array | None, slot_BT: jax.Array) -> jax.Array:
     """x[b,t] = soft[g(b), slot] where slot ≥ 0, else text[b,t].
 
     Args:

@@ -1,7 +1,7 @@
 """The multimodal model: encoders and connectors make soft tokens, the decoder reads the stream.
 
-Parameters: `{vision,speech,audio}/{encoder,connector}`, `embed`, `decoder`, `lm_head`. Only the pools
-that a batch holds are encoded, so an encoder that is not needed is not in the compiled program.
+Parameters: `{vision,speech,audio}/{encoder,connector}`, `embed`, `decoder`, `lm_head`. Only the
+pools that a batch holds are encoded: an encoder that is not needed is not in the compiled program.
 """
 
 from __future__ import annotations

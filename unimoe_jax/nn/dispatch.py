@@ -222,9 +222,7 @@ def _grouped_bwd(expert_fn, args, g_XD):
             token = slot // k
             mine = (offset + jnp.arange(size) < start + count)[:, None]
             g = jnp.where(mine, g_XD[token], 0).astype(jnp.float32)
-            y, pull = jax.vjp(
-                lambda w, x: expert_fn(w, x, row_X[token], seed), w, x_XD[token]
-            )
+            y, pull = jax.vjp(lambda w, x: expert_fn(w, x, row_X[token], seed), w, x_XD[token])
             dweight = jnp.sum(g * y.astype(jnp.float32), axis=1)
             dw_block, dx = pull((g * slot_weight[slot][:, None]).astype(y.dtype))
             dw = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dw, dw_block)

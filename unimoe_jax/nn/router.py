@@ -1,4 +1,4 @@
-"""Routing as pure functions: which experts a token goes to, with what weights, and its statistics."""
+"""Routing as pure functions: which experts a token goes to, its weights, and statistics."""
 
 from __future__ import annotations
 

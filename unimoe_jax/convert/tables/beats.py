@@ -122,3 +122,38 @@ def qformer_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Cop
         + expand(layers, places)
         + expand(_bert_attention(f"{s}crossattention", f"{d}cross_attention"), crossing)
     )
+
+
+def to_cfg(config: BeatsConfig) -> dict[str, Any]:
+    """The `cfg` of a BEATs checkpoint."""
+    return {
+        "encoder_embed_dim": config.hidden_size,
+        "embed_dim": config.embed_size,
+        "encoder_ffn_embed_dim": config.mlp_dim,
+        "encoder_layers": config.num_layers,
+        "encoder_attention_heads": config.num_heads,
+        "input_patch_size": config.patch_size,
+        "conv_pos": config.conv_kernel,
+        "conv_pos_groups": config.conv_groups,
+        "conv_bias": False,
+        "num_buckets": config.num_buckets,
+        "max_distance": config.max_distance,
+        "activation_fn": "gelu",
+        "relative_position_embedding": True,
+        "gru_rel_pos": True,
+        "deep_norm": True,
+        "layer_norm_first": False,
+        "finetuned_model": False,
+    }
+
+
+def to_qformer_json(config: QueryConnectorConfig) -> dict[str, Any]:
+    """BLIP-2's Q-Former options, as `qformer_config` reads them."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "cross_attention_frequency": config.cross_attention_every,
+    }

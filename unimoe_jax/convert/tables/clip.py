@@ -60,3 +60,19 @@ def copies(config: ClipConfig, dst: str, prefix: str = "vision_model.") -> list[
         *linear(f"{s}mlp.fc2", f"{d}mlp/fc2"),
     )
     return expand(top) + expand(layer, flat_stack(config.used_layers))
+
+
+def to_json(config: ClipConfig) -> dict[str, Any]:
+    """A `config.json` of CLIPVisionModel."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "quick_gelu",
+    }

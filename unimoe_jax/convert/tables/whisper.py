@@ -90,3 +90,21 @@ def reader_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Copy
         *attention(f"{s}encoder_attn", f"{d}cross_attention"),
     )
     return expand(top) + expand(layers, flat_stack(config.num_layers))
+
+
+def to_json(config: WhisperConfig, reader: QueryConnectorConfig) -> dict[str, Any]:
+    """A `config.json` of WhisperModel; `reader` gives the decoder's sizes."""
+    return {
+        "architectures": ["WhisperModel"],
+        "model_type": "whisper",
+        "d_model": config.hidden_size,
+        "encoder_ffn_dim": config.mlp_dim,
+        "encoder_layers": config.num_layers,
+        "encoder_attention_heads": config.num_heads,
+        "num_mel_bins": config.mel_bins,
+        "max_source_positions": config.max_positions,
+        "decoder_ffn_dim": reader.mlp_dim,
+        "decoder_layers": reader.num_layers,
+        "decoder_attention_heads": reader.num_heads,
+        "max_target_positions": reader.max_positions,
+    }

@@ -30,10 +30,9 @@ class Placing(NamedTuple):
 
 
 def place(rng: np.random.Generator, low: float = 13.0, high: float = 18.0) -> Placing:
-    """Draws a placing whose shape lies inside the picture."""
+    """Draws a placing near the middle whose shape lies inside the picture."""
     radius = rng.uniform(low, high)
-    margin = radius + 2
-    x, y = rng.uniform(margin, SIZE - margin, 2)
+    x, y = SIZE / 2 + rng.uniform(-4, 4, 2)
     return Placing(x, y, radius, rng.uniform(-0.15, 0.15))
 
 

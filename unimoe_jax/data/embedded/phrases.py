@@ -127,7 +127,7 @@ def answer(kind: str, labels: dict[str, str]) -> str:
         case "caption_video":
             still = labels["movement"] == "not at all"
             moving = "not moving at all" if still else f"moving {labels['movement']}"
-            return f"a {labels['colour']} {labels['shape']} {moving}"
+            return f"a {labels['colour']} shape {moving}"
     return labels[kind]
 
 

@@ -1,0 +1,212 @@
+"""Checkpoints: round trips, other meshes, damage, finished stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unimoe_jax.checkpoint import (
+    MANIFEST,
+    SUMS,
+    CheckpointError,
+    StepCheckpoints,
+    load_final,
+    open_source,
+    read_manifest,
+    save_final,
+    seal,
+    verify,
+)
+from unimoe_jax.config import MeshConfig
+from unimoe_jax.sharding import make_mesh
+from unimoe_jax.train_step import TrainState
+
+KERNEL = np.arange(32, dtype=np.float32).reshape(8, 4)
+
+
+def state_on(mesh, spec: PartitionSpec, step: int) -> TrainState:
+    """A state whose values tell its step."""
+
+    def put(value, spec=PartitionSpec()):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    return TrainState(
+        step=put(jnp.int32(step)),
+        trained={"a/kernel": put(KERNEL + step, spec)},
+        optimizer=({"a/kernel": put(KERNEL * step, spec)}, put(jnp.int32(step))),
+        seed=put(jnp.uint32(7)),
+        bad_steps=put(jnp.int32(0)),
+    )
+
+
+def template_of(state: TrainState) -> TrainState:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+
+
+@pytest.fixture
+def mesh(devices):
+    return make_mesh(MeshConfig(data=4, fsdp=2), devices)
+
+
+@pytest.fixture
+def saved(tmp_path, mesh):
+    """Steps 1, 2 and 3 were saved, two are kept."""
+    checkpoints = StepCheckpoints(tmp_path / "steps", keep=2)
+    for step in (1, 2, 3):
+        state = state_on(mesh, PartitionSpec("fsdp"), step)
+        checkpoints.save(step, state, {"row": 10 * step, "source": "text"})
+    checkpoints.finish()
+    yield checkpoints
+    checkpoints.close()
+
+
+def flip_a_byte(folder: Path) -> Path:
+    """In the middle of the largest file, which holds array data."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != SUMS]
+    path = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def no_message(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_newest_step_comes_back(saved, mesh):
+    expected = state_on(mesh, PartitionSpec("fsdp"), 3)
+    step, state, position = saved.restore_latest(template_of(expected), tell=no_message)
+    assert step == 3
+    assert position == {"row": 30, "source": "text"}
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert isinstance(state, TrainState)
+    assert state.trained["a/kernel"].sharding == expected.trained["a/kernel"].sharding
+
+
+def test_only_the_newest_are_kept_and_all_are_sealed(saved):
+    names = sorted(path.name for path in saved.folder.iterdir() if path.name.isdigit())
+    assert names == ["2", "3"]
+    for name in names:
+        verify(saved.folder / name)
+
+
+def test_restore_on_another_mesh(saved, devices):
+    other = make_mesh(MeshConfig(data=1, fsdp=4), devices[:4])
+    expected = state_on(other, PartitionSpec(None, "fsdp"), 3)
+    _, state, _ = saved.restore_latest(template_of(expected))
+    kernel = state.trained["a/kernel"]
+    np.testing.assert_array_equal(kernel, KERNEL + 3)
+    assert kernel.sharding == expected.trained["a/kernel"].sharding
+
+
+def test_a_damaged_step_is_named_and_passed_over(saved, mesh):
+    damaged = flip_a_byte(saved.folder / "3")
+    with pytest.raises(CheckpointError, match=damaged.name):
+        verify(saved.folder / "3")
+    told = []
+    template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
+    step, state, position = saved.restore_latest(template, tell=told.append)
+    assert (step, int(state.step), position["row"]) == (2, 2, 20)
+    assert len(told) == 1
+    assert "step 3" in told[0]
+
+    (saved.folder / "2" / SUMS).unlink()
+    assert saved.restore_latest(template, tell=told.append) is None
+    assert "incomplete" in told[-1]
+
+
+def test_nothing_to_restore(tmp_path, mesh):
+    checkpoints = StepCheckpoints(tmp_path / "steps", keep=2)
+    assert checkpoints.restore_latest(template_of(state_on(mesh, PartitionSpec(), 0))) is None
+    checkpoints.close()
+
+
+def test_sums_cover_missing_and_added_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    seal(tmp_path)
+    verify(tmp_path)
+    (tmp_path / "c").write_text("")
+    with pytest.raises(CheckpointError, match=r"/c: "):
+        verify(tmp_path)
+    (tmp_path / "c").unlink()
+    (tmp_path / "sub" / "a").unlink()
+    with pytest.raises(CheckpointError, match="sub/a: damaged or missing"):
+        verify(tmp_path)
+
+
+# ------------------------------------------------------------------------- stage results
+
+PARAMS = {
+    "embed/embedding": KERNEL,
+    "decoder/run_0/block_0/mlp/up_proj/kernel": np.stack([KERNEL, -KERNEL]),
+    "low": KERNEL.astype(ml_dtypes.bfloat16),
+}
+RECORD = {
+    "shapes": {path: list(leaf.shape) for path, leaf in PARAMS.items()},
+    "moe_layers": [False, False],
+    "parents": ["base"],
+}
+
+
+@pytest.fixture
+def final(tmp_path, mesh) -> Path:
+    """Saved from a mesh, as stages are."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    folder = tmp_path / "stage" / "final"
+    save_final(folder, jax.device_put(PARAMS, sharding), RECORD)
+    return folder
+
+
+def test_a_finished_stage_comes_back(final):
+    loaded = load_final(final)
+    assert set(loaded) == set(PARAMS)
+    for path, leaf in PARAMS.items():
+        assert loaded[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(loaded[path]), leaf)
+    assert read_manifest(final) == RECORD
+    assert not final.with_name("final.partial").exists()
+
+
+def test_a_finished_stage_is_a_source(final):
+    source = open_source("base", final)
+    assert source.shapes["embed/embedding"] == (8, 4)
+    np.testing.assert_array_equal(source.load("embed/embedding"), KERNEL)
+    np.testing.assert_array_equal(source.layer(1, "mlp/up_proj/kernel"), -KERNEL)
+
+
+def test_a_damaged_stage_is_refused(final):
+    flip_a_byte(final)
+    source = open_source("base", final)  # the manifest alone is read here
+    with pytest.raises(CheckpointError, match="damaged"):
+        source.load("low")
+
+
+def test_a_changed_manifest_is_refused(final):
+    record = json.loads((final / MANIFEST).read_text())
+    (final / MANIFEST).write_text(json.dumps(record | {"parents": []}))
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        load_final(final)
+
+
+def test_saving_again_replaces(final):
+    save_final(final, {"embed/embedding": -KERNEL}, RECORD)
+    loaded = load_final(final)
+    assert set(loaded) == {"embed/embedding"}
+    np.testing.assert_array_equal(loaded["embed/embedding"], -KERNEL)
+
+
+def test_an_unfinished_stage_is_no_source(tmp_path):
+    with pytest.raises(CheckpointError, match="not a finished stage"):
+        open_source("base", tmp_path)

@@ -1,0 +1,87 @@
+"""python -m unimoe_jax.convert {import,export,inspect,verify}: see --help of each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from unimoe_jax.convert import comparing, exporting, importing, inspecting, opening
+from unimoe_jax.convert.families import Options
+from unimoe_jax.convert.reader import ConvertError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m unimoe_jax.convert", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="PyTorch folders -> a checkpoint of this package")
+    add.add_argument("--from", dest="sources", action="append", required=True, type=Path)
+    add.add_argument("--to", dest="target", required=True, type=Path)
+    add.add_argument("--lora", choices=("merge", "keep"), default="merge")
+    add.add_argument("--router-lora", choices=("override", "merge"), default="override",
+                     help="override: mlp_gates replaces merged routers, as released inference does")
+    add.add_argument("--vision-layer", type=int, default=-2,
+                     help="selected hidden state of a CLIP imported on its own")
+    add.add_argument("--dtype", choices=("source", "float32", "bfloat16"), default="source")
+    out = commands.add_parser("export", help="a checkpoint of this package -> PyTorch folders")
+    out.add_argument("--from", dest="source", required=True, type=Path)
+    out.add_argument("--to", dest="target", required=True, type=Path)
+    out.add_argument("--format", choices=("unimoe", "hf"), required=True)
+    out.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
+    out.add_argument("--model", type=Path, help="model.yaml, for a checkpoint without one")
+    look = commands.add_parser("inspect", help="tree of parameters, totals, active parameters")
+    look.add_argument("folder", type=Path)
+    same = commands.add_parser("verify", help="compare two checkpoints of any supported format")
+    same.add_argument("a", type=Path)
+    same.add_argument("b", type=Path)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0: done, and for `verify` equal; 1: refused or different; 2: bad usage."""
+    given = parser().parse_args(arguments)
+    try:
+        return COMMANDS[given.command](given)
+    except (ConvertError, ValidationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _import(given: argparse.Namespace) -> int:
+    options = Options(given.lora, given.router_lora, given.vision_layer)
+    importing.import_checkpoint(given.sources, given.target, options, given.dtype)
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    checkpoint = opening.open_checkpoint(given.source, given.model)
+    exporting.export_checkpoint(checkpoint, given.target, given.format, given.files)
+    return 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    for line in inspecting.inspect_lines(opening.open_checkpoint(given.folder)):
+        print(line)
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    a, b = (opening.open_checkpoint(path) for path in (given.a, given.b))
+    differences = list(inspecting.compare(a, b))
+    for line in differences:
+        print(line)
+    for line in comparing.compare_logits(a, b):
+        print(line)
+    count = len(a.params)
+    print(f"DIFFERENT: {len(differences)} parameters" if differences else f"EQUAL: {count}")
+    return 1 if differences else 0
+
+
+COMMANDS = {"import": _import, "export": _export, "inspect": _inspect, "verify": _verify}
+
+if __name__ == "__main__":
+    sys.exit(main())

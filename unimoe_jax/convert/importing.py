@@ -1,0 +1,156 @@
+"""`import`: source folders -> an orbax checkpoint, its model.yaml, side files and manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from unimoe_jax.convert.families import Options, plan_of
+from unimoe_jax.convert.family import Source, licences, recognise, source_files
+from unimoe_jax.convert.plan import Plan, Resolution, Target, read_slice, resolve
+from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
+from unimoe_jax.convert.writer import Streamed, write_checkpoint
+
+MODEL_FILE = "model.yaml"
+Tell = Callable[[str], None]
+
+
+def import_checkpoint(
+    paths: Sequence[Path],
+    folder: Path,
+    options: Options = Options(),
+    dtype: str = "source",
+    tell: Tell = print,
+) -> Resolution:
+    """Recognise, check, convert; prints a table and a verdict.
+
+    Raises:
+        ConvertError: anything that does not fit; `folder` is not created then.
+    """
+    if folder.exists():
+        raise ConvertError(f"{folder}: exists already; remove it or choose another --to")
+    sources = recognise(paths)
+    plan = plan_of(sources, options)
+    resolution = resolve(plan, dtype)
+    for line in table(resolution):
+        tell(line)
+    leaves = {path: streamed(plan, target) for path, target in resolution.targets.items()}
+    with ThreadPoolExecutor(1) as pool:
+        # Hashed while the tensors are converted: the files are read once from disk.
+        files = sorted({file for source in sources for file in source_files(source)})
+        sums = {file: pool.submit(sha256, file) for file in files}
+        finish = partial(_finish, resolution, sources, options, sums)
+        try:
+            write_checkpoint(folder, leaves, finish)
+        except OSError as error:
+            raise ConvertError(f"{folder}: cannot be written: {error}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    tell(verdict(resolution, folder))
+    return resolution
+
+
+def streamed(plan: Plan, target: Target) -> Streamed:
+    """A target as a leaf that the writer fills slice by slice."""
+
+    def slices() -> Iterator[tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+        for index in sorted(target.fills):
+            yield index, partial(read_slice, plan, target.fills[index], target.dtype)
+
+    lead = len(next(iter(target.fills)))
+    return Streamed(target.shape, np_dtype(target.dtype), lead, slices)
+
+
+def _finish(
+    resolution: Resolution,
+    sources: Sequence[Source],
+    options: Options,
+    sums: Mapping[Path, Future],
+    partial_folder: Path,
+) -> dict[str, Any]:
+    plan = resolution.plan
+    text = yaml.safe_dump(dict(plan.config), sort_keys=False)
+    (partial_folder / MODEL_FILE).write_text(text)
+    for name, path in plan.files.items():
+        shutil.copyfile(path, partial_folder / name)
+    digests = {str(file): future.result() for file, future in sums.items()}
+    return manifest(resolution, sources, options, digests)
+
+
+def manifest(
+    resolution: Resolution, sources: Sequence[Source], options: Options, sums: Mapping[str, str]
+) -> dict[str, Any]:
+    """What was made of what. `shapes` and `moe_layers` let a stage take from the checkpoint."""
+    plan = resolution.plan
+    has_decoder = any("decoder/".startswith(part) for part in plan.parts)
+    tensor_groups: dict[str, dict[str, Any]] = {}
+    for path, target in resolution.targets.items():
+        group = tensor_groups.setdefault(path.split("/")[0], {"sources": {}, "transforms": set()})
+        for copy in target.fills.values():
+            names = (copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ()))
+            for file in (str(plan.tensor(name).file) for name in names):
+                group["sources"][file] = sums[file]
+            group["transforms"].add(transform_of(copy))
+    return {
+        "family": plan.family,
+        "moe_layers": list(plan.model.decoder.moe_layers()) if has_decoder else [],
+        "lora_merged": options.lora == "merge",
+        "notes": list(plan.notes),
+        "parents": {source.role: str(source.path) for source in sources},
+        "licences": {source.role: licences(source.path) for source in sources},
+        "source_configs": {source.role: dict(source.config) for source in sources},
+        "tensor_groups": {
+            name: {"sources": group["sources"], "transforms": sorted(group["transforms"])}
+            for name, group in tensor_groups.items()
+        },
+        "overridden": dict(resolution.overridden),
+        "unused": dict(resolution.excused),
+        "shapes": {path: list(target.shape) for path, target in resolution.targets.items()},
+        "dtypes": {path: target.dtype for path, target in resolution.targets.items()},
+        "trained": [],
+    }
+
+
+def transform_of(copy) -> str:
+    """One word or two on what happens to a tensor."""
+    merged = f" + {copy.adapter.scale:g} B A" if copy.adapter else ""
+    return (copy.rearrange or "copy") + merged
+
+
+def table(resolution: Resolution) -> Iterator[str]:
+    """source -> target, shape, dtype, transform: one line per parameter, layers folded."""
+    plan = resolution.plan
+    yield f"{'source':<78}  {'target':<58}  {'shape':<20}  {'dtype':<9} transform"
+    for path, target in resolution.targets.items():
+        copies = [target.fills[index] for index in sorted(target.fills)]
+        more = f" … ({len(copies)})" if len(copies) > 1 else ""
+        shape = "×".join(map(str, target.shape)) or "scalar"
+        source = copies[0].src + more
+        yield f"{source:<78}  {path:<58}  {shape:<20}  {target.dtype:<9} {transform_of(copies[0])}"
+    for title, names in (("overridden", resolution.overridden), ("not used", resolution.excused)):
+        reasons: dict[str, list[str]] = {}
+        for name, why in names.items():
+            why = f"a later file ({why.split(':')[0]}) holds it too" if title[0] == "o" else why
+            reasons.setdefault(why, []).append(name)
+        for why, members in reasons.items():
+            yield f"{title}: {len(members)} tensors, e.g. {members[0]}: {why}"
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def verdict(resolution: Resolution, folder: Path) -> str:
+    """The last line of an import."""
+    targets = resolution.targets.values()
+    count = sum(int(np.prod(target.shape, dtype=np.int64)) for target in targets)
+    return (
+        f"OK: {resolution.plan.family}: {len(resolution.targets)} parameters filled, {count:,} "
+        f"numbers, {sum(target.nbytes for target in targets):,} bytes, "
+        f"{len(resolution.overridden)} source tensors overridden, {len(resolution.excused)} "
+        f"excused, none left over -> {folder}"
+    )

@@ -1,0 +1,149 @@
+"""Parameters into an orbax checkpoint, slice by slice, without holding any of them.
+
+Orbax writes whole arrays; a handler for `Streamed` leaves writes each slice into its own chunk of
+the array instead. What results is an ordinary checkpoint of numpy arrays, with the layout of
+`checkpoint.save_final`: `params`, `manifest.json`, checksums, renamed into place when complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from unimoe_jax.checkpoint import MANIFEST, seal
+from unimoe_jax.convert.reader import ConvertError
+
+Slices = Callable[[], Iterable[tuple[tuple[int, ...], Callable[[], np.ndarray]]]]
+IN_FLIGHT = 2  # slices read or written at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A leaf whose value comes in slices.
+
+    slices: (leading index, function that reads this slice); every slice has the same rank.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    lead: int
+    slices: Slices
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Streamed` leaves as numpy arrays, one leaf after the other.
+
+    Chunks are the slices, uncompressed: trained weights hardly compress, and a chunk that is
+    written once is never read back to be completed.
+    """
+
+    def __init__(self, progress: Callable[[str], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = None
+        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+        self._progress = progress
+
+    async def _open_and_write(
+        self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context
+    ) -> None:
+        if self._turn is None:
+            self._turn = asyncio.Semaphore(1)
+        async with self._turn:
+            spec = tspec["base"] if tspec.get("driver") == "cast" else tspec
+            chunk = (1,) * value.lead + value.shape[value.lead :]
+            spec["metadata"] |= {"chunks": list(chunk), "compressor": None}
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            room = asyncio.Semaphore(IN_FLIGHT)
+            loop = asyncio.get_running_loop()
+
+            async def move(index: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+                try:
+                    part = await loop.run_in_executor(self._pool, _contiguous, read)
+                    await array[index].write(part, can_reference_source_data_indefinitely=True)
+                finally:
+                    room.release()
+
+            moves = []
+            for index, read in value.slices():
+                await room.acquire()
+                moves.append(asyncio.ensure_future(move(index, read)))
+            await asyncio.gather(*moves)
+            self._progress("")
+
+
+def _contiguous(read: Callable[[], np.ndarray]) -> np.ndarray:
+    # A blocked transpose here is several times faster than tensorstore's strided copy.
+    return transposed_copy(read())
+
+
+def transposed_copy(value: np.ndarray, block: int = 256) -> np.ndarray:
+    """A C-contiguous copy (or `value` itself), block by block where axes were exchanged."""
+    if value.flags.c_contiguous:
+        return value
+    if value.ndim != 2:
+        return np.ascontiguousarray(value)
+    out = np.empty(value.shape, value.dtype)
+    for row in range(0, value.shape[0], block):
+        for column in range(0, value.shape[1], block):
+            at = (slice(row, row + block), slice(column, column + block))
+            out[at] = value[at]
+    return out
+
+
+def write_checkpoint(
+    folder: Path,
+    leaves: Mapping[str, Streamed],
+    finish: Callable[[Path], Mapping[str, Any]],
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write `leaves` beside `folder`, let `finish` add files, seal, then rename.
+
+    Args:
+        finish: gets the unfinished folder, adds side files and returns the manifest.
+
+    Raises:
+        ConvertError: `folder` exists; or whatever a slice raises. Nothing is left behind then.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists():
+        raise ConvertError(f"{folder}: exists already; remove it or choose another --to")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        handler = StreamedHandler(progress)
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, handler)
+        )
+        inner = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True)
+        with ocp.Checkpointer(inner) as checkpointer:
+            checkpointer.save(partial / "params", dict(leaves), force=True)
+        manifest = finish(partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        seal(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
