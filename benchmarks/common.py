@@ -90,7 +90,6 @@ def make_batch(vocab_size: int, image_size: int | None, patches: int) -> dict[st
 
 
 def save(path: Path, result: dict) -> None:
-    """Write and print a result."""
+    """Write a result; what is there is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")

@@ -55,8 +55,10 @@ def samples_in(pipeline: Pipeline, step: int) -> int:
 
 def samples_per_s(pipeline: Pipeline, samples: int, start: int) -> tuple[float, int]:
     """(samples per second of at least `samples` samples from step `start`, next step). The first
-    batches, while threads or processes start, are not counted."""
-    warmup, counted, started, step = 4, 0, 0.0, start
+    batches, while threads or processes start and read ahead, are not counted."""
+    loader = pipeline.loader
+    warmup = 2 * (loader.threads + loader.workers + loader.prefetch)
+    counted, started, step = 0, 0.0, start
     batches = pipeline.batches(start_step=start)
     try:
         for step, _, _ in batches:
@@ -124,6 +126,7 @@ def main() -> None:
         print(f"{way}: {speed:,.0f} samples/s")
     print(f"milliseconds to read one sample: {result['milliseconds_per_sample']}")
     common.save(args.output, result)
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Float32 throughout. Compilation is reported, not counted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -346,22 +347,21 @@ def main() -> None:
     if args.prepare:
         return prepare(args.folder, args.sizes[0], args.stages[0], args.signatures[0])
     result = {"machine": common.machine(), "rounds": args.rounds, "steps": args.steps, "cases": []}
-    for size in args.sizes:
-        for stage in args.stages:
-            for signature in args.signatures:
-                case = measure(size, stage, signature, args)
-                result["cases"].append(case)
-                speeds = " ".join(
-                    f"{side} {case[side]['tokens_per_s']:,.0f} tokens/s "
-                    f"{case[side]['peak_mib']:,} MiB;"
-                    for side in SIDES
-                )
-                print(
-                    f"{size:<6}{stage:<5}{signature:<6}{speeds} ratio {case['speed_ratio']:.2f}",
-                    flush=True,
-                )
-    result["load_average_after"] = common.machine()["load_average"]
-    return common.save(args.output, result)
+    for size, stage, signature in itertools.product(args.sizes, args.stages, args.signatures):
+        case = measure(size, stage, signature, args)
+        speeds = " ".join(
+            f"{side} {case[side]['tokens_per_s']:,.0f} tokens/s {case[side]['peak_mib']:,} MiB;"
+            for side in SIDES
+        )
+        print(
+            f"{size:<6}{stage:<5}{signature:<6}{speeds} ratio {case['speed_ratio']:.2f}, "
+            f"in processor time {case['cpu_ratio']:.2f}",
+            flush=True,
+        )
+        result["cases"].append(case)
+        result["load_average_after"] = common.machine()["load_average"]
+        common.save(args.output, result)
+    return None
 
 
 if __name__ == "__main__":

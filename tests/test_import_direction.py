@@ -29,7 +29,10 @@ LEVELS = (
     r"checkpoint|train_step",
 )
 TREES = ("losses", "optim", "lora", "upcycle")
-PLACES = r"PartitionSpec|P|Mesh|NamedSharding|make_mesh|all_gather|all_to_all|axis_index|psum|psum_scatter|pmean|pmax|ppermute"
+PLACES = (
+    "PartitionSpec|P|Mesh|NamedSharding|make_mesh|all_gather|all_to_all|axis_index|"
+    "psum|psum_scatter|pmean|pmax|ppermute"
+)
 PURE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 
 

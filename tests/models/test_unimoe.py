@@ -84,7 +84,7 @@ def test_a_video_of_one_picture_is_that_picture(full):
 
 
 def test_text_needs_no_encoder(full):
-    model, params, batch = full
+    model, params, _batch = full
     text = make_batch(CONFIG, 2, LENGTH, 1)
     own = {
         path: leaf for path, leaf in params.items() if path.startswith(("embed", "decoder", "lm"))

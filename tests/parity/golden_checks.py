@@ -201,7 +201,7 @@ def layers(system: System) -> dict[str, np.ndarray]:
         if aux is None:
             continue
         values[f"unmerged/layer{layer}/moe_out"] = seen["moe"]["__call__"][0][0]
-        router = seen["moe"]["router"]
+        router = seen["moe"].get("router", {})
         read = router["modality_map"] if "modality_map" in router else seen["mlp_norm"]
         gate = np.asarray(read["__call__"][0])
         values[f"unmerged/layer{layer}/gate_input"] = gate.reshape(-1, gate.shape[-1])

@@ -14,9 +14,9 @@ import yaml
 
 from unimoe_jax.convert.families import Options, plan_of
 from unimoe_jax.convert.family import Source, licences, recognise, source_files
-from unimoe_jax.convert.plan import Plan, Resolution, Target, read_slice, resolve
+from unimoe_jax.convert.plan import Plan, Resolution, Target, read_slice, release_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
-from unimoe_jax.convert.writer import Streamed, write_checkpoint
+from unimoe_jax.convert.writer import Slice, Streamed, write_checkpoint
 
 MODEL_FILE = "model.yaml"
 Tell = Callable[[str], None]
@@ -60,9 +60,11 @@ def import_checkpoint(
 def streamed(plan: Plan, target: Target) -> Streamed:
     """A target as a leaf that the writer fills slice by slice."""
 
-    def slices() -> Iterator[tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    def slices() -> Iterator[Slice]:
         for index in sorted(target.fills):
-            yield index, partial(read_slice, plan, target.fills[index], target.dtype)
+            copy = target.fills[index]
+            read = partial(read_slice, plan, copy, target.dtype)
+            yield Slice(index, read, partial(release_slice, plan, copy))
 
     lead = len(next(iter(target.fills)))
     return Streamed(target.shape, np_dtype(target.dtype), lead, slices)

@@ -204,6 +204,12 @@ def read_slice(plan: Plan, copy: Copy, dtype: str) -> np.ndarray:
     return copy.forward(value).astype(np_dtype(dtype), copy=False)
 
 
+def release_slice(plan: Plan, copy: Copy) -> None:
+    """Give back the pages of what `read_slice` has read."""
+    for src in (copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ())):
+        plan.tensor(src).release()
+
+
 def slices(plan: Plan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(leading index, slice) of a parameter, one at a time, in the order of the index."""
     for index in sorted(target.fills):

@@ -8,12 +8,15 @@ hostile header cannot allocate anything. `.bin`, `.pt` and `.pth` files go throu
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import mmap
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +44,25 @@ class ConvertError(RuntimeError):
     """A checkpoint that cannot be read or does not fit; names file, tensor and shapes."""
 
 
+def _nothing() -> None:
+    """For tensors whose pages need not be given back."""
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a source file. `read` returns it without keeping anything."""
+    """One tensor of a source file.
+
+    `read` returns a read-only view of the mapped file; `release` gives the view's pages back to the
+    system, so that what has been converted does not count as memory of this process. The view
+    stays valid: pages that are read again come from the file.
+    """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+    release: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +141,8 @@ def open_safetensors(path: Path) -> Tensors:
             )
         end = last
         read = _mapped(view, data + first, shape, dtype)
-        tensors[name] = Tensor(name, path, shape, str(dtype), read)
+        release = partial(_release, view, data + first, last - first)
+        tensors[name] = Tensor(name, path, shape, str(dtype), read, release)
     return tensors
 
 
@@ -155,16 +169,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
 
 def _mapped(view: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype):
     count = int(np.prod(shape, dtype=np.int64))
+    return lambda: np.frombuffer(view, dtype, count, offset).reshape(shape)
 
-    def read() -> np.ndarray:
-        array = np.frombuffer(view, dtype, count, offset).reshape(shape).copy()
-        # The copy is ours; the file's pages need not stay resident.
-        page = offset - offset % mmap.PAGESIZE
-        if count and hasattr(view, "madvise"):
-            view.madvise(mmap.MADV_DONTNEED, page, offset + count * dtype.itemsize - page)
-        return array
 
-    return read
+def _release(view: mmap.mmap, offset: int, nbytes: int) -> None:
+    page = offset - offset % mmap.PAGESIZE
+    if nbytes and hasattr(view, "madvise"):
+        view.madvise(mmap.MADV_DONTNEED, page, offset + nbytes - page)
 
 
 # ------------------------------------------------------------------------------------ torch
@@ -229,8 +240,20 @@ def open_torch(path: Path, content: Mapping[str, Any] | None = None) -> Tensors:
             )
         dtype = str(value.dtype).removeprefix("torch.")
         read = _torch_reader(torch, value, path, name)
-        tensors[name] = Tensor(name, path, tuple(value.shape), dtype, read)
+        release = partial(_release_torch, value)
+        tensors[name] = Tensor(name, path, tuple(value.shape), dtype, read, release)
     return tensors
+
+
+def _release_torch(value: Any) -> None:
+    """As `_release`, for torch's private mapping of the file, which nobody has written to."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    storage = value.untyped_storage()
+    # Only whole pages inside: the rest may belong to neighbours, or to no file at all.
+    first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advise is not None and storage.filename is not None and last > first:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def _torch_reader(torch: Any, value: Any, path: Path, name: str) -> Callable[[], np.ndarray]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,21 +24,25 @@ import tensorstore as ts
 from unimoe_jax.checkpoint import MANIFEST, seal
 from unimoe_jax.convert.reader import ConvertError
 
-Slices = Callable[[], Iterable[tuple[tuple[int, ...], Callable[[], np.ndarray]]]]
 IN_FLIGHT = 2  # slices read or written at a time
+
+
+class Slice(NamedTuple):
+    """A part of a parameter at a leading index; `release` is called when it has been written."""
+
+    index: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    release: Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """A leaf whose value comes in slices.
-
-    slices: (leading index, function that reads this slice); every slice has the same rank.
-    """
+    """A leaf whose value comes in slices, all of the same rank: `lead` axes are indexed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     lead: int
-    slices: Slices
+    slices: Callable[[], Iterable[Slice]]
 
     @property
     def ndim(self) -> int:
@@ -60,11 +64,10 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
     written once is never read back to be completed.
     """
 
-    def __init__(self, progress: Callable[[str], None]):
+    def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._turn = None
+        self._turn: asyncio.Semaphore | None = None
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
-        self._progress = progress
 
     async def _open_and_write(
         self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context
@@ -79,19 +82,19 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
             room = asyncio.Semaphore(IN_FLIGHT)
             loop = asyncio.get_running_loop()
 
-            async def move(index: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+            async def move(part: Slice) -> None:
                 try:
-                    part = await loop.run_in_executor(self._pool, _contiguous, read)
-                    await array[index].write(part, can_reference_source_data_indefinitely=True)
+                    data = await loop.run_in_executor(self._pool, _contiguous, part.read)
+                    await array[part.index].write(data, can_reference_source_data_indefinitely=True)
+                    part.release()
                 finally:
                     room.release()
 
             moves = []
-            for index, read in value.slices():
+            for part in value.slices():
                 await room.acquire()
-                moves.append(asyncio.ensure_future(move(index, read)))
+                moves.append(asyncio.ensure_future(move(part)))
             await asyncio.gather(*moves)
-            self._progress("")
 
 
 def _contiguous(read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -117,7 +120,6 @@ def write_checkpoint(
     folder: Path,
     leaves: Mapping[str, Streamed],
     finish: Callable[[Path], Mapping[str, Any]],
-    progress: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write `leaves` beside `folder`, let `finish` add files, seal, then rename.
 
@@ -134,7 +136,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        handler = StreamedHandler(progress)
+        handler = StreamedHandler()
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, handler)
         )

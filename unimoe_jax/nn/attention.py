@@ -30,8 +30,10 @@ def attend(
         [B,T,N,H] in the dtype of q. Scores and softmax are float32 (arXiv 1706.03762, eq. 1).
     """
     length = q_BTNH.shape[1]
+    # Recomputing the weights costs less than keeping and reading them back.
+    attend_once = jax.checkpoint(_attend, static_argnums=(3,))
     if length <= 2 * QUERY_CHUNK:
-        return _attend(q_BTNH, k_BSKH, v_BSKH, scale, mask_BTS, bias_BNTS)
+        return attend_once(q_BTNH, k_BSKH, v_BSKH, scale, mask_BTS, bias_BNTS)
     pad = -length % QUERY_CHUNK
     chunks = (length + pad) // QUERY_CHUNK
 
@@ -46,12 +48,11 @@ def attend(
     q_chunks = cut(q_BTNH, 1)
     mask_chunks, bias_chunks = cut(mask_BTS, 1), cut(bias_BNTS, 2)
 
-    @jax.checkpoint
     def one(chunk):
         q, mask, bias = chunk
         mask = mask_BTS if mask is None else mask
         bias = bias_BNTS if bias is None else bias
-        return _attend(q, k_BSKH, v_BSKH, scale, mask, bias)
+        return attend_once(q, k_BSKH, v_BSKH, scale, mask, bias)
 
     shared_mask = mask_BTS is not None and mask_BTS.shape[1] == 1
     shared_bias = bias_BNTS is not None and bias_BNTS.shape[2] == 1

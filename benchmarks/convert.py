@@ -1,0 +1,133 @@
+"""Memory and speed of an import: python benchmarks/convert.py [--gib 1] [--files safetensors]
+
+Makes a sharded LLaMA-shaped checkpoint of random weights, copies its files with `cp`, imports it in
+a process of its own, and prints JSON: seconds and MB/s of both (data on disk at the end), their
+ratio, and the import's largest resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+LAYERS, VOCAB = 16, 32000
+SHARD_BYTES = 1 << 30
+
+
+def sizes(total: int, itemsize: int) -> tuple[int, int]:
+    """(width, feed-forward width) of about `total` bytes with LLaMA's proportions."""
+    width = 256
+    while True:
+        hidden = int(width * 2.6875) // 256 * 256
+        layer = 4 * width * width + 3 * width * hidden
+        if (LAYERS * layer + 2 * VOCAB * width) * itemsize >= total:
+            return width, hidden
+        width += 256
+
+
+def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names of LlamaForCausalLM."""
+    names = {"model.embed_tokens.weight": (VOCAB, width), "lm_head.weight": (VOCAB, width)}
+    names["model.norm.weight"] = (width,)
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for part in "qkvo":
+            names[f"{prefix}self_attn.{part}_proj.weight"] = (width, width)
+        names[f"{prefix}mlp.gate_proj.weight"] = (hidden, width)
+        names[f"{prefix}mlp.up_proj.weight"] = (hidden, width)
+        names[f"{prefix}mlp.down_proj.weight"] = (width, hidden)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            names[f"{prefix}{norm}.weight"] = (width,)
+    return names
+
+
+def make(folder: Path, total: int, dtype: np.dtype, kind: str) -> int:
+    """Write the checkpoint; returns its bytes."""
+    from unimoe_jax.convert import exporting
+    from unimoe_jax.convert.exporting import Piece
+
+    width, hidden = sizes(total, dtype.itemsize)
+    # One block of noise, cut anew for every tensor: drawing 8 GB would take longer than the test.
+    noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(dtype)
+
+    def reader(shape: tuple[int, ...], seed: int):
+        def read() -> np.ndarray:
+            count = int(np.prod(shape))
+            return np.resize(np.roll(noise, seed), count).reshape(shape)
+
+        return read
+
+    pieces = [
+        Piece(name, shape, dtype.name, reader(shape, seed))
+        for seed, (name, shape) in enumerate(shapes(width, hidden).items())
+    ]
+    exporting.SHARD_BYTES = SHARD_BYTES
+    exporting._write_file(folder / "WEIGHTS", pieces, kind, lambda line: None, None)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": width // 128,
+        "rms_norm_eps": 1e-5,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(piece.nbytes for piece in pieces)
+
+
+def timed(command: list[str], folder: Path) -> float:
+    """Seconds until the command has finished and its files are on disk."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
+    parser.add_argument("--folder", help="where to work; default: a temporary folder")
+    given = parser.parse_args()
+    dtype = np.dtype(getattr(ml_dtypes, given.dtype, given.dtype))
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        root = Path(name)
+        size = make(root / "source", int(given.gib * 2**30), dtype, given.files)
+        os.sync()
+        (root / "copy").mkdir()
+        copied = timed(["cp", "-r", str(root / "source"), str(root / "copy")], root / "copy")
+        subprocess.run(["rm", "-r", str(root / "copy")], check=True)
+        os.sync()
+        command = [sys.executable, "-m", "unimoe_jax.convert", "import"]
+        command += ["--from", str(root / "source"), "--to", str(root / "target")]
+        converted = timed(command, root / "target")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    result = {
+        "bytes": size,
+        "cp_seconds": round(copied, 2),
+        "cp_MB_s": round(size / copied / 1e6),
+        "import_seconds": round(converted, 2),
+        "import_MB_s": round(size / converted / 1e6),
+        "share_of_cp": round(copied / converted, 3),
+        "peak_resident_bytes": peak,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The command line on tiny folders: there and back, refusals that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+
+from tests.convert.folders import CONFIG, llama_tensors, write_llama
+from unimoe_jax.checkpoint import load_final, open_source
+from unimoe_jax.config import ModelConfig
+from unimoe_jax.convert.__main__ import main
+from unimoe_jax.convert.family import recognise
+from unimoe_jax.convert.reader import ConvertError, open_folder, sha256
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "source", llama_tensors())
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_import_can_be_taken_from(source: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    assert run("import", "--from", source, "--to", out) == 0
+    tensors, params = llama_tensors(), load_final(out)
+    stacked = params["decoder/run_0/block_0/mlp/up_proj/kernel"]
+    for layer in range(2):
+        weight = tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
+        np.testing.assert_array_equal(stacked[layer], weight.T)
+    np.testing.assert_array_equal(params["lm_head/kernel"], tensors["lm_head.weight"].T)
+    taken = open_source("converted", out)
+    assert taken.moe_layers == (False, False)
+    assert taken.shapes["embed/embedding"] == tensors["model.embed_tokens.weight"].shape
+    config = ModelConfig.model_validate(yaml.safe_load((out / "model.yaml").read_text()))
+    assert config.decoder.num_kv_heads == CONFIG["num_key_value_heads"]
+    assert (out / "tokenizer_config.json").read_text() == "{}"
+    manifest = json.loads((out / "manifest.json").read_text())
+    file = str(source / "model.safetensors")
+    assert manifest["tensor_groups"]["decoder"]["sources"] == {file: sha256(Path(file))}
+    printed = capsys.readouterr().out
+    assert "o i -> i o" in printed
+    assert printed.splitlines()[-1].startswith("OK")
+
+
+@pytest.mark.parametrize("files", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_there_and_back_is_bit_identical(tmp_path: Path, files: str, dtype, capsys):
+    tensors = {name: value.astype(dtype) for name, value in llama_tensors().items()}
+    source = write_llama(tmp_path / "source", tensors)
+    assert run("import", "--from", source, "--to", tmp_path / "a") == 0
+    out = tmp_path / "b"
+    arguments = ("--from", tmp_path / "a", "--to", out, "--format", "hf", "--files", files)
+    assert run("export", *arguments) == 0
+    again = open_folder(out / "decoder")
+    assert set(again) == set(tensors)
+    for name, value in tensors.items():
+        assert again[name].read().tobytes() == value.tobytes(), name
+    assert run("import", "--from", out, "--to", tmp_path / "c") == 0
+    capsys.readouterr()
+    assert run("verify", tmp_path / "a", tmp_path / "c") == 0
+    assert "largest difference 0," in capsys.readouterr().out
+
+
+def test_verify_finds_a_difference(source: Path, tmp_path: Path, capsys):
+    assert run("import", "--from", source, "--to", tmp_path / "a") == 0
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 0.5
+    other = write_llama(tmp_path / "other", tensors)
+    assert run("verify", tmp_path / "a", other) == 1
+    assert "mlp/down_proj/kernel: largest difference 0.5" in capsys.readouterr().out
+
+
+def test_inspect_counts(source: Path, capsys):
+    assert run("inspect", source) == 0
+    count = sum(value.size for value in llama_tensors().values())
+    assert f"total {count:,} parameters" in capsys.readouterr().out
+
+
+def _without(tensors, name):
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+BROKEN = {
+    "unused": (lambda t: t | {"model.extra": np.zeros(3, np.float32)}, {}, ["model.extra", "(3,)"]),
+    "missing": (
+        lambda t: _without(t, "model.layers.1.self_attn.o_proj.weight"),
+        {},
+        ["o_proj/kernel", "model.layers.1.self_attn.o_proj.weight"],
+    ),
+    "shape": (
+        lambda t: t | {"model.norm.weight": np.zeros(9, np.float32)},
+        {},
+        ["model.safetensors", "model.norm.weight", "(9,)", "(8,)"],
+    ),
+    "config": (lambda t: t, {"attention_bias": True}, ["attention_bias"]),
+    "family": (lambda t: t, {"model_type": "gpt2"}, ["gpt2"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_refusals_name_the_fault_and_leave_nothing(case: str, tmp_path: Path, capsys):
+    change, config, words = BROKEN[case]
+    source = write_llama(tmp_path / "source", change(llama_tensors()), **config)
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch, capsys):
+    def broken(plan, copy, dtype):
+        raise ConvertError(f"{copy.src}: cannot be read")
+
+    monkeypatch.setattr("unimoe_jax.convert.importing.read_slice", broken)
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_an_existing_target_is_not_touched(source: Path, tmp_path: Path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_damaged_checkpoint_is_not_exported(source: Path, tmp_path: Path, capsys):
+    assert run("import", "--from", source, "--to", tmp_path / "a") == 0
+    data = max((tmp_path / "a").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    out = tmp_path / "b"
+    assert run("export", "--from", tmp_path / "a", "--to", out, "--format", "hf") == 1
+    assert "damaged" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_folder_names_do_not_matter(source: Path, tmp_path: Path):
+    source.rename(tmp_path / "whisper-clip-mixtral")
+    (found,) = recognise([tmp_path / "whisper-clip-mixtral"])
+    assert found.role == "decoder"
