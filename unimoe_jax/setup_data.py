@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+import numpy as np
+
+from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
 
 PREFIX = "embedded:"
+MEDIA_KEYS = ("image", "video", "voice", "voice_modality")
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -95,11 +100,37 @@ def heldout_pipeline(
     )
 
 
-def chance_levels(data: DataConfig) -> dict[str, float]:
+def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     """Share of the commonest answer per source, computed from its own records."""
     levels = {}
-    for name, source in data.sources.items():
-        records = json.loads(Path(source.path).read_text())
-        answers = [record["conversations"][-1]["value"] for record in records]
-        levels[name] = max(answers.count(a) for a in set(answers)) / len(answers)
+    for name in sources:
+        answers = Counter(r["conversations"][-1]["value"] for r in _records(data.sources[name]))
+        levels[name] = max(answers.values()) / answers.total()
     return levels
+
+
+def _records(source: SourceConfig) -> list[dict]:
+    text = Path(source.path).read_text()
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:
+    """The data with every record of `sources` given the media of another record of its source.
+
+    Questions and answers stay, so a model that really uses its media falls to chance. The changed
+    JSON files are written to `folder`.
+    """
+    changed = dict(data.sources)
+    for name in sources:
+        source = data.sources[name]
+        records = _records(source)
+        order = np.random.default_rng(0).permutation(len(records))
+        donors = dict(zip(order, np.roll(order, 1), strict=True))  # one cycle: nobody keeps its own
+        media = [{k: r[k] for k in MEDIA_KEYS if k in r} for r in records]
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps([r | media[donors[i]] for i, r in enumerate(records)]))
+        root = source.root or str(Path(source.path).parent)
+        changed[name] = source.model_copy(update={"path": str(path), "root": root})
+    return data.model_copy(update={"sources": changed})

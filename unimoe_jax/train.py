@@ -184,18 +184,19 @@ def finish(runtime: Runtime, seconds: float) -> None:
         if path.exists():
             stages[stage.name] = json.loads(path.read_text())
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
-    levels = chance_levels(runtime.data)
+    before = last["heldout_before"] if last else {}
+    levels = chance_levels(runtime.data, before)
     summary = {
         "name": config.name,
         "seconds": sum(stage["seconds"] for stage in stages.values()),
         "wall_seconds": seconds,
         "stages": stages,
         "heldout": {
-            task: {"before": before, "after": last["heldout"][task], "chance": levels[task]}
-            for task, before in (last["heldout_before"] if last else {}).items()
+            task: {"before": share, "after": last["heldout"][task], "chance": levels[task]}
+            for task, share in before.items()
         },
         "run_dir": str(folder),
-        "next_command": f"python -m unimoe_jax.report {folder}",
+        "next_command": f"python -m unimoe_jax.evaluate {folder} --shuffle-media",
     }
     write_json_atomic(folder / "summary.json", summary)
     if config.log.plots:

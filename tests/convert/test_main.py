@@ -39,7 +39,7 @@ def test_import_can_be_taken_from(source: Path, tmp_path: Path, capsys):
     taken = open_source("converted", out)
     assert taken.moe_layers == (False, False)
     assert taken.shapes["embed/embedding"] == tensors["model.embed_tokens.weight"].shape
-    config = ModelConfig.model_validate(yaml.safe_load((out / "model.yaml").read_text()))
+    config = ModelConfig.model_validate(yaml.safe_load((out / "model.yaml").read_text())["model"])
     assert config.decoder.num_kv_heads == CONFIG["num_key_value_heads"]
     assert (out / "tokenizer_config.json").read_text() == "{}"
     manifest = json.loads((out / "manifest.json").read_text())

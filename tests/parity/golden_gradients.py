@@ -13,14 +13,21 @@ from unimoe_jax.convert.plan import Resolution
 PREFIX = "base_model.model."
 HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
-# What stage 3 trains (spec §8): adapters, both projections, routers and the maps before them.
-STAGE_3 = (
-    Rule(match=r"decoder/.*/lora_[ab]", lr=1.0),
-    Rule(match=r"decoder/.*/moe/router/.*", lr=1.0),
-    Rule(match=r"vision/connector/.*", lr=1.0),
-    Rule(match=r"(speech|audio)/connector/projector/.*", lr=1.0),
-    Rule(match=r".*", lr=None),
-)
+
+def stage_3(family: str) -> tuple[Rule, ...]:
+    """What stage 3 trains (spec §8): adapters, both projections, routers and their maps.
+
+    8e names its trainable parameters by `deepspeed_moe`, so built-in adapters of dense layers rest.
+    """
+    dense = (Rule(match=r"decoder/.*/mlp/.*", lr=None),) if family == "unimoe-8e" else ()
+    return (
+        *dense,
+        Rule(match=r"decoder/.*/lora_[ab]", lr=1.0),
+        Rule(match=r"decoder/.*/moe/router/.*", lr=1.0),
+        Rule(match=r"vision/connector/.*", lr=1.0),
+        Rule(match=r"(speech|audio)/connector/projector/.*", lr=1.0),
+        Rule(match=r".*", lr=None),
+    )
 
 
 def recorded_name(copy: Copy) -> str:

@@ -35,7 +35,6 @@ from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
 
-
 INSPECTED = ("mlp_norm", "modality_map", "moe")
 
 

@@ -92,10 +92,13 @@ class System:
 
     @cached_property
     def processors(self) -> Processors:
-        return Processors(self.resolution("merged").plan.model)
+        """As the inference scripts process media: images are cropped, never padded."""
+        model = self.resolution("merged").plan.model
+        vision = model.vision.model_copy(update={"aspect": "square"})
+        return Processors(model.model_copy(update={"vision": vision}))
 
     def load(self, modality: str, *paths: str) -> tuple[list[np.ndarray], list[int]]:
-        """Pool entries of a file of the recorded media."""
+        """Pool entries of a file of the recorded media, for inference."""
         given = [self.folder / path for path in paths]
         if len(given) == 1 and given[0].is_dir():
             given = sorted(given[0].iterdir())
@@ -187,13 +190,16 @@ def training_batch(system: System, tokens: dict[str, int]) -> tuple[Spliced, Poo
 
 
 def query_batch(system: System, tokens: dict[str, int]) -> tuple[Spliced, Pools]:
-    """The inference queries as one batch: ids from inputs.npz, media decoded from their files."""
+    """The inference queries as one batch: ids and, where recorded, images from inputs.npz; other
+    media decoded from their files."""
     queries = json.loads((system.folder / "generate_queries.json").read_text())
     rows, files, images, videos, sounds, lengths = [], [], [], [], [], []
     for number, query in enumerate(queries):
         rows.append(system.inputs[f"generate/{number}/input_ids"][0].tolist())
         files.append([])
-        if query.get("image"):
+        if f"generate/{number}/images" in system.inputs:
+            images += list(system.inputs[f"generate/{number}/images"].transpose(0, 2, 3, 1))
+        elif query.get("image"):
             images += system.load("image", query["image"])[0]
         if query.get("video"):
             video = query["video"]

@@ -22,10 +22,18 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--from", dest="sources", action="append", required=True, type=Path)
     add.add_argument("--to", dest="target", required=True, type=Path)
     add.add_argument("--lora", choices=("merge", "keep"), default="merge")
-    add.add_argument("--router-lora", choices=("override", "merge"), default="override",
-                     help="override: mlp_gates replaces merged routers, as released inference does")
-    add.add_argument("--vision-layer", type=int, default=-2,
-                     help="selected hidden state of a CLIP imported on its own")
+    add.add_argument(
+        "--router-lora",
+        choices=("override", "merge"),
+        default="override",
+        help="override: mlp_gates replaces merged routers, as released inference does",
+    )
+    add.add_argument(
+        "--vision-layer",
+        type=int,
+        default=-2,
+        help="selected hidden state of a CLIP imported on its own",
+    )
     add.add_argument("--dtype", choices=("source", "float32", "bfloat16"), default="source")
     out = commands.add_parser("export", help="a checkpoint of this package -> PyTorch folders")
     out.add_argument("--from", dest="source", required=True, type=Path)

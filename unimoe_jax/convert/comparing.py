@@ -32,7 +32,9 @@ def text_batch(vocab_size: int) -> Batch:
 
 def logits_in_jax(checkpoint: Checkpoint, batch: Batch) -> np.ndarray:
     """Text logits [B,T,V] of a checkpoint with a decoder, float32."""
-    config = {key: checkpoint.config[key] for key in ("decoder", "lora") if key in checkpoint.config}
+    config = {
+        key: checkpoint.config[key] for key in ("decoder", "lora") if key in checkpoint.config
+    }
     model_config = ModelConfig.model_validate(config)
     params = {
         path: jnp.asarray(parameter.read(()), jnp.float32)

@@ -78,7 +78,9 @@ def export_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
-    tell(f"OK: {len(checkpoint.params)} parameters -> {len(files)} files, {total:,} bytes, {folder}")
+    tell(
+        f"OK: {len(checkpoint.params)} parameters -> {len(files)} files, {total:,} bytes, {folder}"
+    )
 
 
 def _pieces(checkpoint: Checkpoint, layout: Layout) -> dict[str, list[Piece]]:

@@ -94,7 +94,9 @@ def plan_parts(sources: Sources, options: Options) -> Plan:
     for source in sources.values():
         groups |= source.groups
         excuses += ENCODER_EXCUSES.get(source.role, ())
-    files = _side_files([sources[role] for role in ("clip", "whisper", "decoder") if role in sources])
+    files = _side_files(
+        [sources[role] for role in ("clip", "whisper", "decoder") if role in sources]
+    )
     return Plan("+".join(sources), model, tuple(parts), groups, copies, excuses, config, files)
 
 

@@ -78,7 +78,7 @@ def _finish(
     partial_folder: Path,
 ) -> dict[str, Any]:
     plan = resolution.plan
-    text = yaml.safe_dump(dict(plan.config), sort_keys=False)
+    text = yaml.safe_dump({"model": dict(plan.config)}, sort_keys=False)
     (partial_folder / MODEL_FILE).write_text(text)
     for name, path in plan.files.items():
         shutil.copyfile(path, partial_folder / name)

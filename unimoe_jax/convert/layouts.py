@@ -192,9 +192,7 @@ def _aligner(model: ModelConfig, sense: str) -> list[Copy]:
     return connector_copies(connector, sense, connector.projector_depth > 1)
 
 
-def _unimoe_json(
-    checkpoint: Checkpoint, model: ModelConfig, layout: Layout, is_8e: bool
-) -> None:
+def _unimoe_json(checkpoint: Checkpoint, model: ModelConfig, layout: Layout, is_8e: bool) -> None:
     made = decoder_json(model.decoder.model_copy(update={"moe": None}), {})
     sense = model.speech or model.audio
     made |= {

@@ -99,7 +99,9 @@ def _open_array(path: Path, name: str) -> Any:
 
 
 def _array_reader(array: Any) -> Callable[[tuple[int, ...]], np.ndarray]:
-    return lambda index: np.asarray(array[index].read().result() if index else array.read().result())
+    return lambda index: np.asarray(
+        array[index].read().result() if index else array.read().result()
+    )
 
 
 def _source(path: Path) -> Checkpoint:
@@ -117,5 +119,7 @@ def _source(path: Path) -> Checkpoint:
 
         return read
 
-    params = {name: Parameter(t.shape, t.dtype, reader(t)) for name, t in resolution.targets.items()}
+    params = {
+        name: Parameter(t.shape, t.dtype, reader(t)) for name, t in resolution.targets.items()
+    }
     return Checkpoint(path, params, plan.config, {"family": plan.family})

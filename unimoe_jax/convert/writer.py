@@ -24,7 +24,7 @@ import tensorstore as ts
 from unimoe_jax.checkpoint import MANIFEST, seal
 from unimoe_jax.convert.reader import ConvertError
 
-IN_FLIGHT = 2  # slices read or written at a time
+IN_FLIGHT = 3  # slices read or written at a time
 
 
 class Slice(NamedTuple):
@@ -67,6 +67,7 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._turn: asyncio.Semaphore | None = None
+        self.error: BaseException | None = None
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
 
     async def _open_and_write(
@@ -91,10 +92,14 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
                     room.release()
 
             moves = []
-            for part in value.slices():
+            for part in value.slices() if self.error is None else ():
                 await room.acquire()
+                if any(done.done() and done.exception() for done in moves):
+                    break
                 moves.append(asyncio.ensure_future(move(part)))
-            await asyncio.gather(*moves)
+            errors = [e for e in await asyncio.gather(*moves, return_exceptions=True) if e]
+            # Kept, not raised: orbax would close the event loop under the leaves that wait.
+            self.error = self.error or next(iter(errors), None)
 
 
 def _contiguous(read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -141,8 +146,15 @@ def write_checkpoint(
             (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, handler)
         )
         inner = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True)
-        with ocp.Checkpointer(inner) as checkpointer:
-            checkpointer.save(partial / "params", dict(leaves), force=True)
+        try:
+            with ocp.Checkpointer(inner) as checkpointer:
+                checkpointer.save(partial / "params", dict(leaves), force=True)
+        except ValueError:
+            # Orbax misses the leaves that were skipped after the first error.
+            if handler.error is None:
+                raise
+        if handler.error is not None:
+            raise handler.error
         manifest = finish(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         seal(partial)

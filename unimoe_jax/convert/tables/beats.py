@@ -11,8 +11,10 @@ from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, li
 from unimoe_jax.convert.reader import ConvertError
 
 EXCUSES = (
-    Excuse(r"beats:encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight",
-           "layer 0 owns the position bias; the other layers repeat it"),
+    Excuse(
+        r"beats:encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight",
+        "layer 0 owns the position bias; the other layers repeat it",
+    ),
     Excuse(r"beats:predictor\..*", "the classification head of a fine-tuned BEATs"),
 )
 MEL_BINS = 128  # the front end's; the checkpoint does not say

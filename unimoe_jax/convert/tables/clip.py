@@ -9,12 +9,17 @@ from unimoe_jax.config import ClipConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 
 EXCUSES = (
-    Excuse(r"clip:(text_model|text_projection|visual_projection|logit_scale)\b.*",
-           "text side of CLIP, not part of a vision encoder"),
-    Excuse(r"clip:(vision_model\.)?post_layernorm\..*",
-           "only the class token of the last layer passes it; patch features do not"),
-    Excuse(r"clip:(vision_model\.)?encoder\.layers\.\d+\..*",
-           "layers after the selected hidden state"),
+    Excuse(
+        r"clip:(text_model|text_projection|visual_projection|logit_scale)\b.*",
+        "text side of CLIP, not part of a vision encoder",
+    ),
+    Excuse(
+        r"clip:(vision_model\.)?post_layernorm\..*",
+        "only the class token of the last layer passes it; patch features do not",
+    ),
+    Excuse(
+        r"clip:(vision_model\.)?encoder\.layers\.\d+\..*", "layers after the selected hidden state"
+    ),
     Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
 )
 

@@ -32,18 +32,28 @@ EXPERT_FILES = (
 PEFT_PREFIX = "base_model.model."
 EXCUSES = (
     *llama.EXCUSES,
-    Excuse(r"\w+:(model\.)?(audio_tower|vision_tower)\..*",
-           "encoders come from their own folders; base files may hold unused copies"),
-    Excuse(r"\w+:.*\.audio_decoder\.embed_tokens\.weight",
-           "word embeddings of the Whisper decoder, which reads queries instead"),
-    Excuse(r"gates:.*\.lora_[AB]\.default\.weight",
-           "the router's adapter as in adapter_model; the originals ignore this copy"),
-    Excuse(r"peft:.*_proj_lora_[AB]\.lora_[AB]\.weight",
-           "adapters on the built-in adapters of dense layers; the originals' loader loses them"),
+    Excuse(
+        r"\w+:(model\.)?(audio_tower|vision_tower)\..*",
+        "encoders come from their own folders; base files may hold unused copies",
+    ),
+    Excuse(
+        r"\w+:.*\.audio_decoder\.embed_tokens\.weight",
+        "word embeddings of the Whisper decoder, which reads queries instead",
+    ),
+    Excuse(
+        r"gates:.*\.lora_[AB]\.default\.weight",
+        "the router's adapter as in adapter_model; the originals ignore this copy",
+    ),
+    Excuse(
+        r"peft:.*_proj_lora_[AB]\.lora_[AB]\.weight",
+        "adapters on the built-in adapters of dense layers; the originals' loader loses them",
+    ),
 )
 EXCUSES_8E = (
-    Excuse(r"base:model\.layers\.\d+\.mlp\.(gate|experts)\..*",
-           "the base's own experts and routers; 8e brings its experts in files of their own"),
+    Excuse(
+        r"base:model\.layers\.\d+\.mlp\.(gate|experts)\..*",
+        "the base's own experts and routers; 8e brings its experts in files of their own",
+    ),
 )
 DROPPED_ROUTER_LORA = Excuse(
     r"peft:.*\.mlp\.gate\.lora_[AB]\.weight",

@@ -9,8 +9,10 @@ from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 
 EXCUSES = (
-    Excuse(r"whisper:((model\.)?decoder\..*|proj_out\.weight)",
-           "Whisper's own text decoder; the connector brings its own"),
+    Excuse(
+        r"whisper:((model\.)?decoder\..*|proj_out\.weight)",
+        "Whisper's own text decoder; the connector brings its own",
+    ),
 )
 
 

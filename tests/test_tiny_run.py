@@ -1,0 +1,239 @@
+"""The program as a user runs it: `python -m unimoe_jax.train` in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unimoe_jax import config_io
+from unimoe_jax.checkpoint import load_final
+from unimoe_jax.evaluate import score_stage
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs/run/tiny.yaml"
+STAGES = ("base", "align", "expert_image", "expert_speech", "expert_sound", "tune")
+TASKS = ("text", "image", "video", "sound", "speech", "image_speech", "video_sound")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One embedded data set and one compilation cache for all runs of the session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(folder: Path, cache: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "unimoe_jax.train", "--config", str(TINY)),
+        *(f"output={folder}", f"data.cache={cache}", *arguments),
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+
+def train(folder: Path, cache: Path, *arguments: str, devices: int = 1) -> str:
+    """Runs to the end; returns what it printed."""
+    done = subprocess.run(
+        command(folder, cache, *arguments),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def short(steps: int) -> list[str]:
+    """Overrides: every stage for a few steps, rows in eight pool groups, every step logged."""
+    return [
+        *(f"stages.{stage}.optim.steps={steps}" for stage in STAGES),
+        *("data.loader.groups=8", "stages.tune.loader.groups=8", "log.every=1"),
+        *("log.plots=false", "log.tensorboard=false"),
+    ]
+
+
+# ------------------------------------------------------------------------ the real tiny run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, cache) -> tuple[Path, str]:
+    """The run of the README's quickstart: (run directory, what it printed)."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, train(folder, cache)
+
+
+def test_answers_held_out_questions(finished):
+    folder, _ = finished
+    heldout = json.loads((folder / "summary.json").read_text())["heldout"]
+    assert set(heldout) == {f"heldout_{task}" for task in TASKS}
+    for task, score in heldout.items():
+        assert score["chance"] <= 0.35, task
+        assert score["after"] >= 0.9, (task, score)
+        assert score["after"] > score["before"], (task, score)
+
+
+def test_needs_its_media(finished, cache):
+    folder, _ = finished
+    run = config_io.load(
+        folder / "config.yaml",
+        ["mesh.data=-1", "data.loader.groups=8", "stages.tune.loader.groups=8"],
+    )
+    scores = score_stage(run, run.stages[-1], folder, shuffle_media=True)
+    for task, (accuracy, chance) in scores.items():
+        if task == "heldout_text":
+            assert accuracy >= 0.9
+        else:
+            # 96 samples: two standard deviations of a coin with this chance, and a little.
+            assert accuracy <= chance + 2.5 * np.sqrt(chance * (1 - chance) / 96), (task, accuracy)
+
+
+def test_run_directory_explains_itself(finished):
+    folder, printed = finished
+    assert config_io.load(folder / "config.yaml").name == "tiny"
+    assert {"packages", "python"} & set(json.loads((folder / "env.json").read_text()))
+    for stage in STAGES:
+        assert (folder / "params" / f"{stage}.txt").read_text().startswith("path")
+        manifest = json.loads((folder / "checkpoints" / stage / "final/manifest.json").read_text())
+        assert manifest["stage"] == stage
+        assert list((folder / "tb" / stage).iterdir())
+    assert len(list((folder / "plots").glob("*.png"))) >= 4
+    report = (folder / "report.html").read_text()
+    assert "<img" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    for piece in ("held-out", "next", str(folder)):
+        assert piece in printed
+    experts = json.loads((folder / "checkpoints/tune/final/manifest.json").read_text())["parents"]
+    assert {"expert_image", "expert_speech", "expert_sound"} <= set(experts)
+
+
+def test_expert_stages_leave_only_what_they_trained(finished):
+    folder, _ = finished
+    expert = load_final(folder / "checkpoints/expert_image/final")
+    assert not [path for path in expert if "lora" in path]
+    assert {path.split("/")[0] for path in expert} == {"decoder", "vision"}
+    assert all("/mlp/" in path or path.startswith("vision/connector/") for path in expert)
+    align = load_final(folder / "checkpoints/align/final")
+    base = load_final(folder / "checkpoints/base/final")
+    for path, value in align.items():
+        frozen = "/connector/" not in path
+        assert np.array_equal(value, base[path]) == frozen, path
+
+
+def test_finished_run_is_passed_over(finished, cache):
+    folder, _ = finished
+    before = metrics(folder)
+    printed = train(folder, cache)
+    assert printed.count("finished before") == len(STAGES)
+    assert metrics(folder) == before
+
+
+def test_other_settings_are_refused(finished, cache):
+    folder, _ = finished
+    done = subprocess.run(
+        command(folder, cache, "seed=5"), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "+seed: 5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- reduced steps, other layouts
+
+
+@pytest.fixture(scope="session")
+def reduced(tmp_path_factory, cache) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    train(folder, cache, *short(4))
+    return folder
+
+
+def test_eight_devices_equal_one(reduced, cache, tmp_path):
+    folder = tmp_path / "eight"
+    train(folder, cache, *short(4), "mesh={data: 2, fsdp: 2, expert: 2, tensor: 1}", devices=8)
+    one, eight = metrics(reduced), metrics(folder)
+    assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in eight]
+    for a, b in zip(one, eight, strict=True):
+        assert a["signature"] == b["signature"]
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-4, err_msg=str(a))
+
+
+def test_resume_is_bit_exact(reduced, cache, tmp_path):
+    """SIGTERM in the middle of the last stage; the same command goes on to the same numbers."""
+    folder = tmp_path / "stopped"
+    arguments = [*short(4), "checkpoint.every=100"]
+    process = subprocess.Popen(
+        command(folder, cache, *arguments), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not (log.exists() and '"stage": "tune", "step": 1,' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "SIGTERM: saved" in printed
+    assert not (folder / "checkpoints/tune/final").exists()
+    train(folder, cache, *arguments)
+
+    def comparable(records: list[dict]) -> list[dict]:
+        timed = ("time", "tokens_per_s", "data_wait_share")
+        return [{k: v for k, v in r.items() if k not in timed} for r in records]
+
+    assert comparable(metrics(folder)) == comparable(metrics(reduced))
+    for stage in STAGES:
+        straight = load_final(reduced / "checkpoints" / stage / "final")
+        resumed = load_final(folder / "checkpoints" / stage / "final")
+        assert straight.keys() == resumed.keys()
+        for path, value in straight.items():
+            np.testing.assert_array_equal(resumed[path], value, err_msg=f"{stage} {path}")
+
+
+# ------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["model.decoder.moe.top_k=9"], ["top_k", "9", "1..4"]),
+        (["optim.lr=3"], ["optim"]),
+        (["data.loader.rows=3", "data.loader.groups=2"], ["data.loader.rows = 3", "multiples"]),
+        (["mesh.data=3"], ["mesh.data=3", "devices"]),
+        (["--stage", "nonsense"], ["nonsense", "tune"]),
+        (["stages.tune.train=[{match: 'x', lr: 1}]"], ["train", "rule"]),
+    ],
+)
+def test_bad_settings_end_with_one_line(arguments, pieces, tmp_path, cache):
+    done = subprocess.run(
+        command(tmp_path / "bad", cache, *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for piece in pieces:
+        assert piece in done.stderr
+
+
+def test_dry_run_compiles_nothing_and_shows_samples(cache, tmp_path):
+    printed = train(tmp_path / "dry", cache, "--dry-run")
+    for piece in ("memory per device", "lora_a", "steps per epoch", "stage tune"):
+        assert piece in printed
+    assert not (tmp_path / "dry").exists()
