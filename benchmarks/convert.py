@@ -72,7 +72,7 @@ def make(folder: Path, total: int, dtype: np.dtype, kind: str) -> int:
         for seed, (name, shape) in enumerate(shapes(width, hidden).items())
     ]
     exporting.SHARD_BYTES = SHARD_BYTES
-    exporting._write_file(folder / "WEIGHTS", pieces, kind, lambda line: None, None)
+    exporting.write_file(folder / "WEIGHTS", pieces, kind, lambda line: None, None)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -62,8 +62,9 @@ def short(steps: int) -> list[str]:
     """Overrides: every stage for a few steps, rows in eight pool groups, every step logged."""
     return [
         *(f"stages.{stage}.optim.steps={steps}" for stage in STAGES),
-        *("data.loader.groups=8", "stages.tune.loader.groups=8", "log.every=1"),
-        *("log.plots=false", "log.tensorboard=false"),
+        *("data.loader.groups=8", "log.every=1", "log.plots=false", "log.tensorboard=false"),
+        # One stage with batches grouped by modality: two signatures, two programs.
+        "stages.expert_image.loader={row_length: 240, rows: 8, groups: 8}",
     ]
 
 
@@ -89,10 +90,7 @@ def test_answers_held_out_questions(finished):
 
 def test_needs_its_media(finished, cache):
     folder, _ = finished
-    run = config_io.load(
-        folder / "config.yaml",
-        ["mesh.data=-1", "data.loader.groups=8", "stages.tune.loader.groups=8"],
-    )
+    run = config_io.load(folder / "config.yaml", ["data.loader.groups=8"])
     scores = score_stage(run, run.stages[-1], folder, shuffle_media=True)
     for task, (accuracy, chance) in scores.items():
         if task == "heldout_text":

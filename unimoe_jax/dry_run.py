@@ -46,6 +46,7 @@ def dry_run(config: RunConfig) -> None:
     with use_mesh(mesh, config.mesh.rules):
         for stage in config.stages:
             print(f"\n{'=' * 12} stage {stage.name} {'=' * 12}")
+            groups = pool_groups(config, stage, data_shards(mesh))
             infos = parameter_table(config, stage)
             shardings = {
                 path: param_sharding(mesh, path, info.shape, info.axes)
@@ -56,7 +57,6 @@ def dry_run(config: RunConfig) -> None:
             print(components(infos))
             print(memory(config, stage, infos, shardings, data_shards(mesh)))
             if tokenizer_here and not missing.keys() & stage.mixture.keys():
-                groups = pool_groups(config, stage, data_shards(mesh))
                 print(_samples(config, stage, data, groups))
 
 

@@ -66,7 +66,7 @@ def export_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, pieces in sorted(files.items()):
-            _write_file(partial / name, pieces, kind, tell, layout.wrapped.get(name))
+            write_file(partial / name, pieces, kind, tell, layout.wrapped.get(name))
         for name, content in layout.json_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -112,7 +112,7 @@ def _reader(parameter: Any, copy: Copy) -> Callable[[], np.ndarray]:
 # ------------------------------------------------------------------------------- files
 
 
-def _write_file(
+def write_file(
     path: Path,
     pieces: list[Piece],
     kind: Kind,

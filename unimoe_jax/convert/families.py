@@ -19,7 +19,7 @@ from unimoe_jax.config import (
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand
 from unimoe_jax.convert.family import TOKENIZER_FILES, Source
 from unimoe_jax.convert.plan import Plan
-from unimoe_jax.convert.reader import ConvertError, Tensors, with_prefix
+from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
 from unimoe_jax.convert.tables import beats, clip, llama, mixtral, unimoe, whisper
 
 Sources = Mapping[str, Source]
@@ -210,7 +210,12 @@ def _unimoe_config(sources: Sources, is_8e: bool) -> Mapping[str, Any]:
     """4-expert models read the fine-tune's config, as their loader does; 8e's knows its experts."""
     candidates = [sources[role].config for role in ("tuned", "base") if role in sources]
     if is_8e:
+        # The released base serves two models and keeps 8e's settings beside its own.
+        beside = sources["base"].path / "8config.json"
+        candidates += [read_json(beside)] if beside.is_file() else []
         candidates.sort(key=lambda config: "lora_r" not in config)
+        if "lora_r" not in candidates[0]:
+            raise ConvertError("8e: no config.json (or 8config.json) has lora_r and lora_alpha")
     return candidates[0]
 
 

@@ -79,13 +79,15 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
             spec = tspec["base"] if tspec.get("driver") == "cast" else tspec
             chunk = (1,) * value.lead + value.shape[value.lead :]
             spec["metadata"] |= {"chunks": list(chunk), "compressor": None}
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            # Only the sealed and renamed folder counts: single writes need not reach the disk.
+            context = ts.Context(ts_context.spec.to_json() | {"file_io_sync": False})
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=context)
             room = asyncio.Semaphore(IN_FLIGHT)
             loop = asyncio.get_running_loop()
 
             async def move(part: Slice) -> None:
                 try:
-                    data = await loop.run_in_executor(self._pool, _contiguous, part.read)
+                    data = await loop.run_in_executor(self._pool, lambda: contiguous(part.read()))
                     await array[part.index].write(data, can_reference_source_data_indefinitely=True)
                     part.release()
                 finally:
@@ -102,23 +104,17 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
             self.error = self.error or next(iter(errors), None)
 
 
-def _contiguous(read: Callable[[], np.ndarray]) -> np.ndarray:
-    # A blocked transpose here is several times faster than tensorstore's strided copy.
-    return transposed_copy(read())
+def contiguous(value: np.ndarray) -> np.ndarray:
+    """`value` in C order.
 
-
-def transposed_copy(value: np.ndarray, block: int = 256) -> np.ndarray:
-    """A C-contiguous copy (or `value` itself), block by block where axes were exchanged."""
+    jax's transfer of a strided host array transposes in cache-sized, vectorised tiles: four times
+    as fast as numpy. It has no 8-byte types by default, so those take numpy's way.
+    """
     if value.flags.c_contiguous:
         return value
-    if value.ndim != 2:
+    if value.dtype.itemsize > 4:
         return np.ascontiguousarray(value)
-    out = np.empty(value.shape, value.dtype)
-    for row in range(0, value.shape[0], block):
-        for column in range(0, value.shape[1], block):
-            at = (slice(row, row + block), slice(column, column + block))
-            out[at] = value[at]
-    return out
+    return np.asarray(jax.device_put(value, jax.local_devices(backend="cpu")[0]))
 
 
 def write_checkpoint(
