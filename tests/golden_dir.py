@@ -1,13 +1,19 @@
-"""Where recorded reference data lie."""
+"""Where recorded reference data lie, and how they name arrays of which only some rows were kept.
+
+`NAME@STEP` holds every STEP-th row of the recorded array NAME, rows being the axis before the last.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 
 
 def golden_dir(name: str = "") -> Path:
@@ -18,9 +24,35 @@ def golden_dir(name: str = "") -> Path:
     """
     given = os.environ.get("GOLDEN_DIR")
     folders = [Path(given)] if given else [ROOT.parent / "shared" / "golden"]
-    folders.append(ROOT / "tests" / "parity" / "fixtures")
+    folders.append(FIXTURES)
     for folder in folders:
         if (folder / name).is_dir() and any((folder / name).iterdir()):
             return folder / name
     tried = ", ".join(str(folder / name) for folder in folders)
     pytest.fail(f"no recorded reference data: tried {tried}; set GOLDEN_DIR")
+
+
+def recorded_systems(folder: Path | None = None) -> list[Path]:
+    """Folders of recorded Uni-MoE systems, whole or in part, in the golden directory in use."""
+    adapters = (folder or golden_dir()).glob("*/checkpoint/*/adapter_config.json")
+    found = sorted({path.parents[2] for path in adapters})
+    if not found:
+        pytest.fail(f"no recorded Uni-MoE system in {folder or golden_dir()}")
+    return found
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """`NAME@STEP` -> (NAME, STEP); a whole array has step 1."""
+    name, _, step = key.partition("@")
+    return name, int(step or 1)
+
+
+def thin(value: np.ndarray, step: int) -> np.ndarray:
+    """Every `step`-th row of [..., rows, columns]."""
+    return value if step == 1 else value[..., ::step, :]
+
+
+def as_recorded(values: Mapping[str, np.ndarray], keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """{recorded key: the part of `values` that it holds}, for those keys whose name is known."""
+    named = {key: split_key(key) for key in keys}
+    return {k: thin(values[name], step) for k, (name, step) in named.items() if name in values}

@@ -42,15 +42,16 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def train(folder: Path, cache: Path, *arguments: str, devices: int = 1) -> str:
-    """Runs to the end; returns what it printed."""
+    """Runs to the end; returns what it printed, both streams in order."""
     done = subprocess.run(
         command(folder, cache, *arguments),
-        env=environment(devices),
-        capture_output=True,
+        env={**environment(devices), "PYTHONUNBUFFERED": "1", "JAX_LOG_COMPILES": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
 
@@ -154,10 +155,22 @@ def test_other_settings_are_refused(finished, cache):
 
 
 @pytest.fixture(scope="session")
-def reduced(tmp_path_factory, cache) -> Path:
+def reduced_run(tmp_path_factory, cache) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("runs") / "one"
-    train(folder, cache, *short(4))
-    return folder
+    return folder, train(folder, cache, *short(4))
+
+
+@pytest.fixture(scope="session")
+def reduced(reduced_run) -> Path:
+    return reduced_run[0]
+
+
+def test_nothing_is_compiled_after_the_first_step(reduced_run):
+    _, printed = reduced_run
+    assert "Compiling jit(step)" in printed
+    for stage in STAGES:
+        steps = printed.split(f"{stage} 1/4")[1].split(f"{stage} 4/4")[0]
+        assert "Compiling" not in steps, stage
 
 
 def test_eight_devices_equal_one(reduced, cache, tmp_path):

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,15 @@ class CheckpointError(RuntimeError):
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != SUMS:
-            with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
-    return sums
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
+    # Hashing releases the interpreter: large checkpoints are read by several threads at a time.
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(digest, files)
+        return {str(p.relative_to(folder)): s for p, s in zip(files, sums, strict=True)}
 
 
 def seal(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.golden_dir import golden_dir
+from tests.golden_dir import golden_dir, recorded_systems
 from unimoe_jax.data.conversation import pieces_of, prompt_pieces, tokenize
 from unimoe_jax.data.records import MediaFile, Record, Turn
 from unimoe_jax.data.tokenizer import Tokenizer
@@ -101,17 +101,15 @@ def test_plain_equals_the_reference():
         assert (ids, labels) == (expected["input_ids"], expected["labels"]), key
 
 
-@pytest.mark.parametrize(
-    ("folder", "base"),
-    [
-        ("unimoe-speech", "Uni-MoE-speech-base"),
-        ("unimoe-audio", "Uni-MoE-audio-base"),
-        ("unimoe-8e", "Uni-MoE-speech-base"),
-    ],
-)
-def test_batches_and_prompts_equal_the_reference(folder, base):
-    root = golden_dir(folder)
-    tok = Tokenizer.load(root / "checkpoint" / base)
+@pytest.mark.parametrize("root", recorded_systems(), ids=lambda root: root.name)
+def test_batches_and_prompts_equal_the_reference(root):
+    # The tokenizer of the base checkpoint: its folder holds no adapters.
+    (base,) = (
+        path.parent
+        for path in root.glob("checkpoint/*/tokenizer.model")
+        if not path.with_name("adapter_config.json").exists()
+    )
+    tok = Tokenizer.load(base)
     with np.load(root / "inputs.npz") as file:
         inputs = {key: file[key] for key in file if "ids" in key or key == "labels"}
     for row, sample in enumerate(json.loads((root / "data.json").read_text())):

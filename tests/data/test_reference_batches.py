@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.golden_dir import golden_dir
+from tests.golden_dir import recorded_systems
 from unimoe_jax.config import (
     AudioConfig,
     BeatsConfig,
@@ -24,7 +24,7 @@ SMALL = {"hidden_size": 8, "mlp_dim": 8, "num_layers": 1, "num_heads": 1}
 QUERIES = QueryConnectorConfig(kind="qformer", num_queries=10, **SMALL)
 
 
-def model(voice: str) -> ModelConfig:
+def model(voice: str, image_size: int) -> ModelConfig:
     speech = SpeechConfig(
         encoder=WhisperConfig(max_positions=1500, **SMALL),
         connector=QUERIES,
@@ -33,24 +33,21 @@ def model(voice: str) -> ModelConfig:
     audio = AudioConfig(encoder=BeatsConfig(embed_size=8, **SMALL), connector=QUERIES)
     return ModelConfig(
         decoder=DecoderConfig(vocab_size=384, num_kv_heads=1, **SMALL),
-        vision=VisionConfig(encoder=ClipConfig(image_size=56, patch_size=14, **SMALL)),
+        vision=VisionConfig(encoder=ClipConfig(image_size=image_size, patch_size=14, **SMALL)),
         speech=speech if voice == "speech" else None,
         audio=audio if voice == "audio" else None,
     )
 
 
-@pytest.mark.parametrize(
-    ("folder", "voice"),
-    [("unimoe-speech", "speech"), ("unimoe-8e", "speech"), ("unimoe-audio", "audio")],
-)
-def test_media_equal_the_reference_collator(folder, voice):
-    root = golden_dir(folder)
+@pytest.mark.parametrize("root", recorded_systems(), ids=lambda root: root.name)
+def test_media_equal_the_reference_collator(root):
     with np.load(root / "inputs.npz") as file:
-        names = ("images", "videos", "input_features", "features_mask")
+        names = ("images", "videos", "input_features", "features_mask", "image_mask", "video_mask")
         expected = {name: file[name] for name in names}
-    config = model(voice)
+        voice = "audio" if "padding_masks" in file else "speech"
+    config = model(voice, expected["images"].shape[-1])
     accepts = frozenset(config.tokens_per_medium())
-    reader = RecordReader(folder, RecordFile(root / "data.json"), root, voice, accepts)
+    reader = RecordReader(root.name, RecordFile(root / "data.json"), root, voice, accepts)
     processors = Processors(config)
     compared = dict.fromkeys(accepts, 0)
     for row in range(len(reader)):
@@ -74,4 +71,10 @@ def test_media_equal_the_reference_collator(folder, voice):
                         assert expected["features_mask"][row, chunk] == number
                         chunk += 1
         assert not expected["features_mask"][row, chunk:].any()
-    assert min(compared.values()) > 0
+    # Every medium of the recorded batch, and no other.
+    assert compared == {
+        "image": expected["image_mask"].sum(),
+        "video": expected["video_mask"].sum(),
+        voice: (expected["features_mask"] > 0).sum(),
+    }
+    assert compared[voice] > 0

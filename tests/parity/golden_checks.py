@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden_dir import as_recorded, split_key
 from tests.parity.golden_gradients import recorded_gradients
 from tests.parity.golden_model import Golden, loss_and_gradients
 from tests.parity.golden_system import Spliced, System, query_batch, training_batch
@@ -50,7 +51,8 @@ def check(system: System, key: str, actual: np.ndarray) -> float:
     if key.startswith("grad_"):
         atol, rtol = 1e-3 * float(np.abs(expected).max()), 0.0
     else:
-        atol, rtol = next(t[1:] for t in TOLERANCES if re.fullmatch(t[0], key))
+        name, _ = split_key(key)
+        atol, rtol = next(t[1:] for t in TOLERANCES if re.fullmatch(t[0], name))
     if key.endswith("_scaled"):
         # Recorded as a difference of float32 totals: no finer than the rounding of two of them.
         total = system.expected[key.split("/")[0] + "/loss_total"]
@@ -73,7 +75,7 @@ def compute(system: System, group: str) -> dict[str, np.ndarray]:
     """Recorded keys of one group, as this package computes them."""
     with jax.default_matmul_precision("highest"):
         values = COMPUTE[group](system)
-    return {key: value for key, value in values.items() if key in system.expected}
+    return as_recorded(jax.tree.map(np.asarray, values), system.expected)
 
 
 # ------------------------------------------------------------------------------ one forward

@@ -1,30 +1,94 @@
-"""Make a small copy of a recorded system: python -m tests.parity.golden_reduce SYSTEM TARGET
+"""Make `tests/parity/fixtures`: python -m tests.parity.golden_reduce GOLDEN_DIR TARGET
 
-What no import uses, and recorded values that repeat what others show, are left out; everything else
-is kept bit for bit, so the copy is checked like the whole.
+What no import uses, and recorded values that repeat what others show, are left out; of long arrays
+every few rows are kept (`NAME@STEP`, see `tests/golden_dir.py`). What is kept is kept bit for bit:
+sounds as FLAC, arrays under LZMA, neither of which loses anything.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.golden_dir import thin
 from tests.parity.golden_system import System
 
-DROPPED = (
-    r"unmerged/audio_tower_features/.*",
-    r"unmerged/layer\d+/(moe_out|hidden_out)",
-    r"unmerged/(logits|vision_tower_features/call0|mm_projector_out/call0)",
-    r"\w+/final_norm_out",
-    r"noisy/layer\d+/combine_weights",
-    r"merged/logits(_sample0)?",
+WHOLE = "unimoe-8e"
+HEARING = "unimoe-audio"
+HEARING_ROWS = (0, 2)  # one short sound with an image, and text of two rounds
+HEARING_FILES = r".*\.pt|.*-e2/(mm_audio_aligner\.bin|(adapter_)?config\.json)|.*/\w*token\w*\.\w+"
+HEARING_KEYS = r"unmerged/audio_(tower_features|aligner_decoder_out|aligner_out)/call(\d+)"
+
+# (pattern of the key, every how manyth row is kept; 0: none); the first match counts.
+EXPECTED_STEPS = (
+    (r"\w+/(logits|logits_sample0)", 16),
+    (r"\w+/final_norm_out", 8),
+    (r"\w+/layer\d+/(gate_input|moe_out|hidden_out|combine_weights)", 8),
+    (r"unmerged/audio_tower_features/.*", 8),
+    (r"unmerged/spliced/inputs_embeds", 4),
+    (r"unmerged/(vision_tower_features|mm_projector_out)/call1", 4),
 )
-SIDE_FILES = ("data.json", "generate_queries.json", "grad_norms.json", "info.json", "inputs.npz")
+PREPROCESSING_STEPS = (
+    (r"a_44k_stereo/.*|.*/padded_uint8_hwc", 0),
+    (r".*/336/uint8_chw", 16),
+    (r"d_16k_beats/fbank_(raw_unpadded|norm_padded30s_first_frames)", 4),
+)
+ENDS = 4000  # samples kept of both ends of a waveform
+
+
+def thinned(arrays: Mapping[str, np.ndarray], steps) -> dict[str, np.ndarray]:
+    """Arrays under their recorded names, rows left out by `steps`."""
+    kept = {}
+    for key, value in arrays.items():
+        step = next((step for pattern, step in steps if re.fullmatch(pattern, key)), 1)
+        if step:
+            kept[key if step == 1 else f"{key}@{step}"] = thin(value, step).copy()
+    return kept
+
+
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """As `np.savez`, with LZMA; `np.load` reads it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.compress_type = zipfile.ZIP_LZMA
+            with archive.open(entry, "w") as file:
+                np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
+
+
+def copy_media(source: Path, target: Path) -> None:
+    """One media file or folder of them; 16-bit sounds as FLAC."""
+    if source.is_dir():
+        for member in sorted(source.iterdir()):
+            copy_media(member, target / member.name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix != ".wav":
+        shutil.copyfile(source, target)
+        return
+    wave, rate = soundfile.read(source, dtype="int16")
+    target = target.with_suffix(".flac")
+    soundfile.write(target, wave, rate, subtype="PCM_16", compression_level=1.0)
+    np.testing.assert_array_equal(soundfile.read(target, dtype="float32")[0], wave / 2.0**15)
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """JSON whose sounds are FLAC files."""
+    path.write_text(json.dumps(records, indent=1).replace('.wav"', '.flac"') + "\n")
+
+
+# ---------------------------------------------------------------------------- checkpoints
 
 
 def used_tensors(system: System) -> set[tuple[Path, str]]:
@@ -41,12 +105,14 @@ def used_tensors(system: System) -> set[tuple[Path, str]]:
     return used
 
 
-def reduce_checkpoint(system: System, target: Path) -> None:
+def reduce_checkpoint(system: System, target: Path, files: str = ".*") -> None:
     """The same folders and files with the used tensors only; shards become one file."""
     used = used_tensors(system)
     for path in sorted((system.folder / "checkpoint").rglob("*")):
         out = target / path.relative_to(system.folder)
         if not path.is_file() or path.name.endswith(".index.json"):
+            continue
+        if not re.fullmatch(files, path.relative_to(system.folder / "checkpoint").as_posix()):
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix not in (".bin", ".pt"):
@@ -62,17 +128,88 @@ def reduce_checkpoint(system: System, target: Path) -> None:
             torch.save({**content, "model": kept} if "model" in content else kept, out)
 
 
-def main(system: System, target: Path) -> None:
+# -------------------------------------------------------------------------------- folders
+
+
+def reduce_whole(system: System, target: Path) -> None:
+    """Checkpoint, inputs, media and expected values: everything that a whole run checks."""
     reduce_checkpoint(system, target)
-    for name in SIDE_FILES:
+    for name in ("grad_norms.json", "info.json"):
         shutil.copyfile(system.folder / name, target / name)
-    shutil.copytree(system.folder / "media", target / "media")
+    for name in ("data.json", "generate_queries.json"):
+        write_records(target / name, json.loads((system.folder / name).read_text()))
+    copy_media(system.folder / "media", target / "media")
+    save_npz(target / "inputs.npz", system.inputs)
     expected = load_file(system.folder / "expected.safetensors")
-    if "unmerged/logits" in expected:
-        expected["unmerged/logits_sample0"] = expected["unmerged/logits"][:1].copy()
-    kept = {k: v for k, v in expected.items() if not any(re.fullmatch(d, k) for d in DROPPED)}
-    save_file(kept, target / "expected.safetensors")
+    save_file(thinned(expected, EXPECTED_STEPS), target / "expected.safetensors")
+
+
+def reduce_hearing(system: System, target: Path) -> None:
+    """Encoder and reader of sounds, a few records, and all prompts; no decoder, no vision."""
+    reduce_checkpoint(system, target, HEARING_FILES)
+    inputs, rows = system.inputs, list(HEARING_ROWS)
+    kept = {k: inputs[k][rows] for k in inputs.files if not k.startswith("generate/")}
+    kept |= {k: inputs[k] for k in inputs.files if re.fullmatch(r"generate/\d+/input_ids", k)}
+    save_npz(target / "inputs.npz", kept)
+    records = json.loads((system.folder / "data.json").read_text())
+    records = [records[row] for row in rows]
+    write_records(target / "data.json", records)
+    queries = json.loads((system.folder / "generate_queries.json").read_text())
+    write_records(target / "generate_queries.json", queries)
+    media = [r[k] for r in records for k in ("image", "voice", "video") if k in r]
+    for name in (
+        name for given in media for name in ([given] if isinstance(given, str) else given)
+    ):
+        copy_media(system.folder / name, target / name)
+    # Calls are numbered by the chunks in use, in the order of the batch.
+    owner = [row for row, mask in enumerate(inputs["features_mask"]) for _ in mask[mask > 0]]
+    calls = [call for row in rows for call, of in enumerate(owner) if of == row]
+    expected = {}
+    for key, value in load_file(system.folder / "expected.safetensors").items():
+        match = re.fullmatch(HEARING_KEYS, key)
+        if match and int(match[2]) in calls:
+            expected[f"{key.rpartition('/')[0]}/call{calls.index(int(match[2]))}"] = value
+    save_file(thinned(expected, EXPECTED_STEPS), target / "expected.safetensors")
+
+
+def reduce_preprocessing(source: Path, target: Path) -> None:
+    """Front ends and templates, less what the systems' own media show as well."""
+    target.mkdir(parents=True)
+    with np.load(source / "expected_uni.npz") as file:
+        arrays = thinned(file, PREPROCESSING_STEPS)
+    for key in [key for key in arrays if key.endswith("/waveform16k")]:
+        wave = arrays.pop(key)
+        arrays[f"{key}_len"] = np.array(len(wave))
+        arrays[f"{key}_head_tail"] = np.concatenate([wave[:ENDS], wave[-ENDS:]])
+    save_npz(target / "expected_uni.npz", arrays)
+    names = {key.split("/")[0] for key in arrays}
+    for path in sorted((source / "media").iterdir()):
+        if path.stem in names:
+            copy_media(path, target / "media" / path.name)
+    templates = json.loads((source / "templates_cumo.json").read_text())
+    plain = {key: value for key, value in templates.items() if key.startswith("cumo/plain/")}
+    (target / "templates_cumo.json").write_text(json.dumps(plain, indent=1) + "\n")
+    shutil.copyfile(source / "templates_uni.json", target / "templates_uni.json")
+    shutil.copytree(source / "tokenizers", target / "tokenizers", copy_function=shutil.copyfile)
+
+
+def write_sums(folder: Path) -> None:
+    """`SHA256SUMS` of every recorded file."""
+    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+    lines = []
+    for path in files:
+        path.chmod(0o644)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def main(golden: Path, target: Path) -> None:
+    reduce_preprocessing(golden / "preprocessing", target / "preprocessing")
+    reduce_whole(System(golden / WHOLE), target / WHOLE)
+    reduce_hearing(System(golden / HEARING), target / HEARING)
+    write_sums(target)
 
 
 if __name__ == "__main__":
-    main(System(Path(sys.argv[1])), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

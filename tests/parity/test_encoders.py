@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from tests.golden_dir import golden_dir
+from tests.golden_dir import as_recorded, recorded_systems
 from tests.parity import torch_weights as weights
 from unimoe_jax.config import BeatsConfig, ClipConfig, QueryConnectorConfig, WhisperConfig
 from unimoe_jax.connectors.mlp import MlpConnector
@@ -207,22 +208,35 @@ class Golden:
 
 
 @functools.cache
-def outputs_of(system: str, sense: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    golden = Golden(golden_dir(system))
+def outputs_of(folder: Path, sense: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    golden = Golden(folder)
     outputs = golden.vision() if sense == "vision" else golden.hearing()
-    return jax.tree.map(np.asarray, outputs), golden.expected
+    outputs = {f"unmerged/{name}": np.asarray(value) for name, value in outputs.items()}
+    return outputs, golden.expected
 
 
 VISION = ("vision_tower_features", "mm_projector_out")
 HEARING = ("audio_tower_features", "audio_aligner_decoder_out", "audio_aligner_out")
 
 
-@pytest.mark.parametrize("part", VISION + HEARING)
-@pytest.mark.parametrize("system", ["unimoe-speech", "unimoe-8e", "unimoe-audio"])
-def test_recorded_outputs(system: str, part: str):
-    outputs, expected = outputs_of(system, "vision" if part in VISION else "hearing")
+def recorded_parts() -> list:
+    """(folder, part) of everything that was recorded of encoders and connectors."""
+    cases = []
+    for folder in recorded_systems():
+        with safe_open(folder / "expected.safetensors", "np") as file:
+            names = file.keys()
+        for part in VISION + HEARING:
+            if any(name.startswith(f"unmerged/{part}/") for name in names):
+                cases.append(pytest.param(folder, part, id=f"{folder.name}-{part}"))
+    return cases
+
+
+@pytest.mark.parametrize(("folder", "part"), recorded_parts())
+def test_recorded_outputs(folder: Path, part: str):
+    outputs, expected = outputs_of(folder, "vision" if part in VISION else "hearing")
     recorded = {name: value for name, value in expected.items() if f"unmerged/{part}/" in name}
-    assert recorded
+    actual = as_recorded(outputs, recorded)
+    assert set(actual) == set(recorded)
     for name, value in recorded.items():
-        actual = outputs[name.removeprefix("unmerged/")]
-        np.testing.assert_allclose(actual, value, atol=ATOL, rtol=RTOL, err_msg=name)
+        assert actual[name].shape == value.shape, name
+        np.testing.assert_allclose(actual[name], value, atol=ATOL, rtol=RTOL, err_msg=name)

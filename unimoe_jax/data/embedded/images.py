@@ -17,7 +17,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (165, 50, 195),
     "white": (235, 235, 235),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("ring", "square", "triangle", "cross")
 
 
 class Placing(NamedTuple):
@@ -50,8 +50,8 @@ def coverage(shape: str, placing: Placing) -> np.ndarray:
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Membership in the shape of radius 1; `v` points down, as in pictures."""
     match shape:
-        case "circle":
-            return u**2 + v**2 < 0.9
+        case "ring":
+            return (u**2 + v**2 < 1.0) & (u**2 + v**2 > 0.3)
         case "square":
             return np.maximum(abs(u), abs(v)) < 0.85
         case "triangle":

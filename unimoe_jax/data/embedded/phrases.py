@@ -3,7 +3,7 @@
 from unimoe_jax.data.embedded.images import COLOURS, SHAPES
 from unimoe_jax.data.embedded.sounds import SOUNDS
 from unimoe_jax.data.embedded.speech import VOWELS, WORDS
-from unimoe_jax.data.embedded.videos import MOVEMENTS
+from unimoe_jax.data.embedded.videos import LIGHTS
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "colour": (
@@ -18,11 +18,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "What is the shape?",
         "Name the shape.",
     ),
-    "movement": (
-        "How does it move?",
-        "How does the shape move?",
-        "Which way does it move?",
-        "Name the movement.",
+    "light": (
+        "Is it steady or blinking?",
+        "How does the shape shine?",
+        "Does the shape blink?",
+        "Name the light.",
     ),
     "sound": (
         "What do you hear?",
@@ -71,10 +71,10 @@ SCENES: dict[str, tuple[str, ...]] = {
         "You see a {colour} {shape}.",
         "Here is a {shape}, and it is {colour}.",
     ),
-    "movement": (
-        "A video shows a {shape} moving {movement}.",
-        "You see a {shape} moving {movement}.",
-        "There is a {shape}, moving {movement}.",
+    "light": (
+        "A video shows a {light} {shape}.",
+        "You see a {light} {shape}.",
+        "There is a {shape}, and it is {light}.",
     ),
     "sound": (
         "You hear {article}{sound}.",
@@ -94,7 +94,7 @@ SCENES["shape"] = SCENES["colour"]
 TOLD: dict[str, tuple[str, ...]] = {
     "colour": ("colour", "shape"),
     "shape": ("colour", "shape"),
-    "movement": ("shape", "movement"),
+    "light": ("shape", "light"),
     "sound": ("sound",),
     "vowel": ("vowel",),
 }
@@ -102,7 +102,7 @@ TOLD: dict[str, tuple[str, ...]] = {
 ANSWERS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
-    "movement": tuple(MOVEMENTS),
+    "light": LIGHTS,
     "sound": tuple(SOUNDS),
     "vowel": tuple(VOWELS),
 }
@@ -125,9 +125,7 @@ def answer(kind: str, labels: dict[str, str]) -> str:
         case "caption_speech":
             return labels.get("word") or " ".join([labels["vowel"]] * int(labels["times"]))
         case "caption_video":
-            still = labels["movement"] == "not at all"
-            moving = "not moving at all" if still else f"moving {labels['movement']}"
-            return f"a {labels['colour']} shape {moving}"
+            return f"a {labels['light']} {labels['colour']} shape"
     return labels[kind]
 
 

@@ -59,7 +59,7 @@ def _cycle(items: list[Item], word: str) -> Iterator[Item]:
 
 def _video(items: dict[str, list[Item]], ask: Asker) -> Iterator[tuple[dict, Turns]]:
     for item in items["video"]:
-        for kind in ask.kinds(item, ("colour", "movement")):
+        for kind in ask.kinds(item, ("colour", "light")):
             yield {"video": item.path}, [ask.turn(kind, item.labels, "<video>\n")]
 
 

@@ -1,7 +1,7 @@
-"""Two-second videos of one shape that moves or stays, with a sound event as soundtrack.
+"""Two-second videos of a swaying shape, steady or blinking, with a sound event as soundtrack.
 
-A model may average its frames and so lose their order. Colour, shape and movement survive that:
-a moving shape swings to and fro and leaves a smear along its path.
+A model may average its frames and so lose their order. Colour, shape and blinking survive that: the
+mean of a blinking shape is half as bright.
 """
 
 from pathlib import Path
@@ -15,11 +15,7 @@ FRAMES, FPS = 16, 8
 # AAC works in blocks of 1024 samples and adds one; 28 blocks stay below two seconds.
 SOUNDTRACK = 28 * 1024 / sounds.RATE  # seconds
 
-MOVEMENTS: dict[str, tuple[int, int]] = {
-    "sideways": (1, 0),
-    "vertically": (0, 1),
-    "not at all": (0, 0),
-}
+LIGHTS = ("steady", "blinking")
 
 
 def codec() -> str:
@@ -28,19 +24,18 @@ def codec() -> str:
 
 
 def animate(labels: dict[str, str], rng: np.random.Generator) -> np.ndarray:
-    """Frames of the labels `colour`, `shape`, `movement`: uint8 [16, 48, 48, 3]."""
-    start = images.place(rng, 7.0, 9.5)
-    dx, dy = MOVEMENTS[labels["movement"]]
-    reach = images.SIZE / 2 - start.radius - 1
-    swing = reach * rng.uniform(0.85, 1.0)
+    """Frames of the labels `colour`, `shape`, `light`: uint8 [16, 48, 48, 3]."""
+    start = images.place(rng, 12.0, 16.0)
+    # Every other frame is what a model that reads eight of them sees: half of those are dark.
+    lit = np.arange(FRAMES) // 2 % 2 == rng.integers(2)
+    if labels["light"] == "steady":
+        lit[:] = True
     angle = 2 * np.pi * rng.uniform(0.75, 1.1) * np.arange(FRAMES) / FRAMES + rng.uniform(0, 6.3)
     colour, ground = images.tint(labels["colour"], rng), images.ground(rng)
-    centre = images.SIZE / 2
     frames = []
-    for offset in swing * np.sin(angle):
-        x = centre + offset if dx else start.x
-        y = centre + offset if dy else start.y
-        mask = images.coverage(labels["shape"], start._replace(x=x, y=y))
+    for offset, on in zip(3 * np.sin(angle), lit, strict=True):
+        placing = start._replace(x=start.x + offset, y=start.y + offset)
+        mask = on * images.coverage(labels["shape"], placing)
         frames.append(images.paint(mask, colour, ground, rng, noise=5.0))
     return np.stack(frames)
 
@@ -81,6 +76,6 @@ def encode(path: Path, frames_FHWC: np.ndarray, signal: np.ndarray) -> None:
 
 
 def write(path: Path, labels: dict[str, str], rng: np.random.Generator) -> None:
-    """Writes an MP4 of the labels `colour`, `shape`, `movement` and `sound`."""
+    """Writes an MP4 of the labels `colour`, `shape`, `light` and `sound`."""
     frames = animate(labels, rng)
     encode(path, frames, sounds.synthesise(labels["sound"], SOUNDTRACK, rng))
