@@ -59,6 +59,21 @@ def _audio_frames(signal: np.ndarray, block: int = 1024):
         yield frame
 
 
+def planar_yuv(pixels_HWC: np.ndarray) -> np.ndarray:
+    """RGB uint8 [H, W, 3] -> Y, U, V planes as FFmpeg stacks them, uint8 [H·3/2, W] (ITU-R BT.601).
+
+    FFmpeg's own conversion reads the undefined bytes behind narrow rows: the same pixels would not
+    always give the same file.
+    """
+    rgb = pixels_HWC.astype(np.float64) / 255
+    luma = 16 + rgb @ (65.481, 128.553, 24.966)
+    chroma = 128 + rgb @ np.array([(-37.797, 112.0), (-74.203, -93.786), (112.0, -18.214)])
+    height, width = luma.shape
+    halved = chroma.reshape(height // 2, 2, width // 2, 2, 2).mean((1, 3))
+    planes = [luma, *(halved[..., plane].reshape(-1, width) for plane in (0, 1))]
+    return np.rint(np.concatenate(planes)).astype(np.uint8)
+
+
 def encode(path: Path, frames_FHWC: np.ndarray, signal: np.ndarray) -> None:
     """Writes an MP4: frames uint8 at 8 per second, signal float [samples] as AAC at 16 kHz."""
     with av.open(str(path), "w", format="mp4") as container:
@@ -66,7 +81,7 @@ def encode(path: Path, frames_FHWC: np.ndarray, signal: np.ndarray) -> None:
         audio = container.add_stream("aac", rate=sounds.RATE, layout="mono")
         audio.bit_rate = 48_000
         for index, pixels in enumerate(frames_FHWC):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(planar_yuv(pixels), format="yuv420p")
             frame.pts = index
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
