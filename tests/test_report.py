@@ -132,7 +132,7 @@ def test_errors_say_what_is_missing(tmp_path, capsys):
     with pytest.raises(report.ReportError, match="no step was logged"):
         report.write_report(tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(report.ReportError, match="summary.json: not JSON"):
+    with pytest.raises(report.ReportError, match=r"summary.json: not JSON"):
         report.write_report(tmp_path)
 
 

@@ -25,8 +25,8 @@ def build(folder: str | Path, seed: int = 0, size: int = 1, counts: Counts | Non
 
     Args:
       folder: where data sets lie; created.
-      seed: what all files follow from, byte for byte on one machine (an FFmpeg or a
-        numpy built for another processor may round differently).
+      seed: what all files follow from, byte for byte on one machine (a numpy built for another
+        processor may round differently); videos up to a grey level or two of their encoder.
       size: scales the training split; the held-out split stays as it is.
       counts: other numbers of files, in a folder of their own.
 
