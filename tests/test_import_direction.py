@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own level (the layer of its first matching pattern) and below.
 LEVELS = (
-    r"config|config_io|config_yaml|config_schema|metric_series",
+    r"model_config|config|config_io|config_yaml|config_schema|metric_series",
     r"params|sharding",
     r"nn(/.*)?",
     r"encoders(/.*)?|connectors(/.*)?",

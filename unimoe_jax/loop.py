@@ -163,20 +163,12 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         TrainingStopped: too many non-finite steps in a row.
     """
     run, mesh, started = runtime.run, runtime.mesh, time.monotonic()
-    groups = pool_groups(run, config, data_shards(mesh))
-    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
-    optim = config.optim
-    steps = optim.steps or pipeline.steps(optim.epochs)
-    stage = build_stage(run, config, mesh, steps)
-    summary = StageSummary(steps)
+    pipeline, stage = _prepare(runtime, config)
+    summary = StageSummary(stage.steps)
     folder = runtime.folder / "checkpoints" / config.name
-    if runtime.is_writer:
-        table = runtime.folder / "params" / f"{config.name}.txt"
-        table.parent.mkdir(exist_ok=True)
-        write_text_atomic(table, describe(stage.infos, stage.shardings))
     checkpoints = StepCheckpoints(folder / "steps", run.checkpoint.keep)
     progress = Progress(
-        config.name, steps, enabled=runtime.is_writer, every_steps=10 * run.log.every
+        config.name, stage.steps, enabled=runtime.is_writer, every_steps=10 * run.log.every
     )
     try:
         state, frozen, done, position = _start(runtime, stage, pipeline, checkpoints)
@@ -191,12 +183,12 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         writer = MetricsWriter(
             runtime.folder,
             config.name,
-            steps,
+            stage.steps,
             resumed_step=done,
             tensorboard=run.log.tensorboard,
             enabled=runtime.is_writer,
         )
-        log = _Log(writer, progress, summary, run.log.every, steps)
+        log = _Log(writer, progress, summary, run.log.every, stage.steps)
 
         def save(step: int, state: TrainState) -> None:
             position = {
@@ -223,6 +215,20 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
     _leave(runtime, stage, params, folder / "final", summary)
     return summary
+
+
+def _prepare(runtime: Runtime, config: StageConfig) -> tuple[Pipeline, Stage]:
+    """The stage's data, and its model, tables and optimizer; writes the parameter table."""
+    run, mesh = runtime.run, runtime.mesh
+    groups = pool_groups(run, config, data_shards(mesh))
+    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
+    steps = config.optim.steps or pipeline.steps(config.optim.epochs)
+    stage = build_stage(run, config, mesh, steps)
+    if runtime.is_writer:
+        table = runtime.folder / "params" / f"{config.name}.txt"
+        table.parent.mkdir(exist_ok=True)
+        write_text_atomic(table, describe(stage.infos, stage.shardings))
+    return pipeline, stage
 
 
 def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: StepCheckpoints):

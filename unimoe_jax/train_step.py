@@ -8,6 +8,7 @@ were and is counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,22 +63,7 @@ def make_train_step(
     targets, nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was
     skipped), bad_steps, and with experts entropy [L] and load [L, modalities, E].
     """
-
-    def micro_loss(trained: Flat, frozen: Flat, batch: Batch, total: jax.Array, key: jax.Array):
-        rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
-        out = model.apply({"params": nest({**frozen, **trained})}, batch, rngs=rngs)
-        nll_BT = batch.weight_BT * token_nll(out.logits_BTV, batch.target_BT)
-        ce = jnp.sum(nll_BT) / total
-        aux = router_losses(out.aux, aux_config) / accumulate
-        metrics = {"loss": ce, "aux": aux, **_moe_metrics(out.aux, accumulate)}
-        for name, value_BT in (
-            ("nll_by_modality", nll_BT),
-            ("targets_by_modality", batch.weight_BT),
-        ):
-            metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
-        return ce + aux, metrics
-
-    grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
+    grad_fn = jax.value_and_grad(partial(_micro_loss, model, aux_config, accumulate), has_aux=True)
 
     def step(state: TrainState, frozen: Flat, batch: Batch):
         total = jnp.maximum(jnp.sum(batch.weight_BT), 1.0)
@@ -98,34 +84,62 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             carry = (zeros[0][1], zeros[1])
             (metrics, grads), _ = jax.lax.scan(one, carry, (micros, jnp.arange(accumulate)))
-        return _update(state, grads, metrics, batch)
-
-    def _update(state: TrainState, grads: Flat, metrics: dict, batch: Batch):
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trained)
-        new_trained = optax.apply_updates(state.trained, updates)
-        # where, not cond: the choice is elementwise and keeps donated buffers in place.
-        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {
-            "grad_norm": norm,
             "lr": schedule(state.step),
             "tokens": jnp.sum(batch.segment_BT > 0),
             "targets": jnp.sum(batch.weight_BT),
-            "bad": 1 - good.astype(jnp.int32),
-            "bad_steps": bad_steps,
         }
-        state = TrainState(
-            step=state.step + 1,
-            trained=jax.tree.map(keep, new_trained, state.trained),
-            optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
-            seed=state.seed,
-            bad_steps=bad_steps,
-        )
-        return state, metrics
+        return _update(optimizer, state, grads, metrics)
 
     return step
+
+
+def _micro_loss(
+    model: UniMoE,
+    aux_config: AuxLossConfig,
+    accumulate: int,
+    trained: Flat,
+    frozen: Flat,
+    batch: Batch,
+    total: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """This micro-batch's share of the loss over `total` target tokens, and its metrics."""
+    rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
+    out = model.apply({"params": nest({**frozen, **trained})}, batch, rngs=rngs)
+    nll_BT = batch.weight_BT * token_nll(out.logits_BTV, batch.target_BT)
+    ce = jnp.sum(nll_BT) / total
+    aux = router_losses(out.aux, aux_config) / accumulate
+    metrics = {"loss": ce, "aux": aux, **_moe_metrics(out.aux, accumulate)}
+    sums = {"nll_by_modality": nll_BT, "targets_by_modality": batch.weight_BT}
+    for name, value_BT in sums.items():
+        metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
+    return ce + aux, metrics
+
+
+def _update(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Flat, metrics: dict
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The optimizer's step, or none of it where loss or gradient is not finite."""
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trained)
+    new_trained = optax.apply_updates(state.trained, updates)
+
+    def keep(new, old):
+        # where, not cond: the choice is elementwise and keeps donated buffers in place.
+        return jnp.where(good, new, old)
+
+    bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+    metrics |= {"grad_norm": norm, "bad": 1 - good.astype(jnp.int32), "bad_steps": bad_steps}
+    state = TrainState(
+        step=state.step + 1,
+        trained=jax.tree.map(keep, new_trained, state.trained),
+        optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+        seed=state.seed,
+        bad_steps=bad_steps,
+    )
+    return state, metrics
 
 
 def _moe_metrics(moe: MoEAux | None, accumulate: int) -> dict[str, jax.Array]:
