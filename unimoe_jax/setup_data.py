@@ -101,11 +101,18 @@ def heldout_pipeline(
 
 
 def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
-    """Share of the commonest answer per source, computed from its own records."""
+    """Per source, what is right without looking at the media: the share of the commonest answer, or
+    a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        answers = Counter(r["conversations"][-1]["value"] for r in _records(data.sources[name]))
-        levels[name] = max(answers.values()) / answers.total()
+        turns = [record["conversations"][-2:] for record in _records(data.sources[name])]
+        pairs = [(question["value"], answer["value"]) for question, answer in turns]
+        answers = Counter(answer for _, answer in pairs)
+        asked = Counter(question for question, _ in pairs)
+        choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
+        # A question asked once or twice says nothing about what else it could be answered with.
+        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2) / len(pairs)
+        levels[name] = max(max(answers.values()) / len(pairs), guess)
     return levels
 
 
