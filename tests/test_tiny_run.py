@@ -38,7 +38,13 @@ def command(folder: Path, cache: Path, *arguments: str) -> list[str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    if devices > 1:
+        # Virtual devices share few threads: collectives of two programs in flight, or in an order
+        # that XLA chooses anew on each device, would wait for each other for ever.
+        own["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return {**os.environ, **own, "XLA_FLAGS": flags}
 
 
 def train(folder: Path, cache: Path, *arguments: str, devices: int = 1) -> str:
