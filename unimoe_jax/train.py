@@ -39,6 +39,7 @@ from unimoe_jax.setup_data import (
     resolve_sources,
 )
 from unimoe_jax.sharding import ShardingError, data_shards, make_mesh, use_mesh
+from unimoe_jax.stage import parameter_table
 
 SETTINGS_ERRORS = (ConfigError, ParamError, ShardingError, RunFolderError, CheckpointError)
 # Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
@@ -113,8 +114,9 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             writer=jax.process_index() == 0,
         ) as folder,
     ):
-        for stage in config.stages:
+        for stage in config.stages:  # before the first of them costs anything
             pool_groups(config, stage, data_shards(mesh))
+            parameter_table(config, stage)
         enable_compilation_cache(config)
         data = resolve_sources(config.data)
         tokenizer, _ = load_tokenizer(config)
