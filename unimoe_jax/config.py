@@ -188,7 +188,7 @@ class StageConfig(Config):
     lora: tuple[LoRARule, ...] = ()
     aux: AuxLossConfig = AuxLossConfig()
     leaves: Literal["all", "trained"] = Field(
-        "all", description="parameters written at the end; LoRA is merged into them unless kept"
+        "all", description="parameters written at the end; merge_lora adds the adapters to them"
     )
     merge_lora: bool = False
     loader: LoaderConfig | None = Field(None, description="replaces data.loader in this stage")
