@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unimoe_jax.data.embedded.media import SPLITS, VERSION, Counts, Item, Plan
+from unimoe_jax.data.embedded.media import DRAWS, SPLITS, Counts, Item, Plan
 from unimoe_jax.data.embedded.phrases import ANSWERS, QUESTIONS, SCENES, TOLD, answer, article
 
 Record = dict[str, object]
@@ -105,7 +105,7 @@ NAMES = ("text", *SOURCES)
 def records(media: Plan, counts: Counts, seed: int, size: int) -> dict[str, list[Record]]:
     """The records of every source, under `train/NAME` and `heldout/NAME`."""
     files: dict[str, list[Record]] = {}
-    text = _text_turns(counts, size, np.random.default_rng((VERSION, seed, 100)))
+    text = _text_turns(counts, size, np.random.default_rng((DRAWS, seed, 100)))
     for (s, split), (n, name) in itertools.product(enumerate(SPLITS), enumerate(NAMES)):
         rng = np.random.default_rng((VERSION, seed, 101 + n, s))
         if name == "text":
