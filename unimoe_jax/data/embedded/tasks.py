@@ -107,7 +107,7 @@ def records(media: Plan, counts: Counts, seed: int, size: int) -> dict[str, list
     files: dict[str, list[Record]] = {}
     text = _text_turns(counts, size, np.random.default_rng((DRAWS, seed, 100)))
     for (s, split), (n, name) in itertools.product(enumerate(SPLITS), enumerate(NAMES)):
-        rng = np.random.default_rng((VERSION, seed, 101 + n, s))
+        rng = np.random.default_rng((DRAWS, seed, 101 + n, s))
         if name == "text":
             rows = [({}, [turn]) for turn in text[split]]
         else:
