@@ -27,6 +27,7 @@ from unimoe_jax.checkpoint import (
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.sharding import make_mesh
 from unimoe_jax.train_step import TrainState
+from unimoe_jax.upcycle import Member
 
 KERNEL = np.arange(32, dtype=np.float32).reshape(8, 4)
 
@@ -183,7 +184,7 @@ def test_a_finished_stage_is_a_source(final):
     source = open_source("base", final)
     assert source.shapes["embed/embedding"] == (8, 4)
     np.testing.assert_array_equal(source.load("embed/embedding"), KERNEL)
-    np.testing.assert_array_equal(source.layer(1, "mlp/up_proj/kernel"), -KERNEL)
+    np.testing.assert_array_equal(source.read(Member("decoder", 1, "mlp/up_proj/kernel")), -KERNEL)
 
 
 def test_a_damaged_stage_is_refused(final):

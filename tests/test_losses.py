@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimoe_jax.config import AuxLossConfig
+from unimoe_jax.config import AuxLossConfig, RouterLossConfig
 from unimoe_jax.losses import cross_entropy, exact_tokens, router_losses
 from unimoe_jax.nn.moe import MoEAux
 
@@ -46,17 +48,40 @@ def test_exact_tokens():
     assert not exact_tokens(LOGITS, (best + 1) % 7, np.ones_like(WEIGHT)).any()
 
 
+def aux(balance: jax.Array, z: jax.Array) -> MoEAux:
+    empty = dict.fromkeys(MoEAux._fields, jnp.zeros(()))
+    return MoEAux(**{**empty, "balance": balance, "router_z": z})
+
+
 def test_router_losses():
-    """The balance term is a sum over layers, the z term a mean; both carry gradient."""
+    """The balance term is a mean or a sum over layers, the z term a mean; both carry gradient."""
 
-    def total(balance, z):
-        none = jnp.zeros(())
-        aux = MoEAux(balance, z, none, none, none, none, none)
-        return router_losses(aux, AuxLossConfig(balance=0.1, router_z=0.01))
+    def total(balance, z, **changes):
+        settings = RouterLossConfig(balance=0.1, router_z=0.01, **changes)
+        return router_losses({"decoder": aux(balance, z)}, AuxLossConfig(decoder=settings))
 
-    balance, z = jnp.array([1.0, 2.0, 4.0]), jnp.array([3.0, 6.0, 9.0])
-    np.testing.assert_allclose(total(balance, z), 0.1 * 7 + 0.01 * 6, rtol=1e-6)
-    by_balance, by_z = jax.grad(total, argnums=(0, 1))(balance, z)
+    given = jnp.array([1.0, 2.0, 4.0]), jnp.array([3.0, 6.0, 9.0])
+    np.testing.assert_allclose(total(*given), 0.1 * 7 / 3 + 0.01 * 6, rtol=1e-6)
+    summed = partial(total, balance_layers="sum")
+    np.testing.assert_allclose(summed(*given), 0.1 * 7 + 0.01 * 6, rtol=1e-6)
+    by_balance, by_z = jax.grad(summed, argnums=(0, 1))(*given)
     np.testing.assert_allclose(by_balance, [0.1] * 3, rtol=1e-6)
     np.testing.assert_allclose(by_z, [0.01 / 3] * 3, rtol=1e-6)
-    assert float(router_losses(None, AuxLossConfig(balance=1))) == 0
+    silent = partial(total, gradient="none")
+    np.testing.assert_allclose(silent(*given), total(*given))
+    for gradient in jax.grad(silent, argnums=(0, 1))(*given):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_router_losses_of_modules():
+    """Each module has its own coefficients; a module that did not run adds nothing."""
+    one = jnp.ones(2)
+    found = {"encoder": aux(one, 2 * one), "connector": aux(3 * one, one), "decoder": aux(one, one)}
+    config = AuxLossConfig(
+        encoder=RouterLossConfig(balance=1, router_z=10),
+        connector=RouterLossConfig(balance=100),
+    )
+    assert float(router_losses(found, config)) == 1 + 20 + 300
+    del found["encoder"]
+    assert float(router_losses(found, config)) == 300
+    assert float(router_losses({}, config)) == 0

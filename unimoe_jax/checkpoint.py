@@ -6,7 +6,8 @@ and `manifest.json`: parents, what was trained, where every group of parameters 
 parameters are not repeated in every step: a resume takes them from where the stage took them.
 
 Orbax restores a flipped bit without an error, so every finished directory carries SHA-256 sums that
-are checked before it is read.
+are checked before it is read. Several processes write and check their shares side by side, in one
+folder that all of them see.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unimoe_jax.distributed import all_texts, is_writer, lost_peer, wait_for_all
 from unimoe_jax.upcycle import Source
 
 SUMS = "SHA256SUMS.json"
 MANIFEST = "manifest.json"
+CHUNK_BYTES = 64 << 20
 
 
 class CheckpointError(RuntimeError):
@@ -36,40 +40,62 @@ class CheckpointError(RuntimeError):
 # --------------------------------------------------------------------------- integrity
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
+def _names(folder: Path) -> list[str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def _sums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Checksums of this process's share of the files."""
+
+    def digest(name: str) -> str:
+        if name in known:
+            return known[name]
+        with (folder / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
+    names = _names(folder)[jax.process_index() :: jax.process_count()]
     # Hashing releases the interpreter: large checkpoints are read by several threads at a time.
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(digest, files)
-        return {str(p.relative_to(folder)): s for p, s in zip(files, sums, strict=True)}
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of every file under `folder`."""
-    text = json.dumps(_sums(folder), indent=0)
-    partial = folder / (SUMS + ".partial")
-    partial.write_text(text)
-    partial.rename(folder / SUMS)
+def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the checksums of every file under `folder`; `known` ones were taken while writing.
+
+    All processes call it when the files are there; each sums up its share of them.
+    """
+    parts = all_texts("seal", json.dumps(_sums(folder, known)))
+    if is_writer():
+        sums = {name: value for part in parts for name, value in json.loads(part).items()}
+        partial = folder / (SUMS + ".partial")
+        partial.write_text(json.dumps(dict(sorted(sums.items())), indent=0))
+        partial.rename(folder / SUMS)
+    wait_for_all("sealed")
 
 
 def verify(folder: Path) -> None:
-    """Compare `folder` with its checksums.
+    """Compare `folder` with its checksums; all processes call it, each reads its share.
 
     Raises:
-        CheckpointError: no checksums (the write was interrupted), or a file that differs.
+        CheckpointError: no checksums (the write was interrupted), or a file that differs; on all
+            processes when any of them finds it.
     """
+    found = next(filter(None, all_texts("verify", _damage(folder))), None)
+    if found:
+        raise CheckpointError(found)
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with this process's share of the files, or with their number; else empty."""
     try:
         expected = json.loads((folder / SUMS).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {SUMS}; the checkpoint is incomplete") from None
-    actual = _sums(folder)
-    for name in sorted(set(expected) | set(actual)):
-        if expected.get(name) != actual.get(name):
-            raise CheckpointError(f"{folder / name}: damaged or missing (its checksum differs)")
+        return f"{folder}: no {SUMS}; the checkpoint is incomplete"
+    actual = _sums(folder, {})
+    wrong = set(expected) ^ set(_names(folder))
+    wrong |= {name for name, value in actual.items() if expected.get(name) != value}
+    return f"{folder / min(wrong)}: damaged or missing (its checksum differs)" if wrong else ""
 
 
 # ----------------------------------------------------------------------- training state
@@ -84,7 +110,8 @@ class StepCheckpoints:
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "position")
         )
-        self._unsealed: list[int] = []
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future | None = None
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
         """Start writing; returns as soon as the state has been copied off the devices."""
@@ -93,16 +120,18 @@ class StepCheckpoints:
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
         self._manager.save(step, args=items, force=True)
-        self._unsealed.append(step)
+        # As soon as it is written: a crash before the next save must not cost this one.
+        self._sealing = self._sealer.submit(self._seal, step)
+
+    def _seal(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        seal(self.folder / str(step))
 
     def finish(self) -> None:
-        """Wait for the write under way and seal it."""
-        self._manager.wait_until_finished()
-        for step in self._unsealed:
-            folder = self.folder / str(step)
-            if jax.process_index() == 0 and folder.is_dir():
-                seal(folder)
-        self._unsealed.clear()
+        """Wait until the write under way is complete and sealed."""
+        if self._sealing is not None:
+            self._sealing.result()
+            self._sealing = None
 
     def restore_latest(self, template: Any, tell=print) -> tuple[int, Any, dict] | None:
         """(step, state, position) of the newest sound checkpoint, or None when there is none.
@@ -126,26 +155,46 @@ class StepCheckpoints:
     def close(self) -> None:
         """Finish and release the background threads."""
         self.finish()
+        self._sealer.shutdown()
         self._manager.close()
+
+    def __enter__(self) -> StepCheckpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # A write can be finished only together with all processes.
+        if error is None or not lost_peer(error):
+            self.close()
 
 
 # ------------------------------------------------------------------------- stage results
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """Stacks of layers and experts are cut into them, so that one can be read without the rest."""
+    axes = tuple(range(max(0, leaf.ndim - 2)))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
 
 def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Write a finished stage beside its place, seal it, then rename: never half-written."""
     folder = folder.absolute()
     partial = folder.with_name(folder.name + ".partial")
-    if jax.process_index() == 0:
+    if is_writer():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    wait_for_all("place for a result")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", dict(params), force=True)
-    if jax.process_index() == 0:
+        chunks = {path: _chunks(leaf) for path, leaf in params.items()}
+        checkpointer.save(partial / "params", dict(params), save_args=chunks, force=True)
+    if is_writer():
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        seal(partial)
+    wait_for_all("result")
+    seal(partial)
+    if is_writer():
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    wait_for_all("result in place")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

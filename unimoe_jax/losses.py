@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from unimoe_jax.config import AuxLossConfig
+from unimoe_jax.config import AuxLossConfig, ModalityLossConfig, RouterLossConfig
 from unimoe_jax.nn.moe import MoEAux
 from unimoe_jax.nn.router import NUM_MODALITIES
 
@@ -44,15 +44,19 @@ def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.A
     return jnp.einsum("bs,bsm->m", sum_BS, holds_BSM)
 
 
-def router_losses(aux: MoEAux | None, config: AuxLossConfig) -> jax.Array:
-    """config.balance · Σ_layers balance + config.router_z · mean over layers of z.
+def router_losses(aux: Mapping[str, MoEAux], config: AuxLossConfig) -> jax.Array:
+    """Σ over modules of `module_router_loss`, with each module's own coefficients."""
+    parts = [module_router_loss(found, getattr(config, name)) for name, found in aux.items()]
+    return sum(parts, jnp.float32(0))
 
-    The balance term is summed over layers (Uni-MoE 8e, `aux_balance_loss_coef`); each term carries
-    gradient into the routers.
+
+def module_router_loss(aux: MoEAux, config: RouterLossConfig) -> jax.Array:
+    """config.balance · balance, a mean (CuMo) or sum (Uni-MoE 8e, `aux_balance_loss_coef`) over
+    layers, + config.router_z · mean over layers of z.
     """
-    if aux is None:
-        return jnp.float32(0)
-    return config.balance * jnp.sum(aux.balance) + config.router_z * jnp.mean(aux.router_z)
+    over_layers = jnp.sum if config.balance_layers == "sum" else jnp.mean
+    loss = config.balance * over_layers(aux.balance) + config.router_z * jnp.mean(aux.router_z)
+    return jax.lax.stop_gradient(loss) if config.gradient == "none" else loss
 
 
 def exact_tokens(logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
@@ -78,6 +82,25 @@ _APART = (
     ("audio", "video"),
     ("video", "text"),
 )
+
+
+MODALITY_LOSSES = ("experts", "kl")
+
+
+def modality_losses(
+    aux: Mapping[str, MoEAux], modality_BT: jax.Array, config: ModalityLossConfig
+) -> dict[str, jax.Array]:
+    """Those of `MODALITY_LOSSES` that have a coefficient, unscaled, over the decoder's routers.
+
+    Both carry gradient into the routers (8e's own is lost in its gradient checkpointing).
+    """
+    found = {}
+    if config.experts:
+        logits = aux["decoder"].logits_BTE
+        found["experts"] = modality_expert_loss(logits, modality_BT, config.listed())
+    if config.kl:
+        found["kl"] = modality_kl_loss(aux["decoder"].logits_BTE, modality_BT)
+    return found
 
 
 def _in_group(modality_BT: jax.Array, group: str) -> jax.Array:

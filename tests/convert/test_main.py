@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 
@@ -109,7 +110,7 @@ BROKEN = {
 def test_refusals_name_the_fault_and_leave_nothing(case: str, tmp_path: Path, capsys):
     change, config, words = BROKEN[case]
     source = write_llama(tmp_path / "source", change(llama_tensors()), **config)
-    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 2
     error = capsys.readouterr().err
     for word in words:
         assert word in error, error
@@ -117,11 +118,11 @@ def test_refusals_name_the_fault_and_leave_nothing(case: str, tmp_path: Path, ca
 
 
 def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch, capsys):
-    def broken(plan, copy, dtype):
+    def broken(plan, copy):
         raise ConvertError(f"{copy.src}: cannot be read")
 
     monkeypatch.setattr("unimoe_jax.convert.importing.read_slice", broken)
-    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 2
     assert "cannot be read" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -129,21 +130,39 @@ def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, mo
 def test_an_existing_target_is_not_touched(source: Path, tmp_path: Path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    assert run("import", "--from", source, "--to", tmp_path / "out") == 1
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 2
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
 def test_a_damaged_checkpoint_is_not_exported(source: Path, tmp_path: Path, capsys):
     assert run("import", "--from", source, "--to", tmp_path / "a") == 0
-    data = max((tmp_path / "a").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = tmp_path / "a/params/decoder/run_0/block_0/mlp/up_proj/kernel/1.0.0"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     out = tmp_path / "b"
-    assert run("export", "--from", tmp_path / "a", "--to", out, "--format", "hf") == 1
+    assert run("export", "--from", tmp_path / "a", "--to", out, "--format", "hf") == 2
     assert "damaged" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_manifest_names_licences(source: Path, tmp_path: Path):
+    (source / "README.md").write_text("---\ntags: [x]\nlicense: llama2\n---\n# Model\n")
+    (source / "LICENSE.txt").write_text("terms")
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["licences"] == {"decoder": [str(source / "LICENSE.txt"), "llama2"]}
+
+
+def test_plain_orbax_restores_an_import(source: Path, tmp_path: Path):
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 0
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "out" / "params")
+    stacked = restored["decoder/run_0/block_0/attention/q_proj/kernel"]
+    for layer in range(2):
+        weight = llama_tensors()[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        np.testing.assert_array_equal(np.asarray(stacked)[layer], weight.T)
 
 
 def test_folder_names_do_not_matter(source: Path, tmp_path: Path):

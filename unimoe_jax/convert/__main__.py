@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from unimoe_jax.convert import comparing, exporting, importing, inspecting, opening
-from unimoe_jax.convert.families import Options
+from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError
 
 
@@ -18,15 +18,44 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m unimoe_jax.convert", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="PyTorch folders -> a checkpoint of this package")
+    _import_arguments(
+        commands.add_parser("import", help="PyTorch folders -> a checkpoint of this package")
+    )
+    out = commands.add_parser("export", help="a checkpoint of this package -> PyTorch folders")
+    out.add_argument("--from", dest="source", required=True, type=Path)
+    out.add_argument("--to", dest="target", required=True, type=Path)
+    out.add_argument("--format", choices=("unimoe", "cumo", "hf"), required=True)
+    out.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
+    out.add_argument("--model", type=Path, help="model.yaml, for a checkpoint without one")
+    look = commands.add_parser("inspect", help="tree of parameters, totals, active parameters")
+    look.add_argument("folder", type=Path)
+    same = commands.add_parser(
+        "verify",
+        help="compare two checkpoints of any supported format: ours, a folder of the originals, or "
+        "a folder that holds all folders of one model",
+    )
+    same.add_argument("a", type=Path)
+    same.add_argument("b", type=Path)
+    return top
+
+
+def _import_arguments(add: argparse.ArgumentParser) -> None:
     add.add_argument("--from", dest="sources", action="append", required=True, type=Path)
     add.add_argument("--to", dest="target", required=True, type=Path)
     add.add_argument("--lora", choices=("merge", "keep"), default="merge")
     add.add_argument(
         "--router-lora",
         choices=("override", "merge"),
-        default="override",
-        help="override: mlp_gates replaces merged routers, as released inference does",
+        help="override: mlp_gates replaces merged routers, so their adapters are lost, as in "
+        "released inference (default where adapters are merged); merge: they take part, as in "
+        "training (default with --lora keep)",
+    )
+    add.add_argument(
+        "--numerics",
+        choices=("exact", "released"),
+        default="exact",
+        help="released: round weights and RoPE tables through float16 (and bfloat16), as the "
+        "loaders of released Uni-MoE inference do",
     )
     add.add_argument(
         "--vision-layer",
@@ -34,33 +63,29 @@ def parser() -> argparse.ArgumentParser:
         default=-2,
         help="selected hidden state of a CLIP imported on its own",
     )
+    add.add_argument(
+        "--unread-layers",
+        choices=("drop", "keep"),
+        default="drop",
+        help="its layers after that one; CuMo's run files need them",
+    )
     add.add_argument("--dtype", choices=("source", "float32", "bfloat16"), default="source")
-    out = commands.add_parser("export", help="a checkpoint of this package -> PyTorch folders")
-    out.add_argument("--from", dest="source", required=True, type=Path)
-    out.add_argument("--to", dest="target", required=True, type=Path)
-    out.add_argument("--format", choices=("unimoe", "hf"), required=True)
-    out.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
-    out.add_argument("--model", type=Path, help="model.yaml, for a checkpoint without one")
-    look = commands.add_parser("inspect", help="tree of parameters, totals, active parameters")
-    look.add_argument("folder", type=Path)
-    same = commands.add_parser("verify", help="compare two checkpoints of any supported format")
-    same.add_argument("a", type=Path)
-    same.add_argument("b", type=Path)
-    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, and for `verify` equal; 1: refused or different; 2: bad usage."""
+    """Exit status 0: done, and for `verify` equal; 1: `verify` found a difference; 2: refused."""
     given = parser().parse_args(arguments)
     try:
         return COMMANDS[given.command](given)
-    except (ConvertError, ValidationError) as error:
+    except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _import(given: argparse.Namespace) -> int:
-    options = Options(given.lora, given.router_lora, given.vision_layer)
+    options = Options(
+        given.lora, given.router_lora, given.vision_layer, given.numerics, given.unread_layers
+    )
     importing.import_checkpoint(given.sources, given.target, options, given.dtype)
     return 0
 
@@ -78,7 +103,7 @@ def _inspect(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    a, b = (opening.open_checkpoint(path) for path in (given.a, given.b))
+    a, b = opening.open_pair(given.a, given.b)
     differences = list(inspecting.compare(a, b))
     for line in differences:
         print(line)

@@ -12,7 +12,7 @@ import numpy as np
 
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.convert.opening import Checkpoint, is_ours
-from unimoe_jax.convert.reader import ConvertError, read_json
+from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -53,10 +53,10 @@ def logits_in_torch(checkpoint: Checkpoint, batch: Batch) -> np.ndarray | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = read_json(checkpoint.path / "config.json").get("model_type")
-    if kind not in ("llama", "mistral", "mixtral"):
+    folder = checkpoint.manifest["parents"].get("decoder")
+    if folder is None:  # no class of transformers reads it
         return None
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(torch.from_numpy(batch.token_id_BT).long()).logits.numpy()
 
@@ -84,9 +84,14 @@ def compare_logits(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     yield describe(*found)
 
 
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def describe(a: np.ndarray, b: np.ndarray) -> str:
     """Largest difference, mean KL(a ‖ b), and how often the top-k sets agree."""
-    log_a, log_b = (np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in (a, b))
+    log_a, log_b = (_log_softmax(x.astype(np.float64)) for x in (a, b))
     kl = float((np.exp(log_a) * (log_a - log_b)).sum(-1).mean())
     top = [np.sort(np.argsort(-x, axis=-1)[..., :TOP], axis=-1) for x in (a, b)]
     agree = float((top[0] == top[1]).all(-1).mean())

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unimoe_jax.convert.entry import Copy
-from unimoe_jax.convert.layouts import Layout, layout_of
+from unimoe_jax.convert.layouts import Format, Layout, layout_of
 from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import (
     SAFETENSORS_DTYPES,
@@ -48,7 +48,7 @@ class Piece:
 def export_checkpoint(
     checkpoint: Checkpoint,
     folder: Path,
-    format_: Literal["unimoe", "hf"],
+    format_: Format,
     kind: Kind = "safetensors",
     tell: Callable[[str], None] = print,
 ) -> None:
@@ -126,10 +126,11 @@ def write_file(
         return
     sharded = path.name == "WEIGHTS"
     shards = list(_shards(pieces)) if sharded else [pieces]
-    names = _shard_names(len(shards), kind) if sharded else [f"{path.name}.{kind}"]
+    single = path.name if path.suffix == ".bin" else f"{path.name}.{kind}"
+    names = _shard_names(len(shards), kind) if sharded else [single]
     for name, members in zip(names, shards, strict=True):
         target = path.with_name(name)
-        (write_safetensors if kind == "safetensors" else _write_torch)(target, members)
+        (_write_torch if target.suffix == ".bin" else write_safetensors)(target, members)
         tell(f"{target.parent.name}/{name}: {len(members)} tensors")
     if len(shards) > 1:
         mapped = {p.name: name for name, shard in zip(names, shards, strict=True) for p in shard}
@@ -195,4 +196,7 @@ def _write_torch(path: Path, pieces: list[Piece], wrap: Mapping[str, Any] | None
         return torch.from_numpy(value)
 
     state = {piece.name: tensor(piece) for piece in pieces}
-    torch.save(state if wrap is None else {**wrap, "model": state}, path)
+    try:
+        torch.save(state if wrap is None else {**wrap, "model": state}, path)
+    except RuntimeError as error:  # torch's writer does not say OSError when the disk is full
+        raise ConvertError(f"{path}: cannot be written: {error}") from error

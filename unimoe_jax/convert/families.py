@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from unimoe_jax.config import (
-    AudioConfig,
-    DecoderConfig,
-    MlpConnectorConfig,
-    ModelConfig,
-    QueryConnectorConfig,
-    SpeechConfig,
-    VisionConfig,
-    WhisperConfig,
-)
-from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand
-from unimoe_jax.convert.family import TOKENIZER_FILES, Source
+from pydantic import ValidationError
+
+from unimoe_jax.config import ModelConfig
+from unimoe_jax.convert.entry import Copy, Excuse
+from unimoe_jax.convert.family import TOKENIZER_FILES, TUNED_FILES, Source
+from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import Plan
 from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
-from unimoe_jax.convert.tables import beats, clip, llama, mixtral, unimoe, whisper
-
-Sources = Mapping[str, Source]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose.
-
-    lora: merge PEFT's adapters into their kernels, or keep them apart (8e's built-in expert
-        adapters always stay apart, as in the originals).
-    router_lora: override: mlp_gates replaces the merged routers, so their adapters are lost, as in
-        released inference; merge: the routers' adapters take part, as in training.
-    vision_layer: selected hidden state of a CLIP imported on its own.
-    """
-
-    lora: Literal["merge", "keep"] = "merge"
-    router_lora: Literal["override", "merge"] = "override"
-    vision_layer: int = -2
+from unimoe_jax.convert.senses import ENCODER_EXCUSES, ENCODERS, PLACEHOLDER, Sources, senses_of
+from unimoe_jax.convert.tables import cumo, llama, mixtral, unimoe
 
 
 def plan_of(sources: Sequence[Source], options: Options = Options()) -> Plan:
@@ -47,22 +23,35 @@ def plan_of(sources: Sequence[Source], options: Options = Options()) -> Plan:
     Raises:
         ConvertError: they do not make a model together.
     """
+    for source in sources:
+        _check_depth(source, sum(len(g) for s in sources for g in s.groups.values()))
     by_role = {source.role: source for source in sources}
-    family = "unimoe" if "base" in by_role or "tuned" in by_role else "parts"
-    return FAMILIES[family](by_role, options)
+    families = {"cumo": "cumo", "base": "unimoe", "tuned": "unimoe"}
+    found = [family for role, family in families.items() if role in by_role]
+    if options.numerics == "released" and "unimoe" not in found:
+        raise ConvertError("--numerics released is known for Uni-MoE alone")
+    try:
+        return FAMILIES[found[0] if found else "parts"](by_role, options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join((error.title, *map(str, first["loc"])))
+        message = f"{what}: {first['msg']}"
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        message = str(error)  # whatever a setting of the wrong kind provokes
+    where = ", ".join(str(source.path) for source in sources)
+    raise ConvertError(f"the configuration in {where} describes no model: {message}")
+
+
+def _check_depth(source: Source, num_tensors: int) -> None:
+    """A hostile number of layers must not fill the memory with a table of them."""
+    for key, value in source.config.items():
+        if key.endswith("layers") and isinstance(value, int) and value > num_tensors:
+            raise ConvertError(
+                f"{source.path}: {key} is {value:,}, but there are {num_tensors:,} tensors"
+            )
 
 
 # ------------------------------------------------------------------------- separate folders
-
-PLACEHOLDER = DecoderConfig(
-    vocab_size=1, hidden_size=2, mlp_dim=1, num_layers=1, num_heads=1, num_kv_heads=1
-)
-
-
-def _reader_placeholder() -> QueryConnectorConfig:
-    return QueryConnectorConfig(
-        kind="qformer", num_queries=1, hidden_size=1, mlp_dim=1, num_layers=1, num_heads=1
-    )
 
 
 def plan_parts(sources: Sources, options: Options) -> Plan:
@@ -100,58 +89,12 @@ def plan_parts(sources: Sources, options: Options) -> Plan:
     return Plan("+".join(sources), model, tuple(parts), groups, copies, excuses, config, files)
 
 
-ENCODER_EXCUSES = {"clip": clip.EXCUSES, "whisper": whisper.EXCUSES, "beats": beats.EXCUSES}
-
-
-def _clip_part(source: Source, options: Options) -> tuple[VisionConfig, list[Copy]]:
-    encoder = clip.clip_config(source.config, options.vision_layer)
-    return VisionConfig(encoder=encoder), _clip_copies(source, encoder)
-
-
-def _clip_copies(source: Source, encoder: Any) -> list[Copy]:
-    prefix = "vision_model." if any(with_prefix(source.weights, "vision_model.")) else ""
-    return clip.copies(encoder, "vision/encoder", prefix)
-
-
-def _whisper_part(source: Source, options: Options) -> tuple[SpeechConfig, list[Copy]]:
-    encoder = whisper.whisper_config(source.config)
-    speech = _speech(encoder, _reader_placeholder())
-    return speech, _whisper_copies(source, encoder)
-
-
-def _speech(encoder: WhisperConfig, connector: QueryConnectorConfig) -> SpeechConfig:
-    seconds, rest = divmod(2 * encoder.max_positions, 100)
-    if rest:
-        raise ConvertError(f"Whisper with {encoder.max_positions} positions: not whole seconds")
-    return SpeechConfig(
-        encoder=encoder, connector=connector, chunk_seconds=seconds, chunk_stride="reference"
-    )
-
-
-def _whisper_copies(source: Source, encoder: WhisperConfig) -> list[Copy]:
-    prefix = "model.encoder." if any(with_prefix(source.weights, "model.")) else "encoder."
-    return whisper.encoder_copies(encoder, "speech/encoder", prefix)
-
-
-def _beats_part(source: Source, options: Options) -> tuple[AudioConfig, list[Copy]]:
-    encoder = beats.beats_config(source.config)
-    audio = AudioConfig(encoder=encoder, connector=_reader_placeholder())
-    return audio, beats.encoder_copies(encoder, "audio/encoder")
-
-
-ENCODERS: tuple[tuple[str, str, Callable], ...] = (
-    ("clip", "vision", _clip_part),
-    ("whisper", "speech", _whisper_part),
-    ("beats", "audio", _beats_part),
-)
-
-
 def _side_files(sources: Sequence[Source]) -> dict[str, Any]:
     """Tokenizer files of the last source that has them, each encoder's processor beside them."""
     files = {}
     for source in sources:
         for name, path in source.files.items():
-            if name in TOKENIZER_FILES and source.role in ("decoder", "base", "tuned"):
+            if name in TOKENIZER_FILES and source.role in ("decoder", "base", "tuned", "cumo"):
                 files[name] = path
             elif name not in TOKENIZER_FILES:
                 files[f"{source.role}_{name}"] = path
@@ -173,14 +116,14 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     for source in sources.values():
         groups |= source.groups
     tuned = sources.get("tuned")
+    peft = _peft(tuned, groups) if tuned else {}
     is_8e = tuned is not None and any("deepspeed_moe" in name for name in groups.get("gates", ()))
     config = _unimoe_config(sources, is_8e)
     text, copies, excuses, notes = (_text_8e if is_8e else _text)(sources, config, groups)
-    senses, more = _senses(sources, config, groups, sense)
-    peft = tuned.config["_peft"] if tuned else {}
+    senses, more = senses_of(sources, config, groups, sense)
     copies = [*copies, *more]
     if peft and "peft" in groups:
-        scale, use_router = peft["lora_alpha"] / peft["r"], options.router_lora == "merge"
+        scale, use_router = peft["lora_alpha"] / peft["r"], options.takes_router_lora
         names = set(groups["peft"])
         copies = unimoe.with_adapters(copies, names, scale, options.lora == "merge", use_router)
         if not use_router:
@@ -189,6 +132,9 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     own = None
     if is_8e:
         own = (config["lora_r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    rounding = unimoe.rounding(is_8e, sense) if options.numerics == "released" else None
+    if rounding is not None:
+        text = text.model_copy(update={"rope_table_dtype": rounding.rope_table})
     model = ModelConfig(decoder=text, lora=unimoe.lora_rules(copies, peft, own), **senses)
     for role in ("clip", "whisper", "beats"):
         excuses += ENCODER_EXCUSES[role] if role in sources else ()
@@ -202,8 +148,39 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
         excuses=excuses,
         config=model.model_dump(mode="json", exclude_none=True),
         files=_side_files(order),
-        notes=(f"PEFT adapters: {options.lora}", f"router adapters: {options.router_lora}", *notes),
+        notes=(*options_notes(options, groups.get("peft", {})), *notes),
+        rounding=rounding,
     )
+
+
+def _peft(tuned: Source, groups: Mapping[str, Tensors]) -> Mapping[str, Any]:
+    """adapter_config.json; every file without which trained weights would be lost must be there."""
+    has_experts = "file0" in groups or bool(unimoe.moe_layers(groups["base"]))
+    needed = ("tuned", "aligner", *(["gates"] if has_experts else []))
+    missing = [TUNED_FILES[group] for group in needed if group not in groups]
+    if missing:
+        raise ConvertError(
+            f"{tuned.path}: is incomplete, it lacks {missing} (.bin or .safetensors)"
+        )
+    peft = tuned.config["_peft"]
+    adapters = [t for name, t in groups.get("peft", {}).items() if ".lora_A." in name]
+    for tensor in adapters:
+        if tensor.shape[:1] != (peft["r"],):
+            raise ConvertError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but "
+                f"adapter_config.json says r = {peft['r']}"
+            )
+    return peft
+
+
+def options_notes(options: Options, adapters: Iterable[str]) -> tuple[str, ...]:
+    """The choices, and what they mean where that is easily overlooked."""
+    notes = [f"PEFT adapters: {options.lora}", f"numerics: {options.numerics}"]
+    if any(".mlp.gate.lora_" in name for name in adapters):
+        taken = "take part, as in training"
+        lost = "lost, mlp_gates replaces the routers, as in released inference"
+        notes.append(f"router adapters: {taken if options.takes_router_lora else lost}")
+    return tuple(notes)
 
 
 def _unimoe_config(sources: Sources, is_8e: bool) -> Mapping[str, Any]:
@@ -266,83 +243,51 @@ def _dense_experts(layers: Sequence[int], num_layers: int) -> list[Excuse]:
     return [Excuse(match, "expert files hold all layers; these layers are dense")]
 
 
-def _senses(sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tensors], sense: str):
-    depth, sequential = _projector(groups, ".mm_projector.")
-    encoder = clip.clip_config(sources["clip"].config, config["mm_vision_select_layer"])
-    vision = VisionConfig(
-        encoder=encoder,
-        connector=MlpConnectorConfig(depth=depth),
-        aspect="pad" if config.get("image_aspect_ratio") == "pad" else "square",
+# ------------------------------------------------------------------------------------- CuMo
+
+
+def plan_cumo(sources: Sources, options: Options) -> Plan:
+    """What a stage of CuMo leaves: connector only, dense parts in three files, or one whole model.
+
+    A decoder folder and a CLIP folder fill in what the stage did not keep.
+    """
+    del options
+    source, config = sources["cumo"], sources["cumo"].config
+    if others := set(sources) - {"cumo", "clip", "decoder"}:
+        raise ConvertError(f"CuMo has no use for {sorted(others)}")
+    groups = {group: tensors for s in sources.values() for group, tensors in s.groups.items()}
+    groups |= source.groups
+    named = cumo.part_names(groups)
+    tower = sources["clip"].config if "clip" in sources else cumo.tower_json(source.path, config)
+    encoder = cumo.clip_config(tower, named["encoder"], config)
+    decoder = cumo.decoder_config(config)
+    model = ModelConfig(
+        decoder=decoder, vision=cumo.vision_config(encoder, named["connector"], config)
     )
-    copies = _clip_copies(sources["clip"], encoder) + unimoe.vision_connector(depth, sequential)
-    if sense == "speech":
-        part, more = _speech_sense(sources["whisper"], groups)
+    parts = [f"vision/{part}/" for part in named if named[part]]
+    dumped = model.model_dump(mode="json", exclude_none=True)
+    if "model.embed_tokens.weight" in groups.get("base", ()):
+        parts += ["embed/", "decoder/", "lm_head/"]
     else:
-        part, more = _audio_sense(sources["beats"], config, groups)
-    return {"vision": vision, sense: part}, copies + more
-
-
-ALIGNERS = ("base", "base_aligner", "aligner")
-
-
-def _projector(groups: Mapping[str, Tensors], mark: str) -> tuple[int, bool]:
-    """(linear layers, whether they are numbered) of a projector, from whichever group has it."""
-    for tensors in groups.values():
-        tails = [n.split(mark)[1] for n in tensors if mark in n and n.endswith(".weight")]
-        if tails:
-            return len(tails), tails != ["weight"]
-    raise ConvertError(f"no file has tensors named …{mark}…")
-
-
-def _queries(groups: Mapping[str, Tensors], name: str) -> int:
-    for group in reversed(ALIGNERS):
-        tensor = groups.get(group, {}).get(name)
-        if tensor is not None:
-            return tensor.shape[-2]
-    raise ConvertError(f"no file has the learned queries {name!r}")
-
-
-def connector_copies(config: QueryConnectorConfig, sense: str, sequential: bool) -> list[Copy]:
-    """Queries, reader and projector of the sound side, from every file that may hold them."""
-    is_whisper = config.kind == "whisper_decoder"
-    queries = "model.query_tokens" if is_whisper else f"{ALIGNER}.query_tokens"
-    dst, copies = f"{sense}/connector", []
-    for group in ALIGNERS:
-        copies += expand([Entry(f"{group}:{queries}", f"{dst}/queries", "1 q d -> q d")])
-        src = f"{group}:{ALIGNER}."
-        copies += unimoe.projector(
-            f"{src}projector", f"{dst}/projector", config.projector_depth, sequential
-        )
-        if is_whisper:
-            copies += whisper.reader_copies(config, f"{src}decoder.audio_decoder.", dst)
-        else:
-            copies += beats.qformer_copies(config, f"{src}qformer.qformer.", dst)
-    return copies
-
-
-ALIGNER = "model.mm_audio_aligner"
-
-
-def _speech_sense(source: Source, groups: Mapping[str, Tensors]):
-    depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
-    queries = _queries(groups, "model.query_tokens")
-    connector = whisper.reader_config(source.config, queries, depth)
-    encoder = whisper.whisper_config(source.config)
-    copies = _whisper_copies(source, encoder) + connector_copies(connector, "speech", sequential)
-    return _speech(encoder, connector), copies
-
-
-def _audio_sense(source: Source, config: Mapping[str, Any], groups: Mapping[str, Tensors]):
-    depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
-    queries = _queries(groups, f"{ALIGNER}.query_tokens")
-    connector = beats.qformer_config(config.get("qformer_config", {}), queries, depth)
-    encoder = beats.beats_config(source.config)
-    copies = beats.encoder_copies(encoder, "audio/encoder")
-    copies += connector_copies(connector, "audio", sequential)
-    return AudioConfig(encoder=encoder, connector=connector), copies
+        del dumped["decoder"]
+    return Plan(
+        family="cumo",
+        model=model,
+        parts=tuple(parts),
+        groups=groups,
+        copies=[
+            *cumo.decoder_copies(decoder),
+            *cumo.vision_in_shards(model.vision),
+            *cumo.vision_in_files(model.vision),
+        ],
+        excuses=cumo.EXCUSES,
+        config=dumped,
+        files=_side_files([sources[r] for r in ("clip", "decoder", "cumo") if r in sources]),
+    )
 
 
 FAMILIES: dict[str, Callable[[Sources, Options], Plan]] = {
+    "cumo": plan_cumo,
     "parts": plan_parts,
     "unimoe": plan_unimoe,
 }

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from unimoe_jax.convert.reader import (
     TORCH_SUFFIXES,
     ConvertError,
+    Settings,
     Tensors,
     load_torch,
     open_file,
@@ -20,7 +21,7 @@ from unimoe_jax.convert.reader import (
     weight_files,
 )
 
-Role = Literal["clip", "whisper", "beats", "decoder", "base", "tuned", "experts"]
+Role = Literal["clip", "whisper", "beats", "decoder", "base", "tuned", "experts", "cumo"]
 DECODERS = ("llama", "mistral", "mixtral")
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -92,11 +93,15 @@ def _recognise(path: Path) -> list[Source]:
     return [source for member in known for source in _recognise(member)]
 
 
-def _hugging_face(path: Path, config: dict[str, Any]) -> Source:
-    kind = config.get("model_type", "")
+def _hugging_face(path: Path, config: Settings) -> Source:
+    kind = str(config.get("model_type", ""))
     files = side_files(path)
     if kind.startswith("clip"):
-        return Source("clip", path, config, {"clip": open_folder(path)}, files)
+        # Without weights it says what kind of encoder a CuMo folder holds.
+        has_weights = any(file.suffix in SUFFIXES for file in path.iterdir())
+        return Source(
+            "clip", path, config, {"clip": open_folder(path) if has_weights else {}}, files
+        )
     if kind == "whisper":
         return Source("whisper", path, config, {"whisper": open_folder(path)}, files)
     is_multimodal = any(key in config for key in ("mm_vision_tower", "mm_audio_tower"))
@@ -108,10 +113,29 @@ def _hugging_face(path: Path, config: dict[str, Any]) -> Source:
             if (path / f"{name}.bin").is_file():
                 groups[group] = open_file(path / f"{name}.bin")
         return Source("base", path, config, groups, files)
+    if kind in CUMO:
+        return Source("cumo", path, config, _cumo_groups(path), files)
     raise ConvertError(
         f"{path / 'config.json'}: model_type {kind!r}, architectures "
         f"{config.get('architectures')} are not supported"
     )
+
+
+CUMO = ("llava_mistral", "llava_mixtral")
+CUMO_FILES = {"clip": "clip", "projector": "mm_projector"}
+
+
+def _cumo_groups(path: Path) -> dict[str, Tensors]:
+    """Shards, unless the folder is what the first stage leaves, clip.bin and mm_projector.bin."""
+    beside = {
+        group: file
+        for group, stem in CUMO_FILES.items()
+        for suffix in SUFFIXES
+        if (file := path / (stem + suffix)).is_file()
+    }
+    has_shards = any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*"))
+    groups = {"base": open_folder(path)} if has_shards or not beside else {}
+    return groups | {group: open_file(file) for group, file in beside.items()}
 
 
 ALIGNER = "mm_audio_aligner"
@@ -143,9 +167,7 @@ def _tuned(path: Path) -> Source:
     for rank, file in ranks.items():
         groups[f"file{rank}"] = open_file(file)
     config = read_json(path / "config.json")
-    config["_peft"] = (
-        read_json(path / "adapter_config.json") if (path / "adapter_config.json").is_file() else {}
-    )
+    config["_peft"] = read_json(path / "adapter_config.json") if "peft" in groups else {}
     return Source("tuned", path, config, groups, side_files(path))
 
 
@@ -154,7 +176,7 @@ def _beats(path: Path) -> Source:
     cfg, model = content.get("cfg"), content.get("model")
     if not isinstance(cfg, Mapping) or not isinstance(model, Mapping):
         raise ConvertError(f"{path}: not recognised: only BEATs files {{cfg, model}} stand alone")
-    return Source("beats", path, dict(cfg), {"beats": open_torch(path, model)})
+    return Source("beats", path, Settings(path, cfg), {"beats": open_torch(path, model)})
 
 
 def side_files(path: Path) -> dict[str, Path]:
@@ -177,7 +199,7 @@ def licences(path: Path) -> list[str]:
 
 def source_files(source: Source) -> list[Path]:
     """Every weight file of a source."""
-    if source.role in ("clip", "whisper", "decoder"):
+    if source.role in ("clip", "whisper", "decoder") and source.weights:
         return weight_files(source.path)
     files = {tensor.file for group in source.groups.values() for tensor in group.values()}
     return sorted(files)

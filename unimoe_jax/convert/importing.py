@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from unimoe_jax.convert.families import Options, plan_of
+from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import Source, licences, recognise, source_files
-from unimoe_jax.convert.plan import Plan, Resolution, Target, read_slice, release_slice, resolve
+from unimoe_jax.convert.options import Options
+from unimoe_jax.convert.plan import Resolution, read_slice, release_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
-from unimoe_jax.convert.writer import Slice, Streamed, write_checkpoint
+from unimoe_jax.convert.writer import Chunk, Leaf, Work, write_checkpoint
 
 MODEL_FILE = "model.yaml"
 Tell = Callable[[str], None]
@@ -41,40 +42,61 @@ def import_checkpoint(
     resolution = resolve(plan, dtype)
     for line in table(resolution):
         tell(line)
-    leaves = {path: streamed(plan, target) for path, target in resolution.targets.items()}
-    with ThreadPoolExecutor(1) as pool:
-        # Hashed while the tensors are converted: the files are read once from disk.
-        files = sorted({file for source in sources for file in source_files(source)})
-        sums = {file: pool.submit(sha256, file) for file in files}
-        finish = partial(_finish, resolution, sources, options, sums)
-        try:
-            write_checkpoint(folder, leaves, finish)
-        except OSError as error:
-            raise ConvertError(f"{folder}: cannot be written: {error}") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    sums: dict[Path, str] = {}
+    finish = partial(_finish, resolution, sources, options, dtype, sums)
+    try:
+        write_checkpoint(folder, leaves_of(resolution), work_of(resolution, sources, sums), finish)
+    except OSError as error:
+        raise ConvertError(f"{folder}: cannot be written: {error}") from error
     tell(verdict(resolution, folder))
     return resolution
 
 
-def streamed(plan: Plan, target: Target) -> Streamed:
-    """A target as a leaf that the writer fills slice by slice."""
+def leaves_of(resolution: Resolution) -> dict[str, Leaf]:
+    """The targets as the writer wants them."""
+    return {
+        path: Leaf(target.shape, np_dtype(target.dtype), len(next(iter(target.fills))))
+        for path, target in resolution.targets.items()
+    }
 
-    def slices() -> Iterator[Slice]:
-        for index in sorted(target.fills):
-            copy = target.fills[index]
-            read = partial(read_slice, plan, copy, target.dtype)
-            yield Slice(index, read, partial(release_slice, plan, copy))
 
-    lead = len(next(iter(target.fills)))
-    return Streamed(target.shape, np_dtype(target.dtype), lead, slices)
+def work_of(
+    resolution: Resolution, sources: Sequence[Source], sums: dict[Path, str]
+) -> Iterator[Work]:
+    """Every chunk, in the order of the source files, each file's digest into `sums` before it.
+
+    So a file is read from the disk once, even where the files do not fit into memory together.
+    """
+    plan = resolution.plan
+    chunks: dict[Path, dict[str, list[Chunk]]] = {
+        file: {} for source in sources for file in source_files(source)
+    }
+    for target in resolution.targets.values():
+        for index, copy in target.fills.items():
+            chunk = Chunk(
+                target.path,
+                index,
+                partial(read_slice, plan, copy),
+                partial(release_slice, plan, copy),
+            )
+            chunks[plan.tensor(copy.src).file].setdefault(copy.src, []).append(chunk)
+    place = {f"{group}:{name}": n for group, ts in plan.groups.items() for n, name in enumerate(ts)}
+    for file, members in chunks.items():
+        yield partial(_digest, file, sums)
+        for src in sorted(members, key=place.__getitem__):
+            yield from members[src]
+
+
+def _digest(file: Path, sums: dict[Path, str]) -> None:
+    sums[file] = sha256(file)
 
 
 def _finish(
     resolution: Resolution,
     sources: Sequence[Source],
     options: Options,
-    sums: Mapping[Path, Future],
+    dtype: str,
+    sums: Mapping[Path, str],
     partial_folder: Path,
 ) -> dict[str, Any]:
     plan = resolution.plan
@@ -82,12 +104,16 @@ def _finish(
     (partial_folder / MODEL_FILE).write_text(text)
     for name, path in plan.files.items():
         shutil.copyfile(path, partial_folder / name)
-    digests = {str(file): future.result() for file, future in sums.items()}
-    return manifest(resolution, sources, options, digests)
+    digests = {str(file): digest for file, digest in sums.items()}
+    return manifest(resolution, sources, options, dtype, digests)
 
 
 def manifest(
-    resolution: Resolution, sources: Sequence[Source], options: Options, sums: Mapping[str, str]
+    resolution: Resolution,
+    sources: Sequence[Source],
+    options: Options,
+    dtype: str,
+    sums: Mapping[str, str],
 ) -> dict[str, Any]:
     """What was made of what. `shapes` and `moe_layers` let a stage take from the checkpoint."""
     plan = resolution.plan
@@ -104,6 +130,8 @@ def manifest(
         "family": plan.family,
         "moe_layers": list(plan.model.decoder.moe_layers()) if has_decoder else [],
         "lora_merged": options.lora == "merge",
+        "options": asdict(options),
+        "asked_dtype": dtype,
         "notes": list(plan.notes),
         "parents": {source.role: str(source.path) for source in sources},
         "licences": {source.role: licences(source.path) for source in sources},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,6 @@ def inspect_lines(checkpoint: Checkpoint) -> Iterator[str]:
     """A tree of parameters with shapes, dtypes and sizes; totals, and what a token touches."""
     total = active = size = 0
     opened: list[str] = []
-    moe = (checkpoint.config.get("decoder") or {}).get("moe") or {}
-    share = moe["top_k"] / moe["num_experts"] if moe else 1.0
     for path, parameter in checkpoint.params.items():
         *folders, name = path.split("/")
         common = 0
@@ -31,8 +30,18 @@ def inspect_lines(checkpoint: Checkpoint) -> Iterator[str]:
         shape = "×".join(map(str, parameter.shape)) or "scalar"
         yield f"{'  ' * len(folders)}{name}  {shape}  {parameter.dtype}  {nbytes:,} B"
         total, size = total + count, size + nbytes
-        active += round(count * share) if EXPERT in path else count
+        active += round(count * _share(checkpoint.config, path)) if EXPERT in path else count
     yield f"total {total:,} parameters, {size:,} bytes; active per token {active:,}"
+
+
+def _share(config: Mapping[str, Any], path: str) -> float:
+    """top_k / num_experts of the module to which an expert's parameter belongs."""
+    found: Any = config
+    for name in path.split("/"):
+        if moe := found.get("moe"):
+            return moe["top_k"] / moe["num_experts"]
+        found = found.get(name) or {}
+    return 1.0  # no settings are known: every parameter counts
 
 
 def chunks(parameter: Parameter) -> Iterator[tuple[int, ...]]:

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 from unimoe_jax.config import DecoderConfig, ModelConfig
 from unimoe_jax.convert.entry import LINEAR, Copy
-from unimoe_jax.convert.families import PLACEHOLDER, connector_copies
-from unimoe_jax.convert.family import PROCESSOR_FILE, TOKENIZER_FILES, TUNED_FILES
+from unimoe_jax.convert.family import CUMO_FILES, PROCESSOR_FILE, TOKENIZER_FILES, TUNED_FILES
 from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.convert.tables import beats, clip, llama, mixtral, unimoe, whisper
+from unimoe_jax.convert.senses import PLACEHOLDER, connector_copies
+from unimoe_jax.convert.tables import beats, clip, cumo, llama, mixtral, unimoe, whisper
 
 
 @dataclass
 class Layout:
-    """Copies to run backwards, group -> file (without suffix; WEIGHTS: sharded), other files.
+    """Copies to run backwards, group -> file (WEIGHTS: sharded; else without suffix, unless it has
+    to be a torch file), other files.
 
     wrapped: file -> what a torch file holds beside `model`.
     """
@@ -31,13 +32,16 @@ class Layout:
     wrapped: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def layout_of(checkpoint: Checkpoint, format_: Literal["unimoe", "hf"]) -> Layout:
+Format = Literal["unimoe", "cumo", "hf"]
+
+
+def layout_of(checkpoint: Checkpoint, format_: Format) -> Layout:
     """The layout for a checkpoint.
 
     Raises:
         ConvertError: the format cannot hold this model.
     """
-    return _unimoe(checkpoint) if format_ == "unimoe" else _hugging_face(checkpoint)
+    return {"unimoe": _unimoe, "cumo": _cumo, "hf": _hugging_face}[format_](checkpoint)
 
 
 def _known(checkpoint: Checkpoint, role: str) -> dict[str, Any]:
@@ -136,6 +140,35 @@ def _side(checkpoint: Checkpoint, layout: Layout, role: str) -> None:
     file = checkpoint.path / f"{role}_{PROCESSOR_FILE}"
     if file.is_file():
         layout.side_files[f"{role}/{PROCESSOR_FILE}"] = file
+
+
+# ---------------------------------------------------------------------------------- CuMo
+
+
+def _cumo(checkpoint: Checkpoint) -> Layout:
+    """One folder as a stage leaves it: with experts all in shards, else encoder and connector in
+    `clip.bin` and `mm_projector.bin`, which the original reads with torch."""
+    model = _whole(checkpoint)
+    if model.vision is None or model.speech or model.audio:
+        raise ConvertError("format cumo holds a vision encoder and no other")
+    if model.decoder.tie_embeddings:
+        raise ConvertError("format cumo has no tied embeddings")
+    if not all(model.decoder.moe_layers()) and model.decoder.moe:
+        raise ConvertError("format cumo holds a decoder with experts in all layers or in none")
+    layout = Layout(cumo.decoder_copies(model.decoder), {"base": "WEIGHTS"})
+    if model.vision.encoder.moe or model.vision.connector.moe:
+        layout.copies += cumo.vision_in_shards(model.vision)
+    else:
+        layout.copies += cumo.vision_in_files(model.vision)
+        layout.files |= {group: f"{stem}.bin" for group, stem in CUMO_FILES.items()}
+    known = _known(checkpoint, "cumo")
+    made = cumo.to_json(model, decoder_json(model.decoder, known) | known)
+    layout.json_files["config.json"] = made
+    if made["mm_vision_tower"] == "clip":
+        layout.json_files["clip/config.json"] = clip.to_json(model.vision.encoder)
+        _side(checkpoint, layout, "clip")
+    _tokenizer(checkpoint, layout, ".")
+    return layout
 
 
 # ------------------------------------------------------------------------------- Uni-MoE

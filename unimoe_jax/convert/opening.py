@@ -14,11 +14,12 @@ from pydantic import ValidationError
 
 from unimoe_jax.checkpoint import MANIFEST, CheckpointError, read_manifest, verify
 from unimoe_jax.config import ModelConfig
-from unimoe_jax.convert.families import Options, plan_of
+from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.importing import MODEL_FILE
+from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import read_slice, resolve
-from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.convert.reader import ConvertError, np_dtype
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,25 @@ def open_checkpoint(path: Path, model_file: Path | None = None) -> Checkpoint:
     Raises:
         ConvertError: damaged, or not recognised.
     """
-    return _ours(path, model_file) if is_ours(path) else _source(path)
+    return _ours(path, model_file) if is_ours(path) else _source(path, Options("keep"), "source")
+
+
+def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints to be compared; a source beside an import of ours is seen as that saw it.
+
+    Raises:
+        ConvertError: as `open_checkpoint`.
+    """
+    known = [_ours(path, None) if is_ours(path) else None for path in (a, b)]
+    options, dtype = Options("keep"), "source"
+    for found in known:
+        if found is not None and "options" in found.manifest:
+            options = Options(**found.manifest["options"])
+            dtype = found.manifest["asked_dtype"]
+    left, right = (
+        found or _source(path, options, dtype) for found, path in zip(known, (a, b), strict=True)
+    )
+    return left, right
 
 
 def _ours(path: Path, model_file: Path | None) -> Checkpoint:
@@ -91,7 +110,10 @@ def _ours(path: Path, model_file: Path | None) -> Checkpoint:
 
 
 def _open_array(path: Path, name: str) -> Any:
-    store = {"driver": "ocdbt", "base": f"file://{path / 'params'}/", "path": f"{name}/"}
+    base = path / "params"
+    store: dict[str, Any] = {"driver": "file", "path": f"{base / name}/"}
+    if (base / "manifest.ocdbt").is_file():
+        store = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{name}/"}
     try:
         return ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
     except ValueError as error:
@@ -104,16 +126,17 @@ def _array_reader(array: Any) -> Callable[[tuple[int, ...]], np.ndarray]:
     )
 
 
-def _source(path: Path) -> Checkpoint:
-    resolution = resolve(plan_of(recognise([path]), Options("keep", "merge")))
+def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
+    sources = recognise([path])
+    resolution = resolve(plan_of(sources, options), dtype)
     plan = resolution.plan
 
     def reader(target):
         def read(index: tuple[int, ...]) -> np.ndarray:
             lead = len(next(iter(target.fills)))
             if len(index) >= lead:
-                part = read_slice(plan, target.fills[index[:lead]], target.dtype)
-                return part[index[lead:]]
+                part = read_slice(plan, target.fills[index[:lead]])
+                return part.astype(np_dtype(target.dtype), copy=False)[index[lead:]]
             parts = [read((*index, i)) for i in range(target.shape[len(index)])]
             return np.stack(parts)
 
@@ -122,4 +145,5 @@ def _source(path: Path) -> Checkpoint:
     params = {
         name: Parameter(t.shape, t.dtype, reader(t)) for name, t in resolution.targets.items()
     }
-    return Checkpoint(path, params, plan.config, {"family": plan.family})
+    parents = {source.role: str(source.path) for source in sources}
+    return Checkpoint(path, params, plan.config, {"family": plan.family, "parents": parents})

@@ -25,6 +25,18 @@ from unimoe_jax.stage import full_batch
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How a loader rounds: dtype before adapters are merged, then one dtype after the other.
+
+    rope_table: `DecoderConfig.rope_table_dtype` of the same loader.
+    """
+
+    before: str
+    after: tuple[str, ...]
+    rope_table: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a family's table makes of the given folders.
 
@@ -38,6 +50,7 @@ class Plan:
         config: what goes to model.yaml.
         files: name -> tokenizer or processor file to be copied.
         notes: decisions worth a line in the manifest.
+        rounding: None: numbers stay as they are.
     """
 
     family: str
@@ -49,6 +62,7 @@ class Plan:
     config: Mapping[str, Any]
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rounding: Rounding | None = None
 
     def tensor(self, src: str) -> Tensor | None:
         """The source tensor `group:name`, if there is one."""
@@ -80,9 +94,19 @@ class Resolution:
     excused: Mapping[str, str]
 
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
 def parameter_shapes(model: ModelConfig, parts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's parameters below `parts`."""
-    shapes = declared(UniMoE(model, LayerOptions(lora=model.lora)), full_batch(model))
+    """Shapes of the model's parameters below `parts`.
+
+    Raises:
+        ConvertError: sizes that no array can have.
+    """
+    try:
+        shapes = declared(UniMoE(model, LayerOptions(lora=model.lora)), full_batch(model))
+    except OverflowError as error:
+        raise ConvertError(f"config.json: sizes beyond any model: {error}") from error
     return {
         path: shape for path, (shape, _) in sorted(shapes.items()) if path.startswith(tuple(parts))
     }
@@ -98,6 +122,10 @@ def resolve(plan: Plan, dtype: str = "source") -> Resolution:
     Raises:
         ConvertError: a tensor of the wrong shape, an unfilled parameter, an unused tensor.
     """
+    if plan.rounding is not None:
+        if dtype != "source":
+            raise ConvertError(f"--dtype {dtype} and --numerics released exclude each other")
+        dtype = plan.rounding.after[-1]
     shapes = parameter_shapes(plan.model, plan.parts)
     fills: dict[str, dict[tuple[int, ...], Copy]] = {path: {} for path in shapes}
     used: set[str] = set()
@@ -129,6 +157,11 @@ def resolve(plan: Plan, dtype: str = "source") -> Resolution:
 
 
 def _check_shape(plan: Plan, copy: Copy, tensor: Tensor, target: tuple[int, ...]) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ConvertError(
+            f"{tensor.file}: tensor {tensor.name!r} of shape {tensor.shape} is {tensor.dtype}; "
+            f"weights are {', '.join(FLOATS)}"
+        )
     expected = copy.source_shape(target)
     if tensor.shape != expected:
         raise ConvertError(
@@ -191,17 +224,24 @@ def _dtype(plan: Plan, fills: Mapping[Any, Copy], dtype: str) -> str:
 # ---------------------------------------------------------------------------------- reading
 
 
-def read_slice(plan: Plan, copy: Copy, dtype: str) -> np.ndarray:
-    """One source tensor as its slice of the parameter, adapters added.
+def read_slice(plan: Plan, copy: Copy) -> np.ndarray:
+    """One source tensor in the layout of its slice, of its own dtype, adapters added.
 
-    The sum is taken in float32 and rounded to the source's dtype, as PEFT merges.
+    The sum is taken in float32 and rounded to the source's dtype, as PEFT merges. Without adapters
+    and rounding this is a view of the file.
     """
     value = plan.tensor(copy.src).read()
+    if plan.rounding is not None:
+        value = value.astype(np_dtype(plan.rounding.before))
     if copy.adapter is not None:
         a, b = (plan.tensor(name).read() for name in (copy.adapter.a, copy.adapter.b))
-        update = copy.adapter.scale * (b.astype(np.float32) @ a.astype(np.float32))
-        value = (value.astype(np.float32) + update).astype(value.dtype)
-    return copy.forward(value).astype(np_dtype(dtype), copy=False)
+        update = b.astype(np.float32) @ a.astype(np.float32)
+        update *= copy.adapter.scale
+        update += value
+        value = update.astype(value.dtype, copy=False)
+    for dtype in plan.rounding.after if plan.rounding is not None else ():
+        value = value.astype(np_dtype(dtype))
+    return copy.forward(value)
 
 
 def release_slice(plan: Plan, copy: Copy) -> None:
@@ -213,7 +253,7 @@ def release_slice(plan: Plan, copy: Copy) -> None:
 def slices(plan: Plan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(leading index, slice) of a parameter, one at a time, in the order of the index."""
     for index in sorted(target.fills):
-        yield index, read_slice(plan, target.fills[index], target.dtype)
+        yield index, read_slice(plan, target.fills[index]).astype(np_dtype(target.dtype))
 
 
 def read_param(plan: Plan, target: Target) -> np.ndarray:

@@ -12,9 +12,11 @@ import ctypes
 import hashlib
 import json
 import mmap
+import re
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +79,18 @@ def np_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+class Settings(dict[str, Any]):
+    """The entries of a configuration file; asking for one that is not there names file and key."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ConvertError(f"{self.path}: has no {key!r}")
+
+
+def read_json(path: Path) -> Settings:
     """A JSON object.
 
     Raises:
@@ -87,11 +100,11 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConvertError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return Settings(path, content)
 
 
 def sha256(path: Path) -> str:
@@ -107,7 +120,7 @@ def open_safetensors(path: Path) -> Tensors:
     """Tensors of a safetensors file; every offset is checked against the file's size.
 
     Raises:
-        ConvertError: truncated, overlapping, of unknown dtype, or not a safetensors file.
+        ConvertError: truncated, overlapping, too long, of unknown dtype, or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -120,7 +133,7 @@ def open_safetensors(path: Path) -> Tensors:
                 f"{path}: the header claims {length} bytes, the file has {size}; damaged or hostile"
             )
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
             entries = [(k, v) for k, v in header.items() if k != "__metadata__"]
         except (ValueError, AttributeError, RecursionError) as error:
             raise ConvertError(f"{path}: the header is not JSON: {error}") from error
@@ -143,7 +156,16 @@ def open_safetensors(path: Path) -> Tensors:
         read = _mapped(view, data + first, shape, dtype)
         release = partial(_release, view, data + first, last - first)
         tensors[name] = Tensor(name, path, shape, str(dtype), read, release)
+    if data + end != size:
+        raise ConvertError(f"{path}: {size - data - end} bytes at the end belong to no tensor")
     return tensors
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return made
 
 
 def _begin(path: Path, name: str, entry: Any) -> int:
@@ -216,11 +238,22 @@ def load_torch(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise ConvertError(f"{path}: no such file") from None
     except Exception as error:  # whatever a damaged or hostile pickle provokes in torch
-        reason = str(error).strip().splitlines()
-        raise ConvertError(f"{path}: refused: {reason[0] if reason else error!r}") from error
+        raise ConvertError(f"{path}: refused: {_reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ConvertError(f"{path}: expected a dictionary, found {type(content).__name__}")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to load the file all the same."""
+    text = str(error)
+    if found := re.search(r"(?i)unsupported (?:global|operand|class).*", text):
+        return f"it holds more than tensors: {found[0]}"
+    if text.startswith("Weights only load failed"):
+        return "it holds more than tensors, or is damaged"
+    if "mmap can only be used" in text:
+        return "it is no torch zip file (older formats are not read)"
+    return (text.strip().splitlines() or [repr(error)])[0]
 
 
 def open_torch(path: Path, content: Mapping[str, Any] | None = None) -> Tensors:
@@ -231,7 +264,7 @@ def open_torch(path: Path, content: Mapping[str, Any] | None = None) -> Tensors:
     """
     torch = import_torch()
     content = load_torch(path) if content is None else content
-    tensors = {}
+    tensors, ranges = {}, _mapped_ranges(path)
     for name, value in content.items():
         if not isinstance(value, torch.Tensor) or not isinstance(name, str):
             raise ConvertError(
@@ -240,19 +273,33 @@ def open_torch(path: Path, content: Mapping[str, Any] | None = None) -> Tensors:
             )
         dtype = str(value.dtype).removeprefix("torch.")
         read = _torch_reader(torch, value, path, name)
-        release = partial(_release_torch, value)
+        release = partial(_release_torch, value, ranges)
         tensors[name] = Tensor(name, path, tuple(value.shape), dtype, read, release)
     return tensors
 
 
-def _release_torch(value: Any) -> None:
-    """As `_release`, for torch's private mapping of the file, which nobody has written to."""
-    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
+    """Addresses where torch has mapped `path` and not written: what `_release_torch` may drop."""
+    maps = Path("/proc/self/maps")
+    with zipfile.ZipFile(path) as archive:
+        records = [name for name in archive.namelist() if name.endswith("/byteorder")]
+        order = archive.read(records[0]).decode() if records else "little"
+    if not maps.exists() or order != sys.byteorder:  # bytes were swapped in memory
+        return []
+    mine = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    name = str(path.resolve())
+    spans = [fields[0].split("-") for fields in mine if len(fields) == 6 and fields[5] == name]
+    return [(int(first, 16), int(last, 16)) for first, last in spans]
+
+
+def _release_torch(value: Any, ranges: Sequence[tuple[int, int]]) -> None:
+    """As `_release`, for torch's private mapping of the file."""
     storage = value.untyped_storage()
-    # Only whole pages inside: the rest may belong to neighbours, or to no file at all.
+    # Only whole pages inside: the rest belongs to neighbours.
     first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
-    if advise is not None and storage.filename is not None and last > first:
+    if last > first and any(begin <= first and last <= end for begin, end in ranges):
+        advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
@@ -329,6 +376,12 @@ def open_folder(folder: Path) -> Tensors:
             for name in sorted(set(listed) ^ set(tensors)):
                 where = "the index but in no shard" if name in listed else "a shard but not indexed"
                 raise ConvertError(f"{index}: tensor {name!r} is in {where}")
+            for name, tensor in tensors.items():
+                if listed[name] != tensor.file.name:
+                    raise ConvertError(
+                        f"{index}: tensor {name!r} should be in {listed[name]!r}, but is in "
+                        f"{tensor.file.name!r}"
+                    )
     return tensors
 
 

@@ -1,20 +1,25 @@
 """Parameters into an orbax checkpoint, slice by slice, without holding any of them.
 
-Orbax writes whole arrays; a handler for `Streamed` leaves writes each slice into its own chunk of
-the array instead. What results is an ordinary checkpoint of numpy arrays, with the layout of
+Orbax makes the folder, its metadata and an empty zarr array for every parameter. An uncompressed
+zarr chunk is a file with the chunk's bytes, so the slices are then written straight into place by a
+few threads: transposed in pieces that fit a cache, summed for the seal while they are there, and
+never read again. What results is an ordinary checkpoint of numpy arrays, with the layout of
 `checkpoint.save_final`: `params`, `manifest.json`, checksums, renamed into place when complete.
 """
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import json
+import logging
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,25 +29,33 @@ import tensorstore as ts
 from unimoe_jax.checkpoint import MANIFEST, seal
 from unimoe_jax.convert.reader import ConvertError
 
-IN_FLIGHT = 3  # slices read or written at a time
+# Every thread holds one source tensor's pages and one block, so few threads bound the memory.
+WORKERS = min(6, (os.cpu_count() or 1) + 1)
+BLOCK_BYTES = 4 << 20  # one large buffer that is used again: fresh pages cost more than the copy
+TILE = 64  # columns transposed at a time
 
 
-class Slice(NamedTuple):
-    """A part of a parameter at a leading index; `release` is called when it has been written."""
+@dataclass(frozen=True)
+class Chunk:
+    """The slice of parameter `path` at a leading index, as it will lie on disk.
 
+    `read` may return any strided view, of another dtype too; `release` is called when its bytes
+    have been written.
+    """
+
+    path: str
     index: tuple[int, ...]
     read: Callable[[], np.ndarray]
     release: Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Streamed:
-    """A leaf whose value comes in slices, all of the same rank: `lead` axes are indexed."""
+class Leaf:
+    """A parameter whose value comes in chunks; `lead` axes are indexed by them."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     lead: int
-    slices: Callable[[], Iterable[Slice]]
 
     @property
     def ndim(self) -> int:
@@ -56,79 +69,46 @@ class Streamed:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    def chunk_name(self, index: tuple[int, ...]) -> str:
+        """File of a chunk in a zarr array: its place along every axis, joined by dots."""
+        return ".".join(map(str, (*index, *(0 for _ in self.shape[self.lead :])))) or "0"
 
-class StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Streamed` leaves as numpy arrays, one leaf after the other.
 
-    Chunks are the slices, uncompressed: trained weights hardly compress, and a chunk that is
-    written once is never read back to be completed.
-    """
+Work = Chunk | Callable[[], None]
+
+
+class EmptyArrays(ocp.type_handlers.NumpyHandler):
+    """Creates the arrays of `Leaf`s, and leaves the chunks to `write_checkpoint`."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._turn: asyncio.Semaphore | None = None
-        self.error: BaseException | None = None
-        self._pool = ThreadPoolExecutor(IN_FLIGHT)
 
     async def _open_and_write(
-        self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context
+        self, value: Leaf, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
-        if self._turn is None:
-            self._turn = asyncio.Semaphore(1)
-        async with self._turn:
-            spec = tspec["base"] if tspec.get("driver") == "cast" else tspec
-            chunk = (1,) * value.lead + value.shape[value.lead :]
-            spec["metadata"] |= {"chunks": list(chunk), "compressor": None}
-            # Only the sealed and renamed folder counts: single writes need not reach the disk.
-            context = ts.Context(ts_context.spec.to_json() | {"file_io_sync": False})
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=context)
-            room = asyncio.Semaphore(IN_FLIGHT)
-            loop = asyncio.get_running_loop()
-
-            async def move(part: Slice) -> None:
-                try:
-                    data = await loop.run_in_executor(self._pool, lambda: contiguous(part.read()))
-                    await array[part.index].write(data, can_reference_source_data_indefinitely=True)
-                    part.release()
-                finally:
-                    room.release()
-
-            moves = []
-            for part in value.slices() if self.error is None else ():
-                await room.acquire()
-                if any(done.done() and done.exception() for done in moves):
-                    break
-                moves.append(asyncio.ensure_future(move(part)))
-            errors = [e for e in await asyncio.gather(*moves, return_exceptions=True) if e]
-            # Kept, not raised: orbax would close the event loop under the leaves that wait.
-            self.error = self.error or next(iter(errors), None)
-
-
-def contiguous(value: np.ndarray) -> np.ndarray:
-    """`value` in C order.
-
-    jax's transfer of a strided host array transposes in cache-sized, vectorised tiles: four times
-    as fast as numpy. It has no 8-byte types by default, so those take numpy's way.
-    """
-    if value.flags.c_contiguous:
-        return value
-    if value.dtype.itemsize > 4:
-        return np.ascontiguousarray(value)
-    return np.asarray(jax.device_put(value, jax.local_devices(backend="cpu")[0]))
+        spec = tspec["base"] if tspec.get("driver") == "cast" else tspec
+        chunks = [*(1 for _ in range(value.lead)), *(max(1, n) for n in value.shape[value.lead :])]
+        # Uncompressed: trained weights hardly compress.
+        spec["metadata"] |= {"chunks": chunks, "compressor": None}
+        await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
 
 
 def write_checkpoint(
     folder: Path,
-    leaves: Mapping[str, Streamed],
+    leaves: Mapping[str, Leaf],
+    work: Iterable[Work],
     finish: Callable[[Path], Mapping[str, Any]],
 ) -> None:
     """Write `leaves` beside `folder`, let `finish` add files, seal, then rename.
 
     Args:
+        work: every chunk once, in the order in which the sources are best read; other functions
+            may stand between them and share the threads.
         finish: gets the unfinished folder, adds side files and returns the manifest.
 
     Raises:
-        ConvertError: `folder` exists; or whatever a slice raises. Nothing is left behind then.
+        ConvertError: `folder` exists, or the disk is too small; or whatever a chunk raises. Nothing
+            is left behind then.
     """
     folder = folder.absolute()
     partial = folder.with_name(folder.name + ".partial")
@@ -137,23 +117,108 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        handler = StreamedHandler()
+        check_space(partial, sum(leaf.nbytes for leaf in leaves.values()))
         registry = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, ocp.type_handlers.ArrayHandler()), (Streamed, handler)
+            (jax.Array, ocp.type_handlers.ArrayHandler()), (Leaf, EmptyArrays())
         )
-        inner = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True)
-        try:
-            with ocp.Checkpointer(inner) as checkpointer:
-                checkpointer.save(partial / "params", dict(leaves), force=True)
-        except ValueError:
-            # Orbax misses the leaves that were skipped after the first error.
-            if handler.error is None:
-                raise
-        if handler.error is not None:
-            raise handler.error
+        inner = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
+        with quiet(), ocp.Checkpointer(inner) as checkpointer:
+            checkpointer.save(partial / "params", dict(leaves), force=True)
+        sums = run(work, partial / "params", leaves)
         manifest = finish(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        seal(partial)
+        seal(partial, {f"params/{name}": digest for name, digest in sums.items()})
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Orbax warns that it has nothing to merge; there is nothing, and nobody can act on that."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raises ConvertError where `folder`'s disk has not room for `nbytes`."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ConvertError(
+            f"{folder.parent}: needs {nbytes:,} bytes, the disk has {free:,} left; free some space "
+            "or choose another --to"
+        )
+
+
+def run(work: Iterable[Work], params: Path, leaves: Mapping[str, Leaf]) -> dict[str, str]:
+    """Do all work in a few threads; {chunk file below `params`: SHA-256}.
+
+    Raises:
+        whatever the first failing piece of work raises; the rest is not begun then.
+    """
+
+    def do(item: Work) -> tuple[str, str] | None:
+        if not isinstance(item, Chunk):
+            return item()
+        leaf = leaves[item.path]
+        name = f"{item.path}/{leaf.chunk_name(item.index)}"
+        digest = write_chunk(params / name, item.read(), leaf.dtype)
+        item.release()
+        return name, digest
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures: list[Future] = [pool.submit(do, item) for item in work]
+        try:
+            return dict(result for future in futures if (result := future.result()))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_chunk(path: Path, value: np.ndarray, dtype: np.dtype) -> str:
+    """Write the elements of `value` in C order as `dtype`; returns the SHA-256 of the file."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for block in blocks(value, dtype):
+            digest.update(block)
+            file.write(block)
+        file.flush()
+        if hasattr(os, "posix_fadvise"):  # the disk begins now, not when memory is full of it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()
+
+
+def blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[memoryview]:
+    """The bytes of `value` in C order as `dtype`, piece by piece.
+
+    A piece is valid until the next one is asked for.
+    """
+    if value.ndim < 2:
+        value = value.reshape(1, -1)
+    if not value.size:
+        return
+    rows = max(1, BLOCK_BYTES // (value[0].size * dtype.itemsize))
+    is_ready = value.flags.c_contiguous and value.dtype == dtype
+    if value.dtype == dtype:  # plain integers move faster than the small float types
+        as_integers = np.dtype(f"u{dtype.itemsize}")
+        value, dtype = value.view(as_integers), as_integers
+    buffer = None if is_ready else np.empty((min(rows, len(value)), *value.shape[1:]), dtype)
+    for start in range(0, len(value), rows):
+        block = value[start : start + rows]
+        if not is_ready:
+            copy_tiled(block, buffer[: len(block)])
+            block = buffer[: len(block)]
+        yield memoryview(block.reshape(-1).view(np.uint8))
+
+
+def copy_tiled(source: np.ndarray, target: np.ndarray) -> None:
+    """target[:] = source; a transposed matrix goes in tiles, so that lines stay in the cache."""
+    if source.ndim != 2:
+        target[:] = source
+        return
+    for column in range(0, source.shape[1], TILE):
+        target[:, column : column + TILE] = source[:, column : column + TILE]

@@ -11,11 +11,14 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """(cos, sin), each float32 [B,T,H/2]: angle = position · theta^(−2i/H).
 
-    `table_dtype` rounds the tables, as the originals do when they are loaded in half precision.
+    `table_dtype` (joined by "_" where there are two) rounds the tables, as the originals do when
+    they are loaded in half precision.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angle = position_BT.astype(jnp.float32)[..., None] / (theta**exponent)[None, None]
-    cos, sin = jnp.cos(angle).astype(table_dtype), jnp.sin(angle).astype(table_dtype)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    for dtype in table_dtype.split("_"):
+        cos, sin = cos.astype(dtype), sin.astype(dtype)
     return cos.astype(jnp.float32), sin.astype(jnp.float32)
 
 

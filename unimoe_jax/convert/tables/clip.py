@@ -8,7 +8,7 @@ from typing import Any
 from unimoe_jax.config import ClipConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 
-EXCUSES = (
+OUTSIDE = (
     Excuse(
         r"clip:(text_model|text_projection|visual_projection|logit_scale)\b.*",
         "text side of CLIP, not part of a vision encoder",
@@ -17,10 +17,13 @@ EXCUSES = (
         r"clip:(vision_model\.)?post_layernorm\..*",
         "only the class token of the last layer passes it; patch features do not",
     ),
+    Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
+)
+EXCUSES = (
+    *OUTSIDE,
     Excuse(
         r"clip:(vision_model\.)?encoder\.layers\.\d+\..*", "layers after the selected hidden state"
     ),
-    Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
 )
 
 
@@ -39,9 +42,12 @@ def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
     )
 
 
-def copies(config: ClipConfig, dst: str, prefix: str = "vision_model.") -> list[Copy]:
-    """Everything up to the selected hidden state, from group `clip`."""
-    src, patch = f"clip:{prefix}", (("p", config.patch_size), ("q", config.patch_size))
+def copies(config: ClipConfig, dst: str, src: str = "clip:vision_model.") -> list[Copy]:
+    """Everything up to the selected hidden state and the unread layers that are kept.
+
+    `src` is the group and what stands before each name.
+    """
+    patch = (("p", config.patch_size), ("q", config.patch_size))
     top = (
         Entry(
             f"{src}embeddings.patch_embedding.weight",
@@ -61,10 +67,20 @@ def copies(config: ClipConfig, dst: str, prefix: str = "vision_model.") -> list[
         *linear(f"{s}self_attn.v_proj", f"{d}attention/v_proj"),
         *linear(f"{s}self_attn.out_proj", f"{d}attention/o_proj"),
         *norm(f"{s}layer_norm2", f"{d}mlp_norm"),
-        *linear(f"{s}mlp.fc1", f"{d}mlp/fc1"),
-        *linear(f"{s}mlp.fc2", f"{d}mlp/fc2"),
     )
-    return expand(top) + expand(layer, flat_stack(config.used_layers))
+    experts = None
+    if config.moe is None:
+        layer += linear(f"{s}mlp.fc1", f"{d}mlp/fc1") + linear(f"{s}mlp.fc2", f"{d}mlp/fc2")
+    else:
+        experts = range(config.moe.num_experts)
+        layer += linear(f"{s}gate", f"{d}moe/router/linear", bias=False)
+        for name in ("fc1", "fc2"):
+            layer += linear(f"{s}experts.{{e}}.{name}", f"{d}moe/experts/{name}")
+    used = config.used_layers
+    places = flat_stack(used)
+    for layer_number in range(config.kept_unread):
+        places[used + layer_number] = ("unread_layers", layer_number)
+    return expand(top) + expand(layer, places, experts)
 
 
 def to_json(config: ClipConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from unimoe_jax.config import DecoderConfig, LoRARule, MoEConfig, RouterConfig
 from unimoe_jax.convert.entry import LINEAR, Adapter, Copy, Entry, Excuse, expand, linear
+from unimoe_jax.convert.plan import Rounding
 from unimoe_jax.convert.tables import llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -57,7 +58,7 @@ EXCUSES_8E = (
 )
 DROPPED_ROUTER_LORA = Excuse(
     r"peft:.*\.mlp\.gate\.lora_[AB]\.weight",
-    "mlp_gates overrides the merged routers, as released inference does (--router-lora override)",
+    "mlp_gates replaces the routers, as in released inference (--router-lora merge keeps them)",
 )
 
 
@@ -92,6 +93,17 @@ def moe_config(
         layers=placement(layers, config["num_hidden_layers"]),
         router=router,
     )
+
+
+def rounding(is_8e: bool, sense: str) -> Rounding:
+    """What the loaders of released inference do to every weight, encoders included.
+
+    Four experts: float16, merged into float16, then bfloat16 for speech and float32 for audio. 8e:
+    merged in float32, then float16, then bfloat16. RoPE tables go the same way.
+    """
+    last = "bfloat16" if is_8e or sense == "speech" else "float32"
+    rope_table = "float16" if last == "float32" else "float16_bfloat16"
+    return Rounding("float32" if is_8e else "float16", ("float16", last), rope_table)
 
 
 # ----------------------------------------------------------------------------------- copies

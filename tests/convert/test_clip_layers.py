@@ -1,0 +1,33 @@
+"""A CLIP imported on its own, with and without the layers that nothing reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.convert.cumo_folders import TINY, encoder_shapes, tensors, tower_json
+from tests.convert.folders import write_file
+from unimoe_jax.checkpoint import load_final
+from unimoe_jax.convert.__main__ import main
+
+
+@pytest.mark.parametrize("unread", ["drop", "keep"])
+def test_layers_after_the_selected_one(tmp_path: Path, unread: str):
+    """`keep`: what CuMo's first stage takes its encoder from."""
+    folder, out = tmp_path / "clip", tmp_path / "out"
+    folder.mkdir()
+    write_file(folder / "model.safetensors", tensors(encoder_shapes(TINY, moe=False)))
+    (folder / "config.json").write_text(json.dumps(tower_json(TINY)))
+    arguments = ("import", "--from", str(folder), "--to", str(out), "--unread-layers", unread)
+    assert main(arguments) == 0
+    params = load_final(out)
+    layers = params["vision/encoder/layers/mlp/fc1/kernel"]
+    kept = params.get("vision/encoder/unread_layers/mlp/fc1/kernel")
+    count = json.loads((folder / "config.json").read_text())
+    count = count.get("vision_config", count)["num_hidden_layers"]
+    assert len(layers) == count - 1
+    assert (kept is None) == (unread == "drop")
+    if unread == "keep":
+        assert kept.shape == (1, *layers.shape[1:])
