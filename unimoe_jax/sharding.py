@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unimoe_jax.config import MeshConfig
@@ -76,8 +77,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
+    shape = [sizes[axis] for axis in MESH_AXES]
+    if devices[0].platform == "tpu":  # neighbours on an axis are neighbours in the machine
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
     # Auto: sharding constraints are hints to the compiler. jax.make_mesh would choose Explicit.
-    grid = np.asarray(devices).reshape([sizes[axis] for axis in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -118,6 +123,12 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def current_platform() -> str:
+    """Where programs will run: the mesh's platform, also if compiled elsewhere, or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     """G: the number of shards that the batch is cut into."""
     return int(np.prod([mesh.shape[axis] for axis in batch_mesh_axes()]))
@@ -127,6 +138,13 @@ def batch_mesh_axes() -> tuple[str, ...]:
     """Mesh axes over which the batch is cut."""
     axes = _rules.get()["batch"]
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+    """Mesh axes of more than one device over which the table cuts `logical`; () without a mesh."""
+    mesh, entry = current_mesh(), _rules.get()[logical]
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    return tuple(name for name in names if mesh is not None and mesh.shape[name] > 1)
 
 
 def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:
@@ -192,6 +210,20 @@ def batch_sharding(mesh: Mesh, rank: int, *, leading: int = 0) -> NamedSharding:
     """Sharding of a batch array: dimension `leading` over the data shards, the rest whole."""
     with_batch = [None] * leading + ["batch"] + [None] * (rank - leading - 1)
     return NamedSharding(mesh, spec_for(with_batch, "batch"))
+
+
+def own_data_shards(mesh: Mesh) -> tuple[int, ...]:
+    """The data shards that this process's devices hold, in order; of `data_shards(mesh)`.
+
+    Processes that cut parameters among themselves, not the batch, hold the same ones.
+    """
+    places = batch_sharding(mesh, 1).addressable_devices_indices_map((data_shards(mesh),))
+    return tuple(sorted({index[0].start or 0 for index in places.values()}))
+
+
+def one_per_device(mesh: Mesh) -> NamedSharding:
+    """A vector with one element on every device."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,9 +23,12 @@ from tests.nn.dispatch_cases import (
     values_and_gradients,
     weights_of,
 )
-from unimoe_jax.nn import dispatch
-from unimoe_jax.nn.dispatch import moe_ffn
-from unimoe_jax.nn.experts import ExpertFunction, SwiGLUExpert
+from unimoe_jax.config import MoEConfig
+from unimoe_jax.nn import grouped
+from unimoe_jax.nn.dispatch import limit_load, moe_ffn
+from unimoe_jax.nn.experts import ExpertFunction, SwiGLUExpert, SwiGLUForm
+from unimoe_jax.nn.linear import LayerOptions
+from unimoe_jax.nn.moe import MoE
 
 ROWS, LENGTH = 2, 13
 TOLERANCE = 1e-6
@@ -35,8 +38,7 @@ TOLERANCE = 1e-6
 def small_blocks():
     """Blocks of 8 and 2 rows: 26 tokens then fill several blocks and leave tails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "LARGEST_BLOCK", 8)
-        patch.setattr(dispatch, "SMALLEST_BLOCK", 2)
+        patch.setitem(grouped.BLOCKS, "cpu", (8, 2))
         yield
 
 
@@ -149,6 +151,50 @@ def test_dropout_is_the_same_in_both_paths(seed: int):
     assert relative_error(run(*args[:5], seed + np.uint32(1), "grouped"), grouped) > 1e-2
 
 
+# ------------------------------------------------------------------------------- capacity
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
+def test_capacity_limits_every_row_of_the_batch(factor: float):
+    """Against slot by slot: first choices before second ones, earlier tokens before later ones."""
+    expert, weight = routing("skewed", ROWS, LENGTH, 2)
+    expert[0, 5] = EXPERTS  # padding takes no place
+    capacity = np.ceil(factor * LENGTH * 2 / EXPERTS)
+    kept, dropped = expert.copy(), 0
+    for row in range(ROWS):
+        load = np.zeros(EXPERTS)
+        for k in range(2):
+            for t in range(LENGTH):
+                e = expert[row, t, k]
+                if e < EXPERTS:
+                    load[e] += 1
+                    if load[e] > capacity:
+                        kept[row, t, k] = EXPERTS
+                        dropped += 1
+    actual, weights, count = limit_load(expert, weight, EXPERTS, factor)
+    np.testing.assert_array_equal(actual, kept)
+    np.testing.assert_array_equal(weights, np.where(kept == expert, weight, 0))
+    assert int(count) == dropped
+    assert (dropped > 0) == (factor < 4)
+
+
+def test_the_layer_counts_what_it_drops():
+    """And only where a capacity is set; statistics of routing keep all choices."""
+    x, there = inputs_of(ROWS, LENGTH), np.ones((ROWS, LENGTH), bool)
+    outputs = {}
+    for factor in (None, 0.5):
+        config = MoEConfig(num_experts=EXPERTS, capacity_factor=factor)
+        layer = MoE(config, SwiGLUForm(WIDTH), LayerOptions())
+        run = jax.jit(layer.init_with_output)
+        outputs[factor], _ = run(jax.random.key(0), x, 0 * there, there)
+    (y, aux), (limited, limited_aux) = outputs.values()
+    assert aux.dropped is None
+    choices = (aux.expert_BTK, aux.weight_BTK)
+    assert int(limited_aux.dropped) == int(limit_load(*choices, EXPERTS, 0.5)[2]) > 0
+    np.testing.assert_array_equal(aux.load_ME, limited_aux.load_ME)
+    assert relative_error(limited, y) > 1e-2
+
+
 # --------------------------------------------------------------- the custom gradient
 
 
@@ -156,8 +202,9 @@ def test_dropout_is_the_same_in_both_paths(seed: int):
 class Tanh(ExpertFunction):
     """A float64 expert: the real ones accumulate in float32."""
 
-    def __call__(self, weights, x_RD, row_R, seed):
-        return jnp.tanh(x_RD @ weights["kernel"])
+    def __call__(self, weights, x_RD, row_R, seed, scale_R=None):
+        y = jnp.tanh(x_RD @ weights["kernel"])
+        return y if scale_R is None else scale_R[:, None] * y
 
 
 def test_gradient_against_finite_differences():
@@ -165,12 +212,11 @@ def test_gradient_against_finite_differences():
         expert, weight = routing("some_none", 1, 5, 2)
         rng = np.random.default_rng(0)
         weights = {"kernel": rng.standard_normal((EXPERTS, WIDTH, WIDTH))}
-        row, seed = np.arange(5, dtype=np.uint32), np.uint32(0)
 
         def f(weights, x, weight):
-            return dispatch.grouped(Tanh(jnp.float64), weights, x, expert[0], weight, row, seed)
+            return moe_ffn(Tanh(jnp.float64), weights, x, expert, weight, np.uint32(0))
 
-        args = (weights, rng.standard_normal((5, WIDTH)), np.asarray(weight[0], np.float64))
+        args = (weights, rng.standard_normal((1, 5, WIDTH)), np.asarray(weight, np.float64))
         check_grads(jax.jit(f), args, 1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=2e-3)
 
 

@@ -84,7 +84,7 @@ def _attend_bwd(scale, causal, kept, g):
         mask_cut, bias_cut = _cut(mask, 1, start, stop, keys), _cut(bias, 2, start, stop, keys)
         q_cut, g_cut = q_BKGTH[..., start:stop, :], g_BKGTH[..., start:stop, :]
         k_cut, v_cut = k_BKSH[:, :, :keys], v_BKSH[:, :, :keys]
-        weights = jnp.exp(_scores(scale, q_cut, k_cut, mask_cut, bias_cut) - top) / total
+        weights = jnp.exp(_scores(scale, q_cut, k_cut, mask_cut, bias_cut) - top) * (1 / total)
         # Σ_s weights · dweights, without the sum over keys: it is the output's own product.
         inner = g_cut.astype(jnp.float32) * out_BKGTH[..., start:stop, :].astype(jnp.float32)
         inner = jnp.sum(inner, axis=-1, keepdims=True)

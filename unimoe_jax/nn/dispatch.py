@@ -1,28 +1,37 @@
-"""Tokens to experts and back: a dense reference and a sorted, dropless fast path.
+"""Tokens to experts and back: one function, a dense reference and a sorted, sharded fast path.
 
-Both share one signature and must agree in values and gradients. `expert_XK == E` means "no expert":
-such slots add nothing and cost nothing in the grouped path.
+Both share one signature and must agree in values and gradients. `expert_BTK == E` means "no
+expert": such slots add nothing and cost nothing in the grouped path.
 
-The grouped path sorts slots by expert and walks each expert's rows in large blocks with a tail of
-smaller ones, so that the rows multiplied are the rows routed (at most 31 more per expert). One
-custom gradient around the whole feed-forward recomputes each block in the backward pass; neither
-the permuted tokens nor the experts' outputs are kept.
+The grouped path is one custom gradient around everything: the experts' weights are put together
+from what fsdp cut (experts, and the hidden width where a mesh axis cuts it, stay cut), tokens go to
+the devices of their experts (exchange.py), experts are applied there (grouped.py), results come
+back. In the backward pass gradients of weights are summed straight into the shards that hold them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from unimoe_jax.nn import exchange, grouped
+from unimoe_jax.nn.exchange import ExchangeForm, Group
 from unimoe_jax.nn.experts import ExpertFunction
-from unimoe_jax.sharding import EXPERT_AXIS, batch_mesh_axes, current_mesh
+from unimoe_jax.nn.grouped import Routed
+from unimoe_jax.sharding import (
+    ShardingError,
+    current_mesh,
+    current_platform,
+    mesh_axes,
+    spec_for,
+)
 
-LARGEST_BLOCK, SMALLEST_BLOCK = 512, 32
+Exchange = Literal["auto"] | ExchangeForm
 
 
 def moe_ffn(
@@ -32,70 +41,40 @@ def moe_ffn(
     expert_BTK: jax.Array,
     weight_BTK: jax.Array,
     seed: jax.Array,
-    method: str = "grouped",
+    method: Literal["grouped", "dense"] = "grouped",
+    form: Exchange = "auto",
 ) -> jax.Array:
     """y[b,t] = Σ_k weight[b,t,k] · expert_fn(weights[expert[b,t,k]], x[b,t]), shape [B,T,D].
 
+    D is the width of x, or `expert_fn.features` where that is set (a connector's experts). Nothing
+    is dropped, see `limit_load`. Differentiable in weights (float32 accumulation), x and weight.
+
     Args:
-        weights: pytree of arrays with a leading experts axis E.
+        weights: pytree {layer: {leaf: array}} with a leading experts axis E; cast to the expert's
+            dtype here.
         expert_BTK: int32 in [0, E].
         weight_BTK: float32.
         seed: uint32 scalar for adapter dropout.
-        method: "grouped" or "dense".
+        method: "grouped" or "dense" (every expert on every token, left to the compiler).
+        form: how tokens reach the experts of other devices; "auto" chooses by the bytes moved.
 
-    On a mesh the batch stays where it is. Experts lie on the expert axis: each shard sees all
-    tokens of its expert group (all-gather), computes its own experts, and the partial sums are
-    scattered back.
+    Raises:
+        ShardingError: the mesh cuts experts over some of the batch's axes and others.
     """
-    weights = jax.tree.map(lambda w: w.astype(expert_fn.dtype), weights)
-    local = partial(_dense if method == "dense" else grouped, expert_fn)
-    row_BT = jnp.arange(x_BTD.shape[0] * x_BTD.shape[1], dtype=jnp.uint32).reshape(x_BTD.shape[:2])
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
-        return _flat(local, weights, x_BTD, expert_BTK, weight_BTK, row_BT, seed)
-    batch = PartitionSpec(batch_mesh_axes())
-    shards = mesh.shape[EXPERT_AXIS]
-    # Only the experts axis of the weights is cut inside; what fsdp or tensor cut is gathered here.
-    body = partial(_local_experts, local, shards) if shards > 1 else partial(_flat, local)
-    return jax.shard_map(
-        body,
-        mesh=mesh,
-        in_specs=(PartitionSpec(EXPERT_AXIS), batch, batch, batch, batch, PartitionSpec()),
-        out_specs=batch,
-        check_vma=False,
-    )(weights, x_BTD, expert_BTK, weight_BTK, row_BT, seed)
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]
+    row_BT = jnp.arange(tokens, dtype=jnp.uint32).reshape(x_BTD.shape[:2])
+    rows = jax.tree.map(jnp.asarray, Routed(x_BTD, expert_BTK, weight_BTK, row_BT))
+    if method == "dense":
+        flat = jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), rows)
+        return _dense(expert_fn, weights, flat, seed).reshape(*x_BTD.shape[:2], -1)
+    return _sparse(_job(expert_fn, weights, rows, form), weights, rows, seed)
 
 
-def _flat(local, weights, x_BTD, expert_BTK, weight_BTK, row_BT, seed) -> jax.Array:
-    width, k = x_BTD.shape[-1], expert_BTK.shape[-1]
-    y = local(
-        weights,
-        x_BTD.reshape(-1, width),
-        expert_BTK.reshape(-1, k),
-        weight_BTK.reshape(-1, k),
-        row_BT.reshape(-1),
-        seed,
-    )
-    return y.reshape(x_BTD.shape)
-
-
-def _local_experts(local, shards, weights, x_BTD, expert_BTK, weight_BTK, row_BT, seed):
-    """All-gather tokens over the expert axis, apply this shard's experts, reduce-scatter."""
-    gather = partial(jax.lax.all_gather, axis_name=EXPERT_AXIS, axis=0, tiled=True)
-    x, expert, weight, row = (gather(a) for a in (x_BTD, expert_BTK, weight_BTK, row_BT))
-    here = jax.tree.leaves(weights)[0].shape[0]
-    mine = expert - jax.lax.axis_index(EXPERT_AXIS) * here
-    expert = jnp.where((mine >= 0) & (mine < here), mine, here)
-    y = _flat(local, weights, x, expert, weight, row, seed)
-    # Partial sums meet in float32: with bf16 the order of shards would show in the result.
-    y = y.astype(jnp.float32)
-    y = jax.lax.psum_scatter(y, EXPERT_AXIS, scatter_dimension=0, tiled=True)
-    return y.astype(x_BTD.dtype)
-
-
-def _dense(expert_fn, weights, x_XD, expert_XK, weight_XK, row_X, seed) -> jax.Array:
+def _dense(expert_fn: ExpertFunction, weights: Any, rows: Routed, seed: jax.Array) -> jax.Array:
     """Every expert on every token, weighted by 0 where it was not chosen: the specification."""
+    x_XD, expert_XK, weight_XK, row_X = rows
     experts = jax.tree.leaves(weights)[0].shape[0]
+    weights = jax.tree.map(lambda w: w.astype(expert_fn.dtype), weights)
     combine_EX = jnp.sum(
         jnp.where(expert_XK[None] == jnp.arange(experts)[:, None, None], weight_XK[None], 0.0),
         axis=-1,
@@ -106,144 +85,275 @@ def _dense(expert_fn, weights, x_XD, expert_XK, weight_XK, row_X, seed) -> jax.A
         out = expert_fn(w, x_XD, row_X, seed).astype(jnp.float32)
         return y_XD + combine_X[:, None] * out, None
 
-    y, _ = jax.lax.scan(add, jnp.zeros(x_XD.shape, jnp.float32), (weights, combine_EX))
+    empty = jnp.zeros((x_XD.shape[0], expert_fn.features or x_XD.shape[1]), jnp.float32)
+    y, _ = jax.lax.scan(add, empty, (weights, combine_EX))
     return y.astype(x_XD.dtype)
 
 
-class _Order(NamedTuple):
-    """Slots (token-major, S = X·K) sorted by expert.
+def limit_load(
+    expert_BTK: jax.Array, weight_BTK: jax.Array, experts: int, capacity_factor: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(expert, weight, number dropped, float32) with at most ⌈factor · T · K / E⌉ slots of every
+    row of the batch per expert, as in arXiv 2006.16668, section 2.2, with rows as groups.
 
-    slot_of: [S + LARGEST_BLOCK] slot at each sorted position; the tail is padding.
-    position_of: [S] sorted position of each slot.
-    start, count: [E] rows of each expert.
+    Slots over the limit go to no expert, with weight 0; first choices before second ones, and
+    earlier tokens before later ones. Rows are never cut: the result is the same on any mesh.
+    """
+    _, length, top_k = expert_BTK.shape
+    capacity = -int(-capacity_factor * length * top_k // experts)
+    by_choice = jnp.moveaxis(expert_BTK, 2, 1)  # [B,K,T]: all first choices come first
+    chosen = jax.nn.one_hot(by_choice, experts, dtype=jnp.int32).reshape(
+        -1, top_k * length, experts
+    )
+    place = jnp.sum(jnp.cumsum(chosen, axis=1) * chosen, axis=-1).reshape(by_choice.shape)
+    over = jnp.moveaxis(place > capacity, 1, 2)
+    dropped = jnp.sum(over, dtype=jnp.float32)
+    return jnp.where(over, experts, expert_BTK), jnp.where(over, 0.0, weight_BTK), dropped
+
+
+# ---------------------------------------------------------------------------------- placement
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """How one array of the experts' weights lies on the mesh.
+
+    spec: of the whole array. gathered: (dimension, mesh axes) that are put together for use.
+    shared: mesh axes whose devices hold the same values; their gradients are summed.
+    once: a bias of the result, which one of the devices of `hidden` adds.
     """
 
-    slot_of: jax.Array
-    position_of: jax.Array
-    start: jax.Array
-    count: jax.Array
+    spec: PartitionSpec
+    gathered: tuple[tuple[int, tuple[str, ...]], ...]
+    shared: tuple[str, ...]
+    once: bool
 
 
-def _sort_slots(expert_XK: jax.Array, experts: int) -> _Order:
-    """Counting sort: cheaper than argsort, and it gives the ranks as well."""
-    slot_expert = expert_XK.reshape(-1)
-    chosen = slot_expert[:, None] == jnp.arange(experts + 1)[None]
-    rank = jnp.cumsum(chosen.astype(jnp.int32), axis=0)
-    count = rank[-1]
-    start = jnp.cumsum(count) - count
-    rank_of = jnp.take_along_axis(rank, slot_expert[:, None], axis=1)[:, 0] - 1
-    position_of = start[slot_expert] + rank_of
-    slots = jnp.arange(slot_expert.shape[0], dtype=jnp.int32)
-    slot_of = jnp.zeros(slots.shape[0] + LARGEST_BLOCK, jnp.int32).at[position_of].set(slots)
-    return _Order(slot_of, position_of, start[:experts], count[:experts])
+@dataclass(frozen=True)
+class _Job:
+    """What is static about one call.
 
-
-def _block_sizes(slots: int, experts: int) -> tuple[int, ...]:
-    """Largest block near the mean load, then quarters of it down to the smallest."""
-    mean = max(1, slots // experts)
-    size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << int(np.floor(np.log2(mean)))))
-    sizes = [size]
-    while sizes[-1] > SMALLEST_BLOCK:
-        sizes.append(max(SMALLEST_BLOCK, sizes[-1] // 4))
-    return tuple(sizes)
-
-
-def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
-    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
-
-    Offsets depend on the loop index, otherwise XLA hoists a body of at most one trip and always
-    runs it.
+    sizes: of blocks. mesh: None on one device; the rest then has no meaning. batch: mesh axes that
+    cut tokens. hidden: those that cut the hidden width. group: devices that exchange tokens; None
+    if every device has the tokens of its experts, or all experts. held: mesh axes that cut experts
+    but not tokens.
     """
-    done = jnp.zeros_like(count)
-    for number, size in enumerate(sizes):
-        last = number == len(sizes) - 1
-        trips = -((done - count) // size) if last else (count - done) // size
-        base = start + done
 
-        def step(i, carry, size=size, base=base):
-            return body(carry, base + i * size, size)
+    expert_fn: ExpertFunction
+    sizes: tuple[int, ...]
+    mesh: AbstractMesh | None = None
+    batch: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    group: Group | None = None
+    form: ExchangeForm = "gather"
+    leaves: tuple[_Leaf, ...] = ()
 
-        carry = jax.lax.fori_loop(0, trips, step, carry)
-        done = done + trips * size
-    return carry
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Mesh axes over which partial results are summed."""
+        return self.held + self.hidden
+
+
+def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh.shape[axis]
+    return size
+
+
+def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange) -> _Job:
+    experts = jax.tree.leaves(weights)[0].shape[0]
+    mesh, slots = current_mesh(), rows.expert_XK.size
+    if mesh is None or mesh.size == 1:
+        return _Job(expert_fn, grouped.block_sizes(slots // experts, current_platform()))
+    batch, cut, hidden = mesh_axes("batch"), mesh_axes("expert"), mesh_axes("mlp")
+    if set(cut) & set(batch) and not set(cut) <= set(batch):
+        raise ShardingError(
+            f"experts are cut over {cut}, the batch over {batch}: neither holds all"
+        )
+    axes = expert_fn.axes()
+    # The function must meet the hidden width once, and nothing else may be cut by those axes.
+    once = sum(first == "mlp" for first, _ in axes.values()) == 1
+    if not once or set(hidden) & set(batch) or list(axes.values())[-1][1] == "mlp":
+        hidden = ()
+    leaves = tuple(
+        _leaf(path, axes, batch, cut, hidden)
+        for path, _ in jax.tree_util.tree_leaves_with_path(weights)
+    )
+    shards, tokens = _size(mesh, cut), rows.row_X.size // _size(mesh, batch)
+    top_k, here = rows.expert_XK.shape[-1], experts // shards
+    # A device computes the slots of `shards` devices, for one in `shards` of the experts.
+    blocks = grouped.block_sizes(tokens * top_k // here, current_platform())
+    job = _Job(replace(expert_fn, hidden_cut=hidden), blocks, mesh, batch, hidden, leaves=leaves)
+    if not cut or not set(cut) <= set(batch):
+        return replace(job, held=cut)
+    capacity = exchange.pair_capacity(tokens, shards, here, top_k)
+    form = exchange.cheapest_form(tokens, capacity) if form == "auto" else form
+    return replace(job, group=Group(cut, shards, here, batch, capacity), form=form)
+
+
+def _leaf(path, axes, batch, cut, hidden) -> _Leaf:
+    """Of the array at `path`, a layer's name and what it is there."""
+    layer, kind = (key.key for key in path)
+    first, last = axes[layer]
+    logical = {
+        "kernel": ("expert", first, last),
+        "bias": ("expert", last),
+        "lora_a": ("expert", first, "rank"),
+        "lora_b": ("expert", "rank", last),
+    }[kind]
+    gathered = tuple(
+        (dim, mesh_axes(name))
+        for dim, name in enumerate(logical)
+        if dim and mesh_axes(name) and not (hidden and name == "mlp")
+    )
+    scattered = {axis for _, names in gathered for axis in names}
+    partial_here = hidden if "mlp" not in logical else ()
+    shared = tuple(a for a in batch if a not in cut and a not in scattered) + partial_here
+    once = bool(hidden) and kind == "bias" and last != "mlp"
+    return _Leaf(spec_for(logical, f"{layer}/{kind}"), gathered, shared, once)
+
+
+# ------------------------------------------------------------------------------- the fast path
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped(
-    expert_fn: ExpertFunction,
-    weights: Any,
-    x_XD: jax.Array,
-    expert_XK: jax.Array,
-    weight_XK: jax.Array,
-    row_X: jax.Array,
-    seed: jax.Array,
-) -> jax.Array:
-    """The sorted, dropless feed-forward on one device; see `moe_ffn` for the meaning."""
-    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
-    order = _sort_slots(expert_XK, experts)
-    sizes = _block_sizes(expert_XK.size, experts)
-
-    def one_expert(y_sorted, expert):
-        w, start, count = expert
-
-        def block(y_sorted, offset, size):
-            token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
-            y = expert_fn(w, x_XD[token], row_X[token], seed)
-            # A tail block may write into the next expert's rows; that expert overwrites them.
-            return jax.lax.dynamic_update_slice_in_dim(y_sorted, y, offset, axis=0)
-
-        return _over_blocks(sizes, start, count, block, y_sorted), None
-
-    y_sorted = jnp.zeros((order.slot_of.shape[0], x_XD.shape[1]), x_XD.dtype)
-    y_sorted, _ = jax.lax.scan(one_expert, y_sorted, (weights, order.start, order.count))
-    y_XKD = y_sorted[order.position_of].reshape(*expert_XK.shape, -1).astype(jnp.float32)
-    # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
-    y_XKD = jnp.where((expert_XK < experts)[..., None], y_XKD, 0.0)
-    return jnp.sum(y_XKD * weight_XK[..., None], axis=1).astype(x_XD.dtype)
+def _sparse(job: _Job, weights: Any, rows: Routed, seed: jax.Array) -> jax.Array:
+    """`moe_ffn` by sorted blocks, on one device or on the mesh; rows are [B,T,…]."""
+    body = _mapped(job, partial(_forward_here, job), weights, PartitionSpec(job.batch or None))
+    return body(weights, rows, seed)
 
 
-def _grouped_fwd(expert_fn, *args):
-    return grouped(expert_fn, *args), args
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Trained:
+    """One flag per array of the weights. Left to the compiler, the gradients of frozen ones would
+    be computed where rounds of an exchange carry them."""
+
+    flags: tuple[bool, ...]
 
 
-def _grouped_bwd(expert_fn, args, g_XD):
-    weights, x_XD, expert_XK, weight_XK, row_X, seed = args
-    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
-    order = _sort_slots(expert_XK, experts)
-    sizes = _block_sizes(expert_XK.size, experts)
-    slot_weight = weight_XK.reshape(-1)
+def _sparse_fwd(job, weights, rows, seed):
+    trained = _Trained(tuple(leaf.perturbed for leaf in jax.tree.leaves(weights)))
+    weights, rows, seed = jax.tree.map(lambda a: a.value, (weights, rows, seed))
+    return _sparse(job, weights, rows, seed), (trained, weights, rows, seed)
 
-    def one_expert(carry, expert):
-        w, start, count = expert
 
-        def block(carry, offset, size):
-            dx_sorted, dweight_sorted, dw = carry
-            slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
-            token = slot // k
-            mine = (offset + jnp.arange(size) < start + count)[:, None]
-            g = jnp.where(mine, g_XD[token], 0).astype(jnp.float32)
-            y, pull = jax.vjp(lambda w, x: expert_fn(w, x, row_X[token], seed), w, x_XD[token])
-            dweight = jnp.sum(g * y.astype(jnp.float32), axis=1)
-            dw_block, dx = pull((g * slot_weight[slot][:, None]).astype(y.dtype))
-            dw = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dw, dw_block)
-            dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
-            dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
-            return dx_sorted, dweight_sorted, dw
+def _sparse_bwd(job, kept, g_BTD):
+    trained, weights, rows, seed = kept
+    flags, batch = trained.flags, PartitionSpec(job.batch or None)
+    out = [leaf.spec for leaf, flag in zip(job.leaves, flags, strict=False) if flag]
+    body = _mapped(job, partial(_backward_here, job, flags), weights, (out, batch, batch), batch)
+    dtrained, dx, dweight = body(weights, rows, seed, g_BTD)
+    found = iter(dtrained)
+    dweights = [next(found) if flag else None for flag in flags]
+    dweights = jax.tree.structure(weights).unflatten(dweights)
+    return dweights, Routed(dx, None, dweight, None), None
 
-        dw = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w)
-        dx_sorted, dweight_sorted, dw = _over_blocks(sizes, start, count, block, (*carry, dw))
-        return (dx_sorted, dweight_sorted), jax.tree.map(lambda a, b: a.astype(b.dtype), dw, w)
 
-    rows = order.slot_of.shape[0]
-    empty = (jnp.zeros((rows, x_XD.shape[1]), x_XD.dtype), jnp.zeros(rows, jnp.float32))
-    (dx_sorted, dweight_sorted), dw = jax.lax.scan(
-        one_expert, empty, (weights, order.start, order.count)
+_sparse.defvjp(_sparse_fwd, _sparse_bwd, symbolic_zeros=True)
+
+
+def _mapped(job: _Job, body, weights: Any, out_specs, *more_specs):
+    """`body(weights, rows, seed, …)` under shard_map, or itself on one device."""
+    if job.mesh is None:
+        return body
+    specs = jax.tree.structure(weights).unflatten([leaf.spec for leaf in job.leaves])
+    in_specs = (specs, PartitionSpec(job.batch or None), PartitionSpec(), *more_specs)
+    return jax.shard_map(
+        body, mesh=job.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    real = expert_XK < experts
-    dx_XKD = dx_sorted[order.position_of].reshape(*expert_XK.shape, -1)
-    dx = jnp.sum(jnp.where(real[..., None], dx_XKD.astype(jnp.float32), 0.0), axis=1)
-    dweight = jnp.where(real, dweight_sorted[order.position_of].reshape(expert_XK.shape), 0.0)
-    return dw, dx.astype(x_XD.dtype), None, dweight, None, None
 
 
-grouped.defvjp(_grouped_fwd, _grouped_bwd)
+def _flat(a: jax.Array) -> jax.Array:
+    return a.reshape(-1, *a.shape[2:])
+
+
+def _forward_here(job: _Job, weights: Any, rows: Routed, seed: jax.Array) -> jax.Array:
+    lead = rows.row_X.shape
+    weights, rows = _whole(job, weights), _held(job, weights, jax.tree.map(_flat, rows))
+
+    def apply(rows: Routed) -> jax.Array:
+        return grouped.forward(job.expert_fn, weights, rows, seed, job.sizes)
+
+    if job.group is None:
+        y = apply(rows)
+    else:
+        width = job.expert_fn.features or rows.x_XD.shape[1]
+        y = exchange.forward(job.form, job.group, apply, rows, width)
+    y = jax.lax.psum(y, job.summed) if job.summed else y
+    return y.reshape(*lead, -1)
+
+
+def _backward_here(job: _Job, trained, weights: Any, rows: Routed, seed: jax.Array, g_BTD):
+    """(gradients of the trained arrays of the weights, in order; of x; of the combine weights)."""
+    lead, top_k = rows.row_X.shape, rows.expert_XK.shape[-1]
+    whole, rows = _whole(job, weights), _held(job, weights, jax.tree.map(_flat, rows))
+
+    def pull(rows: Routed, g_XD: jax.Array, dtrained: list[jax.Array]):
+        return grouped.backward(
+            job.expert_fn, whole, trained, rows, seed, job.sizes, g_XD, dtrained
+        )
+
+    wanted = grouped.selected(jax.tree.leaves(whole), trained)
+    zeros = [jnp.zeros(w.shape, jnp.float32) for w in wanted]
+    g_XD = _flat(g_BTD)
+    if job.group is None:
+        dtrained, dx, dweight = pull(rows, g_XD, zeros)
+    else:
+        dtrained, dx, dweight = exchange.backward(job.form, job.group, pull, rows, g_XD, zeros)
+    if job.summed:
+        dx, dweight = jax.lax.psum((dx, dweight), job.summed)
+    dtrained = _summed(job, trained, dtrained, weights)
+    return dtrained, dx.reshape(*lead, -1), dweight.reshape(*lead, top_k)
+
+
+def _held(job: _Job, weights: Any, rows: Routed) -> Routed:
+    """Rows with experts as numbered here, where tokens lie with all experts' devices."""
+    if not job.held:
+        return rows
+    experts = jax.tree.leaves(weights)[0].shape[0]
+    here = jax.lax.axis_index(job.held)
+    return rows._replace(expert_XK=exchange.on_shard(rows.expert_XK, here, experts))
+
+
+def _whole(job: _Job, weights: Any) -> Any:
+    """This device's experts in the expert's dtype, put together from their shards."""
+    leaves, treedef = jax.tree.flatten(weights)
+    leaves = [w.astype(job.expert_fn.dtype) for w in leaves]
+    for number, leaf in enumerate(job.leaves):
+        for dim, axes in leaf.gathered:
+            leaves[number] = jax.lax.all_gather(leaves[number], axes, axis=dim, tiled=True)
+        leaves[number] = _once(job, leaf, leaves[number])
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _summed(job: _Job, trained, dtrained: list[jax.Array], weights: Any) -> list[jax.Array]:
+    """The transpose of `_whole`: gradients summed over devices, cut as the weights are."""
+    like = grouped.selected(jax.tree.leaves(weights), trained)
+    leaves = grouped.selected(job.leaves, trained) if job.mesh is not None else []
+    for number, leaf in enumerate(leaves):
+        dw = _once(job, leaf, dtrained[number])
+        dw = jax.lax.psum(dw, leaf.shared) if leaf.shared else dw
+        for dim, axes in leaf.gathered:
+            dw = _scattered(job, dw, dim, axes)
+        dtrained[number] = dw
+    return [dw.astype(w.dtype) for dw, w in zip(dtrained, like, strict=True)]
+
+
+def _scattered(job: _Job, dw: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
+    """This device's part of dimension `dim`, summed over axes whose devices saw other tokens."""
+    for axis in axes:
+        if axis in job.batch:
+            dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dim, tiled=True)
+        else:
+            size = dw.shape[dim] // job.mesh.shape[axis]
+            dw = jax.lax.dynamic_slice_in_dim(dw, jax.lax.axis_index(axis) * size, size, dim)
+    return dw
+
+
+def _once(job: _Job, leaf: _Leaf, w: jax.Array) -> jax.Array:
+    if not leaf.once:
+        return w
+    return jnp.where(jax.lax.axis_index(job.hidden) == 0, w, 0)

@@ -1,46 +1,100 @@
-"""The function of one expert on a block of rows, with its adapters.
+"""The forms of an expert: its linear layers, and its function on a block of rows with adapters.
 
-Dispatch applies it to blocks of any size and differentiates it block by block, so it must treat
-rows independently; adapter dropout is a hash of the row's number for the same reason.
+Dispatch applies the function to blocks of any size and differentiates it block by block, so it must
+treat rows independently; adapter dropout is a hash of the row's number for the same reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unimoe_jax.config import LoRARule
-from unimoe_jax.nn.linear import matmul, row_dropout
+from unimoe_jax.nn.linear import LayerOptions, matmul, row_dropout
 
 Weights = dict[str, dict[str, jax.Array]]
+AdapterRules = tuple[tuple[str, LoRARule], ...]
+
+
+# --------------------------------------------------------------------------------- functions
 
 
 @dataclass(frozen=True)
 class ExpertFunction:
-    """Base: holds what is static, so that it can be a static argument of a custom gradient."""
+    """Base: holds what is static, so that it can be a static argument of a custom gradient.
+
+    features: width of the result; None: as wide as what the expert reads.
+    hidden_cut: mesh axes that cut the hidden width where the function runs; dispatch sets it. The
+        result is then this device's share of a sum.
+    """
 
     dtype: Any
-    adapters: tuple[tuple[str, LoRARule], ...] = ()
+    adapters: AdapterRules = ()
     train: bool = False
+    features: int | None = None
+    hidden_cut: tuple[str, ...] = ()
+
+    def axes(self) -> dict[str, tuple[str, str]]:
+        """Logical axes (input, output) of every linear layer, in order."""
+        raise NotImplementedError
+
+    def hidden(
+        self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
+    ) -> jax.Array:
+        """What the last linear layer reads, [R,F]."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        weights: Weights,
+        x_RD: jax.Array,
+        row_R: jax.Array,
+        seed: jax.Array,
+        scale_R: jax.Array | None = None,
+    ) -> jax.Array:
+        """The expert on rows; with `scale_R` (float32) times that.
+
+        The factor enters before the last layer, so that its gradient needs no result of that layer:
+        ⟨g, W h⟩ = ⟨Wᵀ g, h⟩ (SonicMoE, arXiv 2512.14080).
+        """
+        h = self.hidden(weights, x_RD, row_R, seed)
+        if scale_R is not None:
+            h = (h.astype(jnp.float32) * scale_R[:, None]).astype(h.dtype)
+        last = list(self.axes())[-1]
+        return self.linear(last, weights, h, row_R, seed, scale_R).astype(self.dtype)
+
+    def _first_column(self, name: str, width: int) -> jax.Array | int:
+        """Where the columns that layer `name` reads on this device begin."""
+        if self.hidden_cut and self.axes()[name][0] == "mlp":
+            return jax.lax.axis_index(self.hidden_cut) * width
+        return 0
 
     def linear(
-        self, name: str, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
+        self,
+        name: str,
+        weights: Weights,
+        x_RD: jax.Array,
+        row_R: jax.Array,
+        seed: jax.Array,
+        scale_R: jax.Array | None = None,
     ) -> jax.Array:
-        """Linear layer `name` of this expert on rows, float32 out."""
+        """Linear layer `name` of this expert on rows, its bias times `scale_R`; float32 out."""
         w = weights[name]
         y = matmul(x_RD, w["kernel"], self.dtype)
         if "bias" in w:
-            y += jnp.broadcast_to(w["bias"], y.shape)
+            bias = jnp.broadcast_to(w["bias"], y.shape)
+            y += bias if scale_R is None else bias * scale_R[:, None]
         rule = dict(self.adapters).get(name)
         if rule is not None:
             if self.train and rule.dropout:
                 salt = [key for key, _ in self.adapters].index(name) + 1
                 seed = seed ^ jnp.uint32(salt * 0x9E3779B9 % 2**32)
-                x_RD = row_dropout(x_RD, row_R, seed, rule.dropout)
+                first = self._first_column(name, x_RD.shape[1])
+                x_RD = row_dropout(x_RD, row_R, seed, rule.dropout, first)
             down = matmul(x_RD, w["lora_a"], self.dtype)
             y += rule.alpha / rule.rank * matmul(down, w["lora_b"], self.dtype)
         return y
@@ -50,24 +104,101 @@ class ExpertFunction:
 class SwiGLUExpert(ExpertFunction):
     """down(silu(gate(x)) · up(x))."""
 
-    def __call__(
+    def axes(self) -> dict[str, tuple[str, str]]:
+        return {
+            "gate_proj": ("embed", "mlp"),
+            "up_proj": ("embed", "mlp"),
+            "down_proj": ("mlp", "embed"),
+        }
+
+    def hidden(
         self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
     ) -> jax.Array:
         gate = self.linear("gate_proj", weights, x_RD, row_R, seed).astype(self.dtype)
         up = self.linear("up_proj", weights, x_RD, row_R, seed).astype(self.dtype)
-        h = jax.nn.silu(gate) * up
-        return self.linear("down_proj", weights, h, row_R, seed).astype(self.dtype)
+        return jax.nn.silu(gate) * up
 
 
 @dataclass(frozen=True)
 class MlpExpert(ExpertFunction):
-    """fc2(activation(fc1(x))), the form of encoder and connector layers."""
+    """fc1, then activation and fc2, and so on to fc{depth}: layers of encoders and connectors."""
 
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
+    depth: int = 2
 
-    def __call__(
+    def axes(self) -> dict[str, tuple[str, str]]:
+        both = (("embed", "mlp"), ("mlp", "embed"))
+        return {f"fc{layer + 1}": both[layer % 2] for layer in range(self.depth)}
+
+    def hidden(
         self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
     ) -> jax.Array:
-        h = self.linear("fc1", weights, x_RD, row_R, seed).astype(self.dtype)
-        h = self.activation(h)
-        return self.linear("fc2", weights, h, row_R, seed).astype(self.dtype)
+        h = x_RD
+        for layer in range(1, self.depth):
+            h = self.linear(f"fc{layer}", weights, h, row_R, seed).astype(self.dtype)
+            h = self.activation(h)
+        return h
+
+
+# ------------------------------------------------------------------------------------- forms
+
+
+class ExpertLayer(NamedTuple):
+    """One linear layer of an expert: name, input and output width, their logical axes."""
+
+    name: str
+    inputs: int
+    features: int
+    axes: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class SwiGLUForm:
+    """Experts in place of `SwiGLU(hidden)`."""
+
+    hidden: int
+    use_bias: bool = False
+
+    def layers(self, width: int) -> tuple[ExpertLayer, ...]:
+        """The linear layers of an expert that reads `width` features."""
+        return (
+            ExpertLayer("gate_proj", width, self.hidden, ("embed", "mlp")),
+            ExpertLayer("up_proj", width, self.hidden, ("embed", "mlp")),
+            ExpertLayer("down_proj", self.hidden, width, ("mlp", "embed")),
+        )
+
+    def function(self, options: LayerOptions, adapters: AdapterRules) -> ExpertFunction:
+        """What such an expert computes."""
+        return SwiGLUExpert(options.dtype, adapters, options.train)
+
+
+@dataclass(frozen=True)
+class MlpForm:
+    """Experts in place of an MLP whose layers have `widths` units, the last being the result's."""
+
+    widths: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array]
+    use_bias: bool = True
+
+    def layers(self, width: int) -> tuple[ExpertLayer, ...]:
+        """The linear layers of an expert that reads `width` features."""
+        sizes = (width, *self.widths)
+        axes = (("embed", "mlp"), ("mlp", "embed"))
+        return tuple(
+            ExpertLayer(f"fc{i + 1}", sizes[i], sizes[i + 1], axes[i % 2])
+            for i in range(len(self.widths))
+        )
+
+    def function(self, options: LayerOptions, adapters: AdapterRules) -> ExpertFunction:
+        """What such an expert computes."""
+        return MlpExpert(
+            options.dtype,
+            adapters,
+            options.train,
+            self.widths[-1],
+            activation=self.activation,
+            depth=len(self.widths),
+        )
+
+
+ExpertForm = SwiGLUForm | MlpForm

@@ -23,8 +23,10 @@ fan_in: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 fan_in_per_expert: Initializer = nn.initializers.variance_scaling(
     1.0, "fan_in", "uniform", batch_axis=0
 )
-# Kaiming-uniform with a = sqrt(5), the convention of LoRA implementations: U(-1, 1)/sqrt(fan_in).
-lora_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Kaiming-uniform with a = sqrt(5), torch's default and the convention of LoRA implementations:
+# U(-1, 1)/sqrt(fan_in).
+torch_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+lora_init = torch_uniform
 lora_init_per_expert: Initializer = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform", batch_axis=0
 )
@@ -71,15 +73,23 @@ def mix_bits(bits: jax.Array) -> jax.Array:
     return bits
 
 
-def row_dropout(x_RD: jax.Array, row_R: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
+def row_dropout(
+    x_RD: jax.Array,
+    row_R: jax.Array,
+    seed: jax.Array,
+    rate: float,
+    first_column: jax.Array | int = 0,
+) -> jax.Array:
     """Zero entries of x with probability `rate`, scale the others by 1 / (1 − rate).
 
     The mask is a hash of (seed, row_R[r], column) alone: the same rows drop the same entries
     whatever the order, block or device in which they are computed, and again when a block is
     recomputed in the backward pass. It is also much less code to compile than a generator.
+    `first_column` is the column at which x begins, where a device holds some of the columns.
     """
     row_key = mix_bits(mix_bits(row_R.astype(jnp.uint32)) ^ seed)
-    column = mix_bits(jnp.arange(x_RD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B))
+    column = jnp.arange(x_RD.shape[1], dtype=jnp.uint32) + jnp.asarray(first_column, jnp.uint32)
+    column = mix_bits(column * jnp.uint32(0x85EBCA6B))
     bits = mix_bits(row_key[:, None] ^ column[None, :])
     keep = bits >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, x_RD / (1 - rate), 0).astype(x_RD.dtype)

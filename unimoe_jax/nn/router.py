@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -102,6 +103,23 @@ def router_entropy(routing: Routing, valid_X: jax.Array) -> jax.Array:
     p = routing.probs_XE
     entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)
     return weight @ entropy / jnp.maximum(weight.sum(), 1.0)
+
+
+def row_mean(
+    routing: Routing,
+    valid_BT: jax.Array,
+    weight_B: jax.Array | None,
+    statistic: Callable[[Routing, jax.Array], jax.Array],
+) -> jax.Array:
+    """`statistic(routing, valid_X)` over all B·T tokens, or with `weight_B` (float, not negative)
+    the weighted mean of the statistics of the B rows; 0 when all weights are 0.
+    """
+    if weight_B is None:
+        return statistic(routing, valid_BT.reshape(-1))
+    rows = jax.tree.map(lambda a: a.reshape(*valid_BT.shape, *a.shape[1:]), routing)
+    value_B = jax.vmap(statistic)(rows, valid_BT)
+    total = weight_B.sum()
+    return weight_B @ value_B / jnp.where(total > 0, total, 1.0)
 
 
 def expert_load(routing: Routing, modality_X: jax.Array) -> jax.Array:

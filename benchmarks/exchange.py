@@ -1,0 +1,210 @@
+"""What the expert layer exchanges and multiplies on TPUs: their compiler's word, without one.
+
+    pip install -e '.[tpu]'
+    python benchmarks/exchange.py [--topologies v5e:2x4 v5p:2x2x2 v6e:2x4] [--output FILE]
+
+For every topology, form of exchange and size of the expert axis, the layer is compiled ahead of
+time, forward and with all gradients. Bytes are what one device sends to others; the minimum is each
+token once to every other device that holds one of its experts, and its result back (and in training
+the gradients the same way). Padded buffers are counted whole; of ragged ones the rows that a random
+balanced router sends. Products per row: of the layer's three matrices, 3 are needed forward, and 6
+more for all gradients, while 2 are repeated backward instead of keeping their results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimoe_jax.compile import target_devices
+from unimoe_jax.config import MeshConfig
+from unimoe_jax.hlo_stats import read
+from unimoe_jax.nn import grouped
+from unimoe_jax.nn.dispatch import moe_ffn
+from unimoe_jax.nn.exchange import cheapest_form, pair_capacity
+from unimoe_jax.nn.experts import SwiGLUExpert
+from unimoe_jax.sharding import batch_sharding, make_mesh, param_sharding, use_mesh
+
+EXPERTS, TOP_K, ITEM = 8, 2, 2
+# Rows of tokens exchanged, in widths of a token: x and y; x, g and dx.
+LARGE = {"forward": 2, "gradient": 5}
+# Of those, what no form can do without: x and y; in training g and dx as well.
+NEEDED = {"forward": 2, "gradient": 4}
+PRODUCTS = {"forward": 3, "gradient": 11}
+
+
+def compiled(args: argparse.Namespace, topology: str, shards: int, form: str, key: str):
+    """The layer for the devices of a topology, with `shards` of them on the expert axis."""
+    devices = target_devices(topology)
+    mesh = make_mesh(MeshConfig(data=len(devices) // shards, expert=shards), devices)
+    expert_fn = SwiGLUExpert(jnp.bfloat16)
+    sizes = {"embed": args.width, "mlp": args.hidden}
+    with use_mesh(mesh):
+        weights = {}
+        for layer, axes in expert_fn.axes().items():
+            shape = (EXPERTS, *(sizes[axis] for axis in axes))
+            placed = param_sharding(mesh, layer, shape, ("expert", *axes))
+            weights[layer] = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)}
+        placed = batch_sharding(mesh, 3)
+        lasts = ((args.width, jnp.bfloat16), (TOP_K, jnp.float32), (TOP_K, jnp.int32))
+        x, weight, expert = (
+            jax.ShapeDtypeStruct((len(devices), args.tokens, last), dtype, sharding=placed)
+            for last, dtype in lasts
+        )
+
+        def layer(weights, x, weight, expert):
+            return moe_ffn(expert_fn, weights, x, expert, weight, np.uint32(0), "grouped", form)
+
+        def loss(*values):
+            return jnp.sum(jnp.sin(layer(*values).astype(jnp.float32)))
+
+        function = layer if key == "forward" else jax.grad(loss, argnums=(0, 1, 2))
+        return jax.jit(function).lower(weights, x, weight, expert).compile()
+
+
+def reached(shards: int) -> float:
+    """Share of tokens that a balanced router sends to a given device of the expert axis."""
+    outside = EXPERTS - EXPERTS // shards
+    return 1 - math.comb(outside, TOP_K) / math.comb(EXPERTS, TOP_K)
+
+
+def sent_by_random_router(tokens: int, shards: int) -> float:
+    """Rows that one device sends to others, the mean over those of a random balanced router."""
+    rng, here = np.random.default_rng(0), EXPERTS // shards
+    expert = np.argsort(rng.random((shards, tokens, EXPERTS)), axis=-1)[..., :TOP_K]
+    goes = ((expert // here)[..., None] == np.arange(shards)).any(axis=2)
+    goes[np.arange(shards), :, np.arange(shards)] = False
+    return float(goes.sum() / shards)
+
+
+class Collective(NamedTuple):
+    """One in the program of a device, with the bytes of its result and the size of its groups."""
+
+    op: str
+    bytes: float
+    group: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """All in an optimised program."""
+    ops = "ragged-all-to-all|all-to-all|all-gather|reduce-scatter|all-reduce"
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf" = (.*?) ({ops})(?:-start)?\(", line)
+        if match is None:
+            continue
+        arrays = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", re.sub(r"/\*.*?\*/", "", match[1]))
+        size = sum(
+            int(bits) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+            for _, bits, sizes in arrays
+        )
+        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+        short = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+        group = int(short[1]) if short else len(listed[1].split(","))
+        found.append(Collective(match[2], size, group))
+    return found
+
+
+def sent(found: list[Collective]) -> float:
+    """Bytes that leave a device in dense exchanges."""
+    total = 0.0
+    for one in found:
+        if one.op in ("all-to-all", "all-gather"):
+            total += one.bytes * (one.group - 1) / one.group
+        elif one.op == "reduce-scatter":
+            total += one.bytes * (one.group - 1)
+    return total
+
+
+def measure(args: argparse.Namespace, topology: str, shards: int, form: str, key: str) -> dict:
+    """One program."""
+    started = time.perf_counter()
+    program = compiled(args, topology, shards, form, key)
+    seconds = time.perf_counter() - started
+    text = program.as_text()
+    stats, exchanged = read(text), collectives(text)
+    here = EXPERTS // shards
+    platform = "cpu" if topology.startswith("cpu") else "tpu"
+    blocks = grouped.block_sizes(args.tokens * TOP_K // here, platform)
+    once = here * sum(blocks) * 2 * args.width * args.hidden
+    row = args.width * ITEM
+    ragged = [one for one in exchanged if one.op == "ragged-all-to-all"]
+    moved = sent(exchanged)
+    if ragged:
+        moved += LARGE[key] * sent_by_random_router(args.tokens, shards) * row
+    minimum = NEEDED[key] * (shards - 1) * reached(shards) * args.tokens * row
+    capacity = pair_capacity(args.tokens, shards, here, TOP_K)
+    large = [one for one in exchanged if one.bytes >= args.tokens * row / 2]
+    return {
+        "topology": topology,
+        "expert_axis": shards,
+        "form": form,
+        "pass": key,
+        "chosen_by_auto": cheapest_form(args.tokens, capacity) == form,
+        "large_exchanges": sum(one.op != "all-reduce" for one in large),
+        "sent_mib": round(moved / 2**20, 2),
+        "minimum_mib": round(minimum / 2**20, 2),
+        "sent_to_minimum": round(moved / minimum, 3),
+        "products_per_row": round((stats.flops + stats.flops_unknown) / once, 3),
+        "products_expected": PRODUCTS[key],
+        "blocks": blocks,
+        "temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "compile_seconds": round(seconds, 1),
+        "collectives": [
+            {"op": one.op, "mib": round(one.bytes / 2**20, 3), "group": one.group}
+            for one in exchanged
+        ],
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--topologies", nargs="+", default=["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=["all_to_all", "ragged"],
+        choices=["all_to_all", "ragged", "gather"],
+    )
+    parser.add_argument("--shards", nargs="+", type=int, default=[8, 4])
+    parser.add_argument("--passes", nargs="+", default=list(LARGE), choices=LARGE)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=11008)
+    parser.add_argument("--tokens", type=int, default=2048, help="on a device")
+    parser.add_argument(
+        "--output", type=Path, default=common.ROOT / "benchmarks/results/exchange.json"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    sizes = {"experts": EXPERTS, "top_k": TOP_K, "dtype": "bfloat16"}
+    sizes |= {"width": args.width, "hidden": args.hidden, "tokens_per_device": args.tokens}
+    result = {"machine": common.machine(), "sizes": sizes, "programs": []}
+    cases = itertools.product(args.topologies, args.shards, args.forms, args.passes)
+    for topology, shards, form, key in cases:
+        found = measure(args, topology, shards, form, key)
+        result["programs"].append(found)
+        print(
+            f"{topology:<10} expert={shards} {form:<11}{key:<9} sent {found['sent_mib']:8.1f} MiB, "
+            f"{found['sent_to_minimum']:.3f} of the minimum; {found['products_per_row']:.2f} "
+            f"products per row; {found['large_exchanges']} large exchanges; "
+            f"{found['temporary_mib']} MiB of temporaries",
+            flush=True,
+        )
+        common.save(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

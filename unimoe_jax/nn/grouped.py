@@ -1,0 +1,212 @@
+"""Experts applied to the rows routed to them, on one device: sorted, dropless, in blocks.
+
+Slots (a token's choice of an expert) are sorted by expert, and each expert's rows are walked in
+large blocks with a tail of smaller ones, so that the rows multiplied are the rows routed but for a
+few. Forward and backward are plain functions; dispatch.py joins them in one custom gradient, which
+recomputes every block: neither the permuted tokens nor the experts' outputs are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimoe_jax.nn.experts import ExpertFunction
+
+# Largest and smallest block by platform. A CPU's fit its caches; elsewhere a block pays for reading
+# the expert's weights and the sum of their gradients from memory.
+BLOCKS = {"cpu": (512, 32)}
+ACCELERATOR_BLOCKS = (2048, 128)
+
+
+class Routed(NamedTuple):
+    """What experts work on.
+
+    x_XD: tokens. expert_XK: int32 in [0, E]; E is "no expert" and costs nothing.
+    weight_XK: float32. row_X: uint32, the number of each token in the whole batch.
+    """
+
+    x_XD: jax.Array
+    expert_XK: jax.Array
+    weight_XK: jax.Array
+    row_X: jax.Array
+
+
+class _Order(NamedTuple):
+    """Slots (token-major, S = X·K) sorted by expert.
+
+    slot_of: [S + largest block] slot at each sorted position; the tail is padding.
+    position_of: [S] sorted position of each slot.
+    start, count: [E] rows of each expert.
+    """
+
+    slot_of: jax.Array
+    position_of: jax.Array
+    start: jax.Array
+    count: jax.Array
+
+
+def _sort_slots(expert_XK: jax.Array, experts: int, padding: int) -> _Order:
+    """Counting sort: cheaper than argsort, and it gives the ranks as well."""
+    slot_expert = expert_XK.reshape(-1)
+    chosen = slot_expert[:, None] == jnp.arange(experts + 1)[None]
+    rank = jnp.cumsum(chosen.astype(jnp.int32), axis=0)
+    count = rank[-1]
+    start = jnp.cumsum(count) - count
+    rank_of = jnp.take_along_axis(rank, slot_expert[:, None], axis=1)[:, 0] - 1
+    position_of = start[slot_expert] + rank_of
+    slots = jnp.arange(slot_expert.shape[0], dtype=jnp.int32)
+    slot_of = jnp.zeros(slots.shape[0] + padding, jnp.int32).at[position_of].set(slots)
+    return _Order(slot_of, position_of, start[:experts], count[:experts])
+
+
+def block_sizes(mean_load: int, platform: str) -> tuple[int, ...]:
+    """Largest block near the mean load of an expert, then halves of it down to the smallest."""
+    largest, smallest = BLOCKS.get(platform, ACCELERATOR_BLOCKS)
+    power = 1 << int(np.floor(np.log2(max(1, mean_load))))
+    sizes = [min(largest, max(smallest, power))]
+    while sizes[-1] > smallest:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
+def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
+    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
+
+    A block of which seven eighths would be filled is taken whole: every block reads the expert's
+    weights and adds to their gradient, which costs about as much as multiplying 35 rows.
+    Offsets depend on the loop index, otherwise XLA hoists a body of at most one trip and always
+    runs it.
+    """
+    done = jnp.zeros_like(count)
+    for size in sizes:
+        left = jnp.maximum(count - done, 0)
+        trips = (left + (size - 1 if size == sizes[-1] else size // 8)) // size
+        base = start + done
+
+        def step(i, carry, size=size, base=base):
+            return body(carry, base + i * size, size)
+
+        carry = jax.lax.fori_loop(0, trips, step, carry)
+        done = done + trips * size
+    return carry
+
+
+def sum_choices(
+    rows: jax.Array, at_XK: jax.Array, wanted_XK: jax.Array, weight_XK: jax.Array | None = None
+) -> jax.Array:
+    """[X,D] float32: Σ_k weight[x,k] · rows[at[x,k]] over the choices wanted; weight None is 1."""
+    total = jnp.zeros((at_XK.shape[0], rows.shape[1]), jnp.float32)
+    for k in range(at_XK.shape[1]):  # not at once: that would hold K rows of float32 per token
+        wanted = wanted_XK[:, k]
+        found = rows[jnp.where(wanted, at_XK[:, k], 0)].astype(jnp.float32)
+        found = found if weight_XK is None else found * weight_XK[:, k, None]
+        total += jnp.where(wanted[:, None], found, 0.0)
+    return total
+
+
+def forward(
+    expert_fn: ExpertFunction,
+    weights: Any,
+    rows: Routed,
+    seed: jax.Array,
+    sizes: tuple[int, ...],
+) -> jax.Array:
+    """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x.
+
+    weights: pytree with a leading axis of E experts. sizes: of blocks, see `block_sizes`.
+    """
+    x_XD, expert_XK, weight_XK, row_X = rows
+    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
+    order = _sort_slots(expert_XK, experts, sizes[0])
+
+    def one_expert(y_sorted, expert):
+        w, start, count = expert
+
+        def block(y_sorted, offset, size):
+            token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
+            y = expert_fn(w, x_XD[token], row_X[token], seed)
+            # A tail block may write into the next expert's rows; that expert overwrites them.
+            return jax.lax.dynamic_update_slice_in_dim(y_sorted, y, offset, axis=0)
+
+        return _over_blocks(sizes, start, count, block, y_sorted), None
+
+    width = expert_fn.features or x_XD.shape[1]
+    y_sorted = jnp.zeros((order.slot_of.shape[0], width), x_XD.dtype)
+    y_sorted, _ = jax.lax.scan(one_expert, y_sorted, (weights, order.start, order.count))
+    # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
+    at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
+    return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype)
+
+
+def selected(items: Sequence, flags: Sequence[bool]) -> list:
+    """The items whose flag is set."""
+    return [item for item, flag in zip(items, flags, strict=True) if flag]
+
+
+def _replaced(weights: Any, flags: Sequence[bool], some: Sequence) -> Any:
+    """Weights with the arrays whose flag is set exchanged for `some`."""
+    leaves, treedef = jax.tree.flatten(weights)
+    new = iter(some)
+    both = zip(leaves, flags, strict=True)
+    return treedef.unflatten([next(new) if flag else leaf for leaf, flag in both])
+
+
+def backward(
+    expert_fn: ExpertFunction,
+    weights: Any,
+    trained: Sequence[bool],
+    rows: Routed,
+    seed: jax.Array,
+    sizes: tuple[int, ...],
+    g_XD: jax.Array,
+    dtrained: list[jax.Array],
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """(gradient of the trained weights added to `dtrained`, of x, and of weight_XK).
+
+    trained: one flag per array of `weights`, in the order of `jax.tree.leaves`. dtrained: float32,
+    shaped like the arrays flagged. g_XD is the gradient of what `forward` returns.
+    """
+    x_XD, expert_XK, weight_XK, row_X = rows
+    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
+    order = _sort_slots(expert_XK, experts, sizes[0])
+    slot_weight = weight_XK.reshape(-1)
+
+    def one_expert(carry, expert):
+        w, dw, start, count = expert
+
+        def block(carry, offset, size):
+            dx_sorted, dweight_sorted, dw = carry
+            slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
+            token = slot // k
+            mine = (offset + jnp.arange(size) < start + count)[:, None]
+            g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
+
+            def function(some, x, scale):
+                return expert_fn(_replaced(w, trained, some), x, row_X[token], seed, scale)
+
+            some = selected(jax.tree.leaves(w), trained)
+            _, pull = jax.vjp(function, some, x_XD[token], slot_weight[slot])
+            dw_block, dx, dweight = pull(g)
+            dweight = dweight.astype(jnp.float32)
+            dw = [a + b.astype(a.dtype) for a, b in zip(dw, dw_block, strict=True)]
+            dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
+            dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
+            return dx_sorted, dweight_sorted, dw
+
+        dx_sorted, dweight_sorted, dw = _over_blocks(sizes, start, count, block, (*carry, dw))
+        return (dx_sorted, dweight_sorted), dw
+
+    positions = order.slot_of.shape[0]
+    empty = jnp.zeros((positions, x_XD.shape[1]), x_XD.dtype), jnp.zeros(positions, jnp.float32)
+    (dx_sorted, dweight_sorted), dtrained = jax.lax.scan(
+        one_expert, empty, (weights, dtrained, order.start, order.count)
+    )
+    at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
+    dx = sum_choices(dx_sorted, at_XK, real_XK)
+    dweight = jnp.where(real_XK, dweight_sorted[at_XK], 0.0)
+    return dtrained, dx.astype(x_XD.dtype), dweight
