@@ -41,6 +41,16 @@ def recorded_systems(folder: Path | None = None) -> list[Path]:
     return found
 
 
+def recorded_cumo() -> list[Path]:
+    """Folders of recorded CuMo systems, whole or in part, in the golden directory in use; none is
+    a failure."""
+    configs = golden_dir().glob("*/checkpoint/*/config.json")
+    found = sorted({path.parents[2] for path in configs if '"clip_smoe"' in path.read_text()})
+    if not found:
+        pytest.fail(f"no recorded CuMo system in {golden_dir()}")
+    return found
+
+
 def split_key(key: str) -> tuple[str, int]:
     """`NAME@STEP` -> (NAME, STEP); a whole array has step 1."""
     name, _, step = key.partition("@")

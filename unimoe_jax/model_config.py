@@ -1,238 +1,27 @@
-"""Settings of the model: decoder, experts, encoders, connectors, adapters. See config.py."""
+"""Settings of a model, put together from its parts. See config.py."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from collections.abc import Collection
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-FloatType = Literal["float32", "bfloat16", "float16"]
-MediaName = Literal["image", "video", "speech", "audio"]
-MEDIA: tuple[MediaName, ...] = ("image", "video", "speech", "audio")
-
-
-class Config(BaseModel):
-    """Base of every settings class: immutable, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def compiles(pattern: str) -> str:
-    """The pattern, if it is a regular expression; ValueError otherwise."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return pattern
-
-
-Regex = Annotated[str, Field(min_length=1)]
-
-
-# ------------------------------------------------------------------------------------ model
-
-
-class LoRARule(Config):
-    """Low-rank adapters for every linear layer whose module path matches (`re.fullmatch`)."""
-
-    match: Regex
-    rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    _match = field_validator("match")(compiles)
-
-
-class RouterConfig(Config):
-    """How tokens choose experts. The three dtype orders agree in exact arithmetic."""
-
-    dtype_order: Literal["topk_softmax", "softmax_topk", "softmax_cast_topk"] = Field(
-        "topk_softmax",
-        description="topk_softmax: Uni-MoE; softmax_topk: Mixtral (float32 until renormalised); "
-        "softmax_cast_topk: CuMo (probabilities cast before top-k)",
-    )
-    logits_dtype: Literal["compute", "float32"] = "float32"
-    sample_second: bool = Field(
-        False, description="draw experts after the first by Gumbel noise, as Uni-MoE 8e does"
-    )
-    modality_map: bool = Field(
-        False, description="per-modality linear map in front of the router (8e's 'FM block')"
-    )
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-
-
-class MoEConfig(Config):
-    """A sparse mixture of experts in place of a feed-forward layer."""
-
-    num_experts: Positive
-    top_k: Positive = 2
-    layers: Literal["all", "even", "first_half", "second_half"] | tuple[NonNegative, ...] = "all"
-    router: RouterConfig = RouterConfig()
-    dispatch: Literal["grouped", "dense"] = Field(
-        "grouped", description="grouped: sorted, dropless; dense: all experts on all tokens"
-    )
-
-    @model_validator(mode="after")
-    def _top_k_fits(self):
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k = {self.top_k} is larger than num_experts = {self.num_experts}; "
-                f"allowed: 1..{self.num_experts}"
-            )
-        return self
-
-    def is_moe_layer(self, layer: int, num_layers: int) -> bool:
-        """Whether `layer` (from 0) of `num_layers` carries experts."""
-        match self.layers:
-            case "all":
-                return True
-            case "even":
-                return layer % 2 == 0
-            case "first_half":
-                return layer < num_layers // 2
-            case "second_half":
-                return layer >= num_layers // 2
-            case chosen:
-                return layer in chosen
-
-
-class DecoderConfig(Config):
-    """LLaMA-shaped decoder: RMSNorm, RoPE (half-split), GQA, SwiGLU or experts of it."""
-
-    vocab_size: Positive
-    hidden_size: Positive
-    mlp_dim: Positive
-    num_layers: Positive
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive | None = Field(None, description="default hidden_size / num_heads")
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_table_dtype: FloatType = Field(
-        "float32", description="the released 4-expert loaders round cos/sin to float16"
-    )
-    max_positions: Positive = 4096
-    tie_embeddings: bool = False
-    remat: bool = Field(True, description="recompute each period of layers in the backward pass")
-    moe: MoEConfig | None = None
-
-    @model_validator(mode="after")
-    def _heads_divide(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
-                f"{self.num_kv_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
-                f"{self.num_heads}; set head_dim"
-            )
-        if self.moe and not isinstance(self.moe.layers, str):
-            beyond = [layer for layer in self.moe.layers if layer >= self.num_layers]
-            if beyond:
-                raise ValueError(f"moe.layers {beyond} are beyond num_layers = {self.num_layers}")
-        return self
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    def moe_layers(self) -> tuple[bool, ...]:
-        """One flag per layer: does it carry experts?"""
-        return tuple(
-            self.moe is not None and self.moe.is_moe_layer(layer, self.num_layers)
-            for layer in range(self.num_layers)
-        )
-
-
-class ClipConfig(Config):
-    """CLIP vision transformer (quick-GELU, pre-LayerNorm)."""
-
-    hidden_size: Positive
-    mlp_dim: Positive
-    num_layers: Positive
-    num_heads: Positive
-    image_size: Positive
-    patch_size: Positive
-    norm_eps: float = 1e-5
-    select_layer: int = Field(-2, description="index into the hidden states; -1 is the last")
-    remat: bool = False
-
-    @model_validator(mode="after")
-    def _layer_exists(self):
-        if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
-            raise ValueError(
-                f"select_layer = {self.select_layer} is not among the {self.num_layers + 1} hidden "
-                f"states; allowed: {-self.num_layers - 1}..{self.num_layers}"
-            )
-        return self
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def used_layers(self) -> int:
-        """Layers up to the selected hidden state; the rest of a released encoder is not built."""
-        return self.select_layer % (self.num_layers + 1)
-
-
-class WhisperConfig(Config):
-    """Whisper encoder: two convolutions over log-mel frames, then pre-LayerNorm blocks."""
-
-    hidden_size: Positive
-    mlp_dim: Positive
-    num_layers: Positive
-    num_heads: Positive
-    mel_bins: Positive = 80
-    max_positions: Positive = Field(1500, description="encoder states, half the mel frames")
-    norm_eps: float = 1e-5
-    remat: bool = False
-
-
-class BeatsConfig(Config):
-    """BEATs encoder: 16x16 patches of a kaldi fbank, DeepNorm, gated relative position bias."""
-
-    hidden_size: Positive
-    embed_size: Positive
-    mlp_dim: Positive
-    num_layers: Positive
-    num_heads: Positive
-    patch_size: Positive = 16
-    mel_bins: Positive = 128
-    conv_kernel: Positive = 128
-    conv_groups: Positive = 16
-    num_buckets: Positive = 320
-    max_distance: Positive = 800
-    norm_eps: float = 1e-5
-    remat: bool = False
-
-
-class MlpConnectorConfig(Config):
-    """`depth` linear layers with exact GELU in between (LLaVA's mlp{depth}x_gelu)."""
-
-    kind: Literal["mlp"] = "mlp"
-    depth: Positive = 2
-
-
-class QueryConnectorConfig(Config):
-    """Learned queries read an encoder, then `projector_depth` linear layers reach the decoder."""
-
-    kind: Literal["whisper_decoder", "qformer"]
-    num_queries: Positive = 50
-    hidden_size: Positive
-    mlp_dim: Positive
-    num_layers: Positive
-    num_heads: Positive
-    norm_eps: float = Field(1e-5, description="BLIP-2's Q-Former uses 1e-12")
-    max_positions: Positive = Field(448, description="whisper_decoder: rows of its position table")
-    cross_attention_every: Positive = Field(2, description="qformer: cross-attend in layers 0, n…")
-    projector_depth: Positive = 1
+from unimoe_jax.module_config import (
+    MODULES,
+    BeatsConfig,
+    ClipConfig,
+    Config,
+    DecoderConfig,
+    LoRARule,
+    MediaName,
+    MlpConnectorConfig,
+    ModuleName,
+    MoEConfig,
+    Positive,
+    QueryConnectorConfig,
+    WhisperConfig,
+)
 
 
 class VisionConfig(Config):
@@ -242,6 +31,22 @@ class VisionConfig(Config):
     aspect: Literal["square", "pad"] = Field(
         "square", description="square: centre crop; pad: paste on a square of the mean colour"
     )
+    scales: tuple[Positive, ...] = Field(
+        (1,),
+        description="side lengths, in images, at which an image is read, tile by tile; features "
+        "of all scales lie side by side in the channels",
+    )
+    unused_images: Literal["skip", "count"] = Field(
+        "skip",
+        description="pool entries that no token refers to: skip them in experts and router "
+        "statistics, or count them as the black images that CuMo gives to text-only samples",
+    )
+
+    @model_validator(mode="after")
+    def _first_scale_is_one(self):
+        if self.scales[:1] != (1,):
+            raise ValueError(f"scales = {list(self.scales)}: the first must be 1, the image itself")
+        return self
 
     @property
     def num_tokens(self) -> int:
@@ -307,6 +112,28 @@ class ModelConfig(Config):
     speech: SpeechConfig | None = None
     audio: AudioConfig | None = None
     lora: tuple[LoRARule, ...] = ()
+
+    def experts(self) -> dict[ModuleName, MoEConfig]:
+        """The modules that carry experts: vision encoder, vision connector, decoder."""
+        found = {"decoder": self.decoder.moe}
+        if self.vision:
+            found["encoder"] = self.vision.encoder.moe
+            found["connector"] = self.vision.connector.moe
+        return {name: found[name] for name in MODULES if found.get(name) is not None}
+
+    def with_experts(self, modules: Collection[ModuleName]) -> ModelConfig:
+        """The same model with experts in `modules` only; elsewhere dense layers."""
+        update: dict = {}
+        if "decoder" not in modules:
+            update["decoder"] = self.decoder.model_copy(update={"moe": None})
+        if self.vision:
+            parts = {}
+            for name in ("encoder", "connector"):
+                if name not in modules:
+                    part = getattr(self.vision, name)
+                    parts[name] = part.model_copy(update={"moe": None})
+            update["vision"] = self.vision.model_copy(update=parts)
+        return self.model_copy(update=update)
 
     def tokens_per_medium(self) -> dict[MediaName, int]:
         """Soft tokens of one image, one video, one speech chunk, one audio chunk."""

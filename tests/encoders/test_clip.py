@@ -25,7 +25,7 @@ def init(config: ClipConfig):
 
 
 def run(module: ClipEncoder, variables, image: jax.Array) -> jax.Array:
-    return jax.jit(module.apply)(variables, image)
+    return jax.jit(module.apply)(variables, image)[0]
 
 
 @pytest.mark.parametrize("select_layer,used", [(-2, 2), (-1, 3), (1, 1), (0, 0), (-4, 0)])

@@ -19,7 +19,7 @@ from tests.models.tiny import (
     make_batch,
     model_config,
 )
-from unimoe_jax.models.unimoe import Audio, Speech, UniMoE, Vision
+from unimoe_jax.models.unimoe import Audio, Pictures, Speech, UniMoE, Vision
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.params import nest
 
@@ -47,12 +47,8 @@ def test_stream_holds_the_table_in_pool_order(full):
     model, params, batch = full
     count, tree = sum(SOFT_TOKENS.values()), nest(params)
     width, options = CONFIG.decoder.hidden_size, model.options
-    vision = one_medium(
-        Vision(CONFIG.vision, width, options),
-        tree["vision"],
-        batch.image_GIHWC,
-        batch.video_GIFHWC,
-    )
+    pictures = Pictures(batch.image_GIHWC, batch.video_GIFHWC)
+    vision, _ = one_medium(Vision(CONFIG.vision, width, options), tree["vision"], pictures)
     speech = one_medium(Speech(CONFIG.speech, width, options), tree["speech"], batch.speech_GJMF)
     audio = one_medium(
         Audio(CONFIG.audio, width, options),
@@ -75,11 +71,12 @@ def test_a_video_of_one_picture_is_that_picture(full):
     module = Vision(CONFIG.vision, CONFIG.decoder.hidden_size, model.options)
     frames = np.repeat(batch.image_GIHWC[:, :, None], CONFIG.vision.frames, axis=2)
     tree = nest(params)["vision"]
-    image, video = one_medium(module, tree, batch.image_GIHWC, frames)
+    (image, video), _ = one_medium(module, tree, Pictures(batch.image_GIHWC, frames))
     assert relative_error(video, image) < 1e-6
-    image, video = one_medium(module, tree, batch.image_GIHWC, batch.video_GIFHWC)
+    pictures = Pictures(batch.image_GIHWC, batch.video_GIFHWC)
+    (image, video), _ = one_medium(module, tree, pictures)
     assert relative_error(video, image) > 1e-2
-    (alone,) = one_medium(module, tree, batch.image_GIHWC, None)
+    (alone,), _ = one_medium(module, tree, Pictures(batch.image_GIHWC, None))
     assert relative_error(alone, image) < 1e-6
 
 

@@ -28,7 +28,7 @@ from unimoe_jax.encoders.clip import ClipEncoder
 from unimoe_jax.encoders.whisper import WhisperEncoder
 from unimoe_jax.models.decoder import Block, Context, Decoder, DecoderOutput
 from unimoe_jax.models.token_stream import token_stream
-from unimoe_jax.models.unimoe import Audio, Speech, Vision
+from unimoe_jax.models.unimoe import Audio, Pictures, Speech, Vision
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.norm import RMSNorm
 from unimoe_jax.nn.rope import rope_tables
@@ -104,7 +104,8 @@ class Golden:
         tables = []
         if pools.image is not None or pools.video is not None:
             vision = Vision(self.config.vision, self.width, self.options)
-            tables += vision.apply({"params": params["vision"]}, pools.image, pools.video)
+            pictures = Pictures(pools.image, pools.video)
+            tables += vision.apply({"params": params["vision"]}, pictures)[0]
         if pools.sound is not None and self.system.voice == "speech":
             speech = Speech(self.config.speech, self.width, self.options)
             tables.append(speech.apply({"params": params["speech"]}, pools.sound))
@@ -124,7 +125,7 @@ class Golden:
         pixels = np.concatenate([inputs["images"], *inputs["videos"]]).transpose(0, 2, 3, 1)
         images = len(inputs["images"])
         config = self.config.vision
-        features = ClipEncoder(config.encoder, self.options).apply(
+        features, _ = ClipEncoder(config.encoder, self.options).apply(
             {"params": params["vision"]["encoder"]}, pixels
         )
         connector = MlpConnector(config.connector.depth, self.width, self.options)
@@ -175,25 +176,27 @@ class Golden:
         """The forward pass, padding included; `soft` replaces what the pools would give."""
         params = nest(flat)
         soft = self.soft_tokens(params, pools) if soft is None else soft
+        stream, logits, out = self.decode(params, spliced, soft)
+        return Outputs(stream, logits, out, self.losses(logits, out.aux, spliced))
+
+    def decode(
+        self, params: dict, spliced: Spliced, soft: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, DecoderOutput]:
+        """(stream, logits, what the decoder left)."""
         stream = self.stream(params, spliced, soft)
         position, mask = positions_and_mask(spliced.attended, stream.shape[1])
-        modality = jnp.asarray(spliced.modality)
         logits, out = Text(self.config, self.options).apply(
             {"params": {"decoder": params["decoder"], "lm_head": params["lm_head"]}},
             stream,
             position,
             mask,
-            modality,
+            jnp.asarray(spliced.modality),
         )
-        return Outputs(stream, logits, out, self.losses(logits, out.aux, spliced))
+        return stream, logits, out
 
     def losses(self, logits: jax.Array, aux: Any, spliced: Spliced) -> dict[str, jax.Array]:
         """Language loss and, where the checkpoint's config asks for them, 8e's three losses."""
-        target = spliced.labels[:, 1:]
-        total, count = losses.cross_entropy(
-            logits[:, :-1], np.maximum(target, 0), (target != -100).astype(np.float32)
-        )
-        parts = {"loss_language": total / count}
+        parts = {"loss_language": language_loss(logits, spliced)}
         config, modality = self.system.config, jnp.asarray(spliced.modality)
         if config.get("aux_balance_loss"):
             balance = config["aux_balance_loss_coef"] * jnp.sum(aux.balance)
@@ -254,6 +257,15 @@ class Golden:
         norm = RMSNorm(self.config.decoder.norm_eps, self.options)
         normed = norm.apply({"params": {"scale": self.flat["decoder/final_norm/scale"]}}, hidden)
         return normed @ self.flat["lm_head/kernel"]
+
+
+def language_loss(logits: jax.Array, spliced: Spliced) -> jax.Array:
+    """Mean over the labels of the whole batch."""
+    target = spliced.labels[:, 1:]
+    total, count = losses.cross_entropy(
+        logits[:, :-1], np.maximum(target, 0), (target != -100).astype(np.float32)
+    )
+    return total / count
 
 
 def encoder_free(flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

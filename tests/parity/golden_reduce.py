@@ -22,29 +22,43 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.golden_dir import thin
+from tests.parity.golden_cumo import CumoSystem
 from tests.parity.golden_system import System
 
 WHOLE = "unimoe-8e"
 HEARING = "unimoe-audio"
+SEEING = "cumo"
 HEARING_ROWS = (0, 2)  # one short sound with an image, and text of two rounds
 HEARING_FILES = r".*\.pt|.*-e2/(mm_audio_aligner\.bin|(adapter_)?config\.json)|.*/\w*token\w*\.\w+"
 HEARING_KEYS = r"unmerged/audio_(tower_features|aligner_decoder_out|aligner_out)/call(\d+)"
 
 # (pattern of the key, every how manyth row is kept; 0: none); the first match counts.
 EXPECTED_STEPS = (
-    (r"\w+/(logits|logits_sample0)", 16),
-    (r"\w+/final_norm_out", 8),
-    (r"\w+/layer\d+/(gate_input|moe_out|hidden_out|combine_weights)", 8),
-    (r"unmerged/audio_tower_features/.*", 8),
-    (r"unmerged/spliced/inputs_embeds", 4),
-    (r"unmerged/(vision_tower_features|mm_projector_out)/call1", 4),
+    (r"\w+/(logits|logits_sample0)", 64),
+    (r"\w+/final_norm_out", 32),
+    (r"\w+/layer\d+/(gate_input|moe_out|hidden_out|combine_weights)", 32),
+    (r"(un)?merged/layer\d+/(router_logits|selected_experts)", 16),
+    (r"noisy/layer\d+/router_logits_returned", 8),
+    (r"unmerged/audio_tower_features/.*", 32),
+    (r"unmerged/spliced/inputs_embeds", 16),
+    (r"unmerged/(vision_tower_features|mm_projector_out)/call\d+", 8),
+    (r"unmerged/audio_aligner_(decoder_)?out/call\d+", 4),
+)
+SEEING_KEYS = r"final/(clip|mlp|aux_unscaled)/.*|final/(vision_tower_features|connector_out)"
+SEEING_STEPS = (
+    (r".*/pixel_values/.*|.*/clip/hidden/call0", 0),
+    (r"final/(vision_tower_features|connector_out)", 2),
+    (r".*/clip/hidden/call1", 16),
+    (r".*/clip/layer\d+/(router_logits|selected_experts)/call1", 4),
 )
 PREPROCESSING_STEPS = (
-    (r"a_44k_stereo/.*|.*/padded_uint8_hwc", 0),
-    (r".*/336/uint8_chw", 16),
-    (r"d_16k_beats/fbank_(raw_unpadded|norm_padded30s_first_frames)", 4),
+    (r"(a_44k_stereo|b_8k_mono)/.*|.*/padded_uint8_hwc", 0),
+    (r".*/336/uint8_chw", 64),
+    (r".*/56/pixel_values", 4),
+    (r".*/log_mel_first\w+", 8),
+    (r"d_16k_beats/fbank_(raw_unpadded|norm_padded30s_first_frames)", 16),
 )
-ENDS = 4000  # samples kept of both ends of a waveform
+ENDS = 500  # samples kept of both ends of a waveform
 
 
 def thinned(arrays: Mapping[str, np.ndarray], steps) -> dict[str, np.ndarray]:
@@ -172,6 +186,31 @@ def reduce_hearing(system: System, target: Path) -> None:
     save_file(thinned(expected, EXPECTED_STEPS), target / "expected.safetensors")
 
 
+def reduce_seeing(system: CumoSystem, target: Path) -> None:
+    """Records, prompts, encoder and connector of the last stage; no decoder, no earlier stage."""
+    path = system.paths["final"]
+    out = target / "checkpoint" / path.name
+    out.mkdir(parents=True)
+    marks = ("model.vision_tower.", "model.mm_projector.")
+    shards = [load_file(file) for file in sorted(path.glob("*.safetensors"))]
+    kept = {k: v for shard in shards for k, v in shard.items() if k.startswith(marks)}
+    save_file(kept, out / "model.safetensors")
+    tower = system.settings("final")["mm_vision_tower"]
+    for file in (path / "config.json", path.with_name(tower) / "config.json"):
+        copy = target / "checkpoint" / file.parent.name / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    for file in sorted(path.glob("*token*")):
+        shutil.copyfile(file, out / file.name)
+    for name in ("data.json", "generate_queries.json"):
+        shutil.copyfile(system.folder / name, target / name)
+    copy_media(system.folder / "media", target / "media")
+    kept = {k: v for k, v in system.inputs.items() if not re.fullmatch(r"generate/.*/images", k)}
+    save_npz(target / "inputs.npz", kept)
+    kept = {k: v for k, v in system.expected.items() if re.fullmatch(SEEING_KEYS, k)}
+    save_file(thinned(kept, SEEING_STEPS), target / "expected.safetensors")
+
+
 def reduce_preprocessing(source: Path, target: Path) -> None:
     """Front ends and templates, less what the systems' own media show as well."""
     target.mkdir(parents=True)
@@ -186,11 +225,24 @@ def reduce_preprocessing(source: Path, target: Path) -> None:
     for path in sorted((source / "media").iterdir()):
         if path.stem in names:
             copy_media(path, target / "media" / path.name)
-    templates = json.loads((source / "templates_cumo.json").read_text())
-    plain = {key: value for key, value in templates.items() if key.startswith("cumo/plain/")}
-    (target / "templates_cumo.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (target / "templates_cumo.json").write_text(reduced_templates(source / "templates_cumo.json"))
     shutil.copyfile(source / "templates_uni.json", target / "templates_uni.json")
     shutil.copytree(source / "tokenizers", target / "tokenizers", copy_function=shutil.copyfile)
+
+
+def reduced_templates(source: Path) -> str:
+    """CuMo's own templates, a dialogue a line, with what the tests read of them."""
+    kept = {
+        "plain": ("after_preprocess_multimodal", "input_ids", "labels"),
+        "mistral_instruct": ("conversations", "input_ids", "labels"),
+        "mistral_instruct_system": ("conversations", "input_ids", "labels"),
+    }
+    lines = []
+    for key, value in json.loads(source.read_text()).items():
+        if key.startswith("cumo/") and (fields := kept.get(key.split("/")[1])):
+            content = {name: value[name] for name in fields}
+            lines.append(f"{json.dumps(key)}: {json.dumps(content, separators=(',', ':'))}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def write_sums(folder: Path) -> None:
@@ -208,6 +260,7 @@ def main(golden: Path, target: Path) -> None:
     reduce_preprocessing(golden / "preprocessing", target / "preprocessing")
     reduce_whole(System(golden / WHOLE), target / WHOLE)
     reduce_hearing(System(golden / HEARING), target / HEARING)
+    reduce_seeing(CumoSystem(golden / SEEING), target / SEEING)
     write_sums(target)
 
 

@@ -117,6 +117,7 @@ def splice(
     tokens: dict[str, int],
     voice: str,
     counts: tuple[int, int],
+    blank: bool = False,
 ) -> Spliced:
     """Placeholders -> slots, rows right-padded with zero vectors to the longest.
 
@@ -126,6 +127,7 @@ def splice(
         files: chunks of each voice file, per row.
         tokens: soft tokens per medium entry.
         counts: images and videos of the whole batch; sounds follow them in the table.
+        blank: a row without an image uses one up all the same, as in CuMo.
     """
     start = {"image": 0, "video": counts[0] * tokens.get("image", 0)}
     start[voice] = start["video"] + counts[1] * tokens.get("video", 0)
@@ -141,6 +143,8 @@ def splice(
             for _ in range(entries * tokens[name]):
                 row.append((0, MODALITY[name], start[name], -100))
                 start[name] += 1
+        if blank and not set(ids) & PLACEHOLDER.keys():
+            start["image"] += tokens["image"]
         attended.append(len(row) - len(ids) + length)
         built.append(row)
     longest = max(map(len, built))

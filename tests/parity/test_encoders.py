@@ -89,7 +89,7 @@ class Golden:
         images, videos = self.inputs["images"], self.inputs["videos"]
         frames = videos.reshape(-1, *videos.shape[2:])
         pixels = np.concatenate([images, frames]).transpose(0, 2, 3, 1)
-        features = run(ClipEncoder(config, OPTIONS), params, (pixels,))
+        features, _ = run(ClipEncoder(config, OPTIONS), params, (pixels,))
 
         projector = weights.mlp_params(
             self.state(self.tuned / "non_lora_trainables.bin"),

@@ -113,7 +113,7 @@ class ChannelsFirst:
     encoder: ClipEncoder
 
     def apply(self, variables, images):
-        return self.encoder.apply(variables, images.transpose(0, 2, 3, 1))
+        return self.encoder.apply(variables, images.transpose(0, 2, 3, 1))[0]
 
 
 def tiny_whisper() -> TorchWhisperConfig:

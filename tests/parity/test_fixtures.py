@@ -13,12 +13,21 @@ import pytest
 from safetensors import safe_open
 
 from tests.golden_dir import FIXTURES, recorded_systems, split_key
-from tests.parity.golden_checks import TOLERANCES
+from tests.parity.golden_checks import CUMO_TOLERANCES, TOLERANCES
 
 LIMIT = 8_000_000  # bytes
 SYSTEMS = {path.name: path for path in recorded_systems(FIXTURES)}
 HEARING = ("audio_tower_features", "audio_aligner_decoder_out", "audio_aligner_out")
 VISION = ("vision_tower_features", "mm_projector_out")
+PIXELS = r".*/pixel_values/call\d+"  # enlarged images: what is made of them shows the same
+CUMO = (
+    *(rf"final/clip/layer\d+/{what}/call[01]" for what in ("router_logits", "selected_experts")),
+    *(rf"final/clip/layer2/{loss}_loss/call1" for loss in ("balance", "z")),
+    *(rf"final/mlp/{what}" for what in ("router_logits", "selected_experts", "balance_loss")),
+    *(rf"final/aux_unscaled/{part}_{loss}_loss" for part in ("clip", "mlp") for loss in ("z",)),
+    r"final/(vision_tower_features|connector_out)",
+    r"final/clip/hidden/call1",
+)
 WHOLE = (
     *(rf"{form}/layer\d+/router_logits" for form in ("unmerged", "merged")),
     *(rf"{form}/layer\d+/selected_experts" for form in ("unmerged", "merged")),
@@ -73,6 +82,18 @@ def test_both_encoders_of_sound_are_there():
     assert any(set(VISION) <= parts_of(folder) for folder in SYSTEMS.values())
 
 
+def test_the_vision_side_of_cumo_is_there():
+    """Router, experts and losses of every layer at both scales, under the last stage's names."""
+    (folder,) = {path.parents[2] for path in FIXTURES.glob("*/checkpoint/CuMo-*/config.json")}
+    names = names_in(folder)
+    kinds = {pattern for pattern, *_ in CUMO_TOLERANCES} - {PIXELS}
+    for pattern in (*CUMO, *sorted(kinds)):
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
+    (file,) = folder.glob("checkpoint/*/model.safetensors")
+    with safe_open(file, "np") as tensors:
+        assert any(".experts.3.fc2.bias" in name for name in tensors.keys())  # noqa: SIM118
+
+
 def test_one_system_is_whole():
     whole = {gates.parents[2].name for gates in FIXTURES.glob("*/checkpoint/*/mlp_gates.bin")}
     assert whole == {"unimoe-8e"}
@@ -104,7 +125,7 @@ def test_preprocessing_is_there():
             for what in ("56/uint8_chw", "56/pixel_values", "336/uint8_chw"):
                 assert f"{image}/{aspect}/{what}" in names
     chunks = {key.split("/")[0]: int(names[key]) for key in names if key.endswith("/num_chunks")}
-    assert sorted(chunks.values()) == [1, 2]
+    assert sorted(chunks.values()) == [2]
     assert {"d_16k_beats/fbank_raw_unpadded", "kaldi_mel_banks_128"} <= set(names)
     templates = json.loads((folder / "templates_uni.json").read_text())
     assert sum("/v1/" in key for key in templates) == 12

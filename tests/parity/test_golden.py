@@ -2,7 +2,7 @@
 
     GOLDEN_DIR=DIR pytest tests/parity/test_golden.py
 
-runs every Uni-MoE system folder found in DIR. What is recorded but not checked stands in
+runs every Uni-MoE and CuMo system folder found in DIR. What is recorded but not checked stands in
 `golden_unchecked.json` with the reason, and is printed.
 """
 
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.golden_dir import golden_dir
-from tests.parity import golden_checks
+from tests.golden_dir import golden_dir, recorded_cumo
+from tests.parity import golden_checks, golden_cumo
+from tests.parity.golden_cumo import CumoSystem
 from tests.parity.golden_gradients import copies_by_name, plain, stage_3
 from tests.parity.golden_system import System, training_batch
 from unimoe_jax.data.processors import Processors
@@ -32,31 +34,42 @@ SILENT = 1e-5  # gradients that vanish in exact arithmetic (biases of keys) are 
 POOL_TOLERANCE = {"image": 1e-5, "video": 1e-5, "speech": 1e-4, "audio": 5e-3}
 
 
-def systems() -> list[System]:
-    """Folders of recorded Uni-MoE systems."""
-    folder = golden_dir()
-    found = sorted({gates.parents[2] for gates in folder.glob("*/checkpoint/*/mlp_gates.bin")})
-    return [System(path) for path in found]
+def whole_unimoe() -> list[Path]:
+    """Folders of recorded Uni-MoE systems with routers, hence with everything."""
+    return sorted({path.parents[2] for path in golden_dir().glob("*/checkpoint/*/mlp_gates.bin")})
 
 
-SYSTEMS = systems()
+UNIMOE = [System(path) for path in whole_unimoe()]
+CUMO = [CumoSystem(path) for path in recorded_cumo()]
+SYSTEMS = [*UNIMOE, *CUMO]
 
 
-@pytest.fixture(params=SYSTEMS, ids=lambda system: system.folder.name)
-def system(request) -> System:
-    return request.param
+def name_of(given: System | str) -> str:
+    return given if isinstance(given, str) else given.folder.name
+
+
+def groups(system: System) -> dict[str, Callable]:
+    """What can be computed of a system, by group of keys."""
+    return golden_cumo.groups(system) if system in CUMO else golden_checks.COMPUTE
+
+
+on_all = pytest.mark.parametrize("system", SYSTEMS, ids=name_of)
+on_unimoe = pytest.mark.parametrize("system", UNIMOE, ids=name_of)
 
 
 @cache
 def computed(system: System, group: str) -> dict[str, np.ndarray]:
-    return golden_checks.compute(system, group)
+    return golden_checks.compute(system, groups(system)[group])
 
 
 def test_there_are_systems():
-    assert SYSTEMS, f"no recorded Uni-MoE system in {golden_dir()}"
+    assert UNIMOE, f"no recorded Uni-MoE system in {golden_dir()}"
+    assert CUMO
 
 
-@pytest.mark.parametrize("group", golden_checks.GROUPS)
+@pytest.mark.parametrize(
+    "system, group", [(s, group) for s in SYSTEMS for group in groups(s)], ids=name_of
+)
 def test_recorded_values(system: System, group: str):
     failures, worst = [], (0.0, "")
     for key, value in sorted(computed(system, group).items()):
@@ -68,8 +81,9 @@ def test_recorded_values(system: System, group: str):
     assert not failures, "\n\n".join(failures)
 
 
+@on_all
 def test_every_recorded_key_is_checked_or_excused(system: System):
-    checked = {key for group in golden_checks.GROUPS for key in computed(system, group)}
+    checked = {key for group in groups(system) for key in computed(system, group)}
     left = sorted(set(system.expected) - checked)
     reasons = {
         key: next((entry["reason"] for entry in UNCHECKED if re.fullmatch(entry["match"], key)), "")
@@ -85,9 +99,14 @@ def test_every_recorded_key_is_checked_or_excused(system: System):
 # ------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("run", ["stage3", "all_except_towers"])
+@pytest.mark.parametrize(
+    "system, run", [(s, run) for s in SYSTEMS for run in s.grad_norms], ids=name_of
+)
 def test_gradient_norms(system: System, run: str):
-    actual = golden_checks.all_gradients(system)
+    if system in CUMO:
+        actual = golden_cumo.all_gradients(system, run)
+    else:
+        actual = golden_checks.all_gradients(system)
     norms = system.grad_norms[run]
     missing = sorted(set(norms) - set(actual))
     assert not missing, missing[:4]
@@ -96,6 +115,7 @@ def test_gradient_norms(system: System, run: str):
         np.testing.assert_allclose(found, norm, rtol=NORM_RTOL, atol=SILENT, err_msg=name)
 
 
+@on_unimoe
 def test_trainable_set(system: System):
     """The rules of stage 3 train exactly what the recorded run gave gradients in stage 3."""
     resolution = system.resolution("unmerged")
@@ -112,6 +132,7 @@ def test_trainable_set(system: System):
 # -------------------------------------------------------------------------- from raw media
 
 
+@on_unimoe
 def test_raw_records_give_the_recorded_batch(system: System):
     """data.json and media -> ids, labels, order and values of media."""
     model = system.resolution("merged").plan.model

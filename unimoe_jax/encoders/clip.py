@@ -10,9 +10,13 @@ Parameters, with p the patch size, P patches and L' = `config.used_layers`:
     layers/attention/{q,k,v,o}_proj/{kernel [L',D,D], bias [L',D]}
     layers/mlp_norm/{scale,bias}                             [L', D]
     layers/mlp/{fc1,fc2}/{kernel,bias}       [L',D,F] [L',F], [L',F,D] [L',D]
+    or with E experts, layers/moe/router/linear/kernel [L',D,E], layers/moe/experts/fc1/kernel
+    [L',E,D,F] and so on
+    unread_layers/…                          the same for the layers after the selected hidden state
 
-Released checkpoints hold more: the layers after the selected one and `post_layernorm`, which no
-released multimodal model reads. They are not declared here.
+Released checkpoints hold more: `post_layernorm`, which no released multimodal model reads, and
+unless `config.unread_layers` keeps them, the layers after the selected one. Kept ones do nothing
+but add their routers' statistics: a program that does not ask for those does not run them.
 """
 
 from __future__ import annotations
@@ -23,34 +27,39 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from unimoe_jax.config import ClipConfig
+from unimoe_jax.nn.experts import MlpForm
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
 from unimoe_jax.nn.mlp import Mlp, quick_gelu
+from unimoe_jax.nn.moe import MoE, MoEAux, Rows
 from unimoe_jax.nn.multihead import MultiHeadAttention
 from unimoe_jax.nn.norm import LayerNorm
 from unimoe_jax.nn.stack import scan_layers
 from unimoe_jax.sharding import shard
 
 embedding_init = nn.initializers.normal(0.02)
+IMAGE = 1  # among the modalities of router statistics
 
 
 class ClipBlock(nn.Module):
-    """Pre-LayerNorm block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-LayerNorm block: x += attention(norm(x)); x += mlp or experts(norm(x))."""
 
     config: ClipConfig
     options: LayerOptions
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, layer_input: None, shared: None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BTD: jax.Array, layer_input: None, rows: Rows
+    ) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
         h_BTD = LayerNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
         x_BTD = x_BTD + MultiHeadAttention(config.num_heads, options, name="attention")(h_BTD)
         h_BTD = LayerNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
-        h_BTD, aux = self.feed_forward(h_BTD)
+        if config.moe is None:
+            return x_BTD + Mlp(config.mlp_dim, quick_gelu, options, name="mlp")(h_BTD), None
+        form = MlpForm((config.mlp_dim, config.hidden_size), quick_gelu)
+        moe = MoE(config.moe, form, options, name="moe")
+        h_BTD, aux = moe(h_BTD, *rows.tokens(h_BTD.shape[1]), rows.weight_B)
         return x_BTD + h_BTD, aux
-
-    def feed_forward(self, h_BTD: jax.Array) -> tuple[jax.Array, None]:
-        """The layer that experts may take the place of; its second result is theirs."""
-        return Mlp(self.config.mlp_dim, quick_gelu, self.options, name="mlp")(h_BTD), None
 
 
 class ClipEncoder(nn.Module):
@@ -59,19 +68,30 @@ class ClipEncoder(nn.Module):
     config: ClipConfig
     options: LayerOptions
 
-    @nn.compact
-    def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    def __call__(
+        self, image_BHWC: jax.Array, rows: Rows | None = None
+    ) -> tuple[jax.Array, MoEAux | None]:
         """Encode normalised images.
 
         Args:
             image_BHWC: float [B, image_size, image_size, 3].
+            rows: for router statistics; None: images that all count the same.
 
         Returns:
-            [B,P,D] in the compute dtype, patches in row-major order.
+            [B,P,D] in the compute dtype, patches in row-major order; statistics of the experts'
+            routers with a leading layers axis, unread layers last, or None.
 
         Raises:
             ValueError: the images do not have the configured size.
         """
+        hidden_BTD, aux = self.hidden_state(image_BHWC, rows)
+        return hidden_BTD[:, 1:], aux
+
+    @nn.compact
+    def hidden_state(
+        self, image_BHWC: jax.Array, rows: Rows | None = None
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """As the call, but [B,1+P,D]: the class token comes first."""
         config, options = self.config, self.options
         side, patch, width = config.image_size, config.patch_size, config.hidden_size
         if image_BHWC.shape[1:] != (side, side, 3):
@@ -100,14 +120,20 @@ class ClipEncoder(nn.Module):
 
         x_BTD = LayerNorm(config.norm_eps, options, name="pre_norm")(x_BTD)
         x_BTD = shard(x_BTD, "batch", None, None)
-        if config.used_layers:
-            layers = scan_layers(
-                ClipBlock,
-                config.used_layers,
-                config.remat,
-                "layers",
-                config=config,
-                options=options,
-            )
-            x_BTD, _ = layers(x_BTD, None, None)
-        return x_BTD[:, 1:]
+        if rows is None:
+            images = x_BTD.shape[:1]
+            rows = Rows(jnp.full(images, IMAGE, jnp.int32), jnp.ones(images, jnp.float32))
+        x_BTD, read = self.stack(x_BTD, rows, "layers", config.used_layers)
+        _, unread = self.stack(x_BTD, rows, "unread_layers", config.kept_unread)
+        found = [aux for aux in (read, unread) if aux is not None]
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *found) if found else None
+        return x_BTD, joined
+
+    def stack(
+        self, x_BTD: jax.Array, rows: Rows, name: str, length: int
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """`length` layers under `name`, and their routers' statistics."""
+        if not length:
+            return x_BTD, None
+        fields = {"config": self.config, "options": self.options}
+        return scan_layers(ClipBlock, length, self.config.remat, name, **fields)(x_BTD, None, rows)

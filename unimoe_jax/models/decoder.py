@@ -15,6 +15,7 @@ from einops import rearrange
 
 from unimoe_jax.config import DecoderConfig
 from unimoe_jax.nn.attention import attend
+from unimoe_jax.nn.experts import SwiGLUForm
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.mlp import SwiGLU
 from unimoe_jax.nn.moe import MoE, MoEAux
@@ -64,7 +65,8 @@ class Attention(nn.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache.k, k, (0, context.write_at, 0, 0))
             v = jax.lax.dynamic_update_slice(cache.v, v, (0, context.write_at, 0, 0))
-        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS)
+        # Without a cache the keys are the rows themselves, in the order of their positions.
+        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS, causal=cache is None)
         y = rearrange(y, "b t n h -> b t (n h)")
         out = Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
         return out, KVCache(k, v)
@@ -86,7 +88,7 @@ class Block(nn.Module):
         h = RMSNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
         aux = None
         if self.is_moe:
-            moe = MoE(config.moe, config.mlp_dim, options, name="moe")
+            moe = MoE(config.moe, SwiGLUForm(config.mlp_dim), options, name="moe")
             h, aux = moe(h, context.modality_BT, context.valid_BT)
         else:
             h = SwiGLU(config.mlp_dim, options, name="mlp")(h)

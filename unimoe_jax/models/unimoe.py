@@ -14,51 +14,109 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from unimoe_jax.config import AudioConfig, ModelConfig, SpeechConfig, VisionConfig
-from unimoe_jax.connectors.mlp import MlpConnector
+from unimoe_jax.connectors.mlp import MlpConnector, MoEConnector
 from unimoe_jax.connectors.query import QueryConnector
-from unimoe_jax.data.batch import Batch
+from unimoe_jax.data.batch import MODALITY, Batch
+from unimoe_jax.encoders import scales
 from unimoe_jax.encoders.beats import BeatsEncoder
 from unimoe_jax.encoders.clip import ClipEncoder
 from unimoe_jax.encoders.whisper import WhisperEncoder
 from unimoe_jax.models.decoder import Decoder, DecoderOutput, causal_mask
 from unimoe_jax.models.token_stream import token_stream
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
-from unimoe_jax.nn.moe import MoEAux
+from unimoe_jax.nn.moe import MoEAux, Rows
 from unimoe_jax.sharding import shard
 
 
+class Pictures(NamedTuple):
+    """The pools of a vision encoder, G shards: images, videos, and which entries are in use.
+
+    image_GIHWC, video_GIFHWC: float or None. used_GI, used_GV: bool, entries that tokens refer to.
+    """
+
+    image_GIHWC: jax.Array | None
+    video_GIFHWC: jax.Array | None
+    used_GI: jax.Array | None = None
+    used_GV: jax.Array | None = None
+
+
 class Vision(nn.Module):
-    """Images and videos -> soft tokens [G, I·P, D]; a video is the mean of its frames' tokens."""
+    """Images and videos -> soft tokens [G, I·P, D]; a video is the mean of its frames' tokens.
+
+    Returns ([images' table, videos' table], router statistics of "encoder" and "connector", as far
+    as they carry experts).
+    """
 
     config: VisionConfig
     features: int
     options: LayerOptions
 
     @nn.compact
-    def __call__(
-        self, image_GIHWC: jax.Array | None, video_GIFHWC: jax.Array | None
-    ) -> list[jax.Array]:
-        pools, frames = [], self.config.frames
-        if image_GIHWC is not None:
-            pools.append(image_GIHWC)
-        if video_GIFHWC is not None:
-            pools.append(rearrange(video_GIFHWC, "g i f h w c -> g (i f) h w c"))
+    def __call__(self, pictures: Pictures) -> tuple[list[jax.Array], dict[str, MoEAux]]:
         # One call for both: the encoder is compiled once.
-        pixels = jnp.concatenate(pools, axis=1)
-        shards = pixels.shape[0]
-        pixels = shard(rearrange(pixels, "g i h w c -> (g i) h w c"), "batch", None, None, None)
-        features = ClipEncoder(self.config.encoder, self.options, name="encoder")(pixels)
-        connector = MlpConnector(
-            self.config.connector.depth, self.features, self.options, name="connector"
-        )
-        soft = rearrange(connector(features), "(g i) p d -> g i p d", g=shards)
+        pixels_GIHWC, rows = self.joined(pictures)
+        shards = pixels_GIHWC.shape[0]
+        pixels = shard(rearrange(pixels_GIHWC, "g i h w c -> (g i) h w c"), "batch", *[None] * 3)
+        features, encoder_aux = self.encode(pixels.astype(self.options.dtype), rows)
+        config, options = self.config.connector, self.options
+        if config.moe is None:
+            connector = MlpConnector(config.depth, self.features, options, name="connector")
+            soft, connector_aux = connector(features), None
+        else:
+            connector = MoEConnector(config, self.features, options, name="connector")
+            soft, connector_aux = connector(features, rows)
+        aux = {"encoder": encoder_aux, "connector": connector_aux}
+        tables = self.tables(rearrange(soft, "(g i) p d -> g i p d", g=shards), pictures)
+        return tables, {name: found for name, found in aux.items() if found is not None}
+
+    def joined(self, pictures: Pictures) -> tuple[jax.Array, Rows]:
+        """All pictures of each shard, videos as frames, and what the routers' statistics need."""
+        frames, pools, used, kinds = self.config.frames, [], [], []
+        if pictures.image_GIHWC is not None:
+            pools.append(pictures.image_GIHWC)
+            used.append(pictures.used_GI)
+            kinds.append(MODALITY["image"])
+        if pictures.video_GIFHWC is not None:
+            pools.append(rearrange(pictures.video_GIFHWC, "g i f h w c -> g (i f) h w c"))
+            known = pictures.used_GV is not None
+            used.append(jnp.repeat(pictures.used_GV, frames, axis=1) if known else None)
+            kinds.append(MODALITY["video"])
+        modality, weight = [], []
+        for pool, mask, kind in zip(pools, used, kinds, strict=True):
+            modality.append(jnp.full(pool.shape[:2], kind, jnp.int32))
+            counted = mask is None or self.config.unused_images == "count"
+            weight.append(jnp.ones(pool.shape[:2]) if counted else mask.astype(jnp.float32))
+        flat = [jnp.concatenate(parts, axis=1).reshape(-1) for parts in (modality, weight)]
+        return jnp.concatenate(pools, axis=1), Rows(*flat)
+
+    def encode(self, pixels_BHWC: jax.Array, rows: Rows) -> tuple[jax.Array, MoEAux | None]:
+        """[B,P,D·scales], and the encoder's statistics, in which all scales count the same."""
+        config = self.config.encoder
+        encoder = ClipEncoder(config, self.options, name="encoder")
+        steps = self.config.scales
+        if steps == (1,):
+            return encoder(pixels_BHWC, rows)
+        count = scales.num_views(steps)
+        views = scales.views(pixels_BHWC, steps)
+        weight = rows.weight_B[:, None] * scales.view_weights(steps)[None]
+        views = shard(rearrange(views, "b s h w c -> (b s) h w c"), "batch", *[None] * 3)
+        view_rows = Rows(jnp.repeat(rows.modality_B, count), weight.reshape(-1))
+        features, aux = encoder(views, view_rows)
+        features = rearrange(features, "(b s) p d -> b s p d", s=count)
+        return scales.merge(features, steps, config.image_size // config.patch_size), aux
+
+    def tables(self, soft: jax.Array, pictures: Pictures) -> list[jax.Array]:
+        """Soft tokens [G,I,P,D] of images and frames -> one table for each kind there is."""
         tables = []
-        if image_GIHWC is not None:
-            images, soft = jnp.split(soft, [image_GIHWC.shape[1]], axis=1)
+        if pictures.image_GIHWC is not None:
+            images, soft = jnp.split(soft, [pictures.image_GIHWC.shape[1]], axis=1)
             tables.append(rearrange(images, "g i p d -> g (i p) d"))
-        if video_GIFHWC is not None:
+        if pictures.video_GIFHWC is not None:
             mean = reduce(
-                soft.astype(jnp.float32), "g (i f) p d -> g i p d", "mean", f=frames
+                soft.astype(jnp.float32),
+                "g (i f) p d -> g i p d",
+                "mean",
+                f=self.config.frames,
             ).astype(soft.dtype)
             tables.append(rearrange(mean, "g i p d -> g (i p) d"))
         return tables
@@ -117,11 +175,11 @@ class Embedding(nn.Module):
 
 
 class Output(NamedTuple):
-    """logits_BTV float32; aux of the MoE layers or None; the stream that the decoder read;
-    hidden_BTD after the final norm; `layers` as in DecoderOutput."""
+    """logits_BTV float32; aux: router statistics of `encoder`, `connector` and `decoder`, as far as
+    they carry experts and ran; the stream that the decoder read, and what came of it."""
 
     logits_BTV: jax.Array
-    aux: MoEAux | None
+    aux: dict[str, MoEAux]
     stream_BTD: jax.Array
     decoder: DecoderOutput
 
@@ -139,7 +197,8 @@ class UniMoE(nn.Module):
         width = config.decoder.hidden_size
         embedding_VD = Embedding(config.decoder.vocab_size, width, options, name="embed")()
         text_BTD = embedding_VD[batch.token_id_BT]
-        stream = token_stream(text_BTD, self.soft_tokens(batch), batch.slot_BT)
+        soft_GSD, aux = self.encode(batch)
+        stream = token_stream(text_BTD, soft_GSD, batch.slot_BT)
         stream = shard(stream, "batch", "tokens", None)
         decoded = Decoder(config.decoder, options, self.keep, name="decoder")(
             stream,
@@ -155,19 +214,40 @@ class UniMoE(nn.Module):
                 config.decoder.vocab_size, options, axes=("embed", "vocab"), name="lm_head"
             )
             logits = head(decoded.hidden_BTD)
-        return Output(logits.astype(jnp.float32), decoded.aux, stream, decoded)
+        if decoded.aux is not None:
+            aux["decoder"] = decoded.aux
+        return Output(logits.astype(jnp.float32), aux, stream, decoded)
 
     def soft_tokens(self, batch: Batch) -> jax.Array | None:
         """The soft-token table [G,S,D] of each shard: image, video, speech, audio; or None."""
+        return self.encode(batch)[0]
+
+    def encode(self, batch: Batch) -> tuple[jax.Array | None, dict[str, MoEAux]]:
+        """`soft_tokens`, and the router statistics of what made them."""
         config, width, options = self.config, self.config.decoder.hidden_size, self.options
         tables: list[jax.Array] = []
+        aux: dict[str, MoEAux] = {}
         if batch.image_GIHWC is not None or batch.video_GIFHWC is not None:
             vision = Vision(config.vision, width, options, name="vision")
-            tables += vision(batch.image_GIHWC, batch.video_GIFHWC)
+            tables, aux = vision(self.pictures(batch))
         if batch.speech_GJMF is not None:
             speech = Speech(config.speech, width, options, name="speech")
             tables.append(speech(batch.speech_GJMF))
         if batch.audio_GJFM is not None:
             audio = Audio(config.audio, width, options, name="audio")
             tables.append(audio(batch.audio_GJFM, batch.audio_length_GJ))
-        return jnp.concatenate(tables, axis=1) if tables else None
+        return jnp.concatenate(tables, axis=1) if tables else None, aux
+
+    def pictures(self, batch: Batch) -> Pictures:
+        """The batch's images and videos, and which of them its tokens refer to."""
+        image, video, size = batch.image_GIHWC, batch.video_GIFHWC, self.config.vision.num_tokens
+        images = 0 if image is None else image.shape[1]
+
+        def used(pool: jax.Array | None, start: int) -> jax.Array | None:
+            if pool is None:
+                return None
+            first_I = start + size * jnp.arange(pool.shape[1])
+            slot_GN = batch.slot_BT.reshape(pool.shape[0], -1)
+            return (slot_GN[..., None] == first_I[None, None]).any(axis=1)
+
+        return Pictures(image, video, used(image, 0), used(video, images * size))
