@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unimoe_jax import config_io
-from unimoe_jax.config import RunConfig, StageConfig
+from unimoe_jax.config import MODULES, RunConfig, StageConfig
 from unimoe_jax.dry_run import dry_run
 from unimoe_jax.params import ParamInfo
 from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
@@ -20,6 +20,7 @@ from unimoe_jax.upcycle import origin_of
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path.stem for path in (CONFIGS / "run").glob("*.yaml"))
 PUBLISHED = ("unimoe_audio", "unimoe_speech", "unimoe_speech_dp", "unimoe_8e")
+CUMO = ("cumo_mistral_7b", "cumo_mixtral_8x7b")
 STAGES = [
     (run, stage.name)
     for run in RUNS
@@ -97,11 +98,23 @@ def test_assembled_experts_are_as_many_as_the_model_has(run, stage):
 
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
-def test_only_the_base_stage_trains_encoders(run, stage):
+def test_uni_moe_trains_encoders_in_its_base_stage_cumo_after_its_first(run, stage):
     encoders = {path for path in table(run, stage) if "/encoder/" in path}
     trained = {path for path in encoders if table(run, stage)[path].trained}
     assert encoders
-    assert trained == (encoders if stage == "base" else set())
+    assert trained == (encoders if stage in ("base", "pft", "sft") else set())
+
+
+@pytest.mark.parametrize(("run", "stage"), STAGES)
+def test_upcycling_copies_from_a_dense_stage(run, stage):
+    """Routers start fresh, experts as layers of a stage that has them dense."""
+    for path in table(run, stage):
+        take = origin_of(path, stage_of(run, stage).init)
+        if take.upcycle:
+            assert "/moe/experts/" in path
+            dense = table(run, take.upcycle)
+            assert path not in dense
+            assert not any(p.startswith(path.split("/moe/")[0] + "/moe/") for p in dense)
 
 
 # ------------------------------------------------------------------------- published sizes
@@ -209,6 +222,64 @@ def test_longest_published_sample_fits_a_row(run):
     heard = "audio" if run == "unimoe_audio" else "speech"
     assert config.data.loader.row_length >= 2048 + soft["video"] + 20 * soft[heard]
     assert config.data.loader.row_length <= config.model.decoder.max_positions
+
+
+# ------------------------------------------------------------------------------------- CuMo
+
+
+@pytest.mark.parametrize(
+    ("run", "dense", "sparse"),
+    [
+        ("cumo_mistral_7b", 7_570_411_520, 8_250_388_480),
+        ("cumo_mixtral_8x7b", 47_031_472_128, 47_711_449_088),
+    ],
+)
+def test_cumo_has_the_published_sizes(run, dense, sparse):
+    """To the parameter: counted in the originals, logged by a public run of the 7B."""
+    assert count(table(run, "pt"), ".*") == count(table(run, "pft"), ".*") == dense
+    sft = table(run, "sft")
+    assert count(sft, ".*") == sparse
+    assert count(sft, "vision/encoder/.*") == 907_952_128
+    assert count(sft, "vision/connector/.*") == 100_704_256
+    assert count(table(run, "pft"), "vision/encoder/.*") == 303_505_408
+    assert count(table(run, "pt"), "vision/connector/.*") == 25_174_016
+
+
+@pytest.mark.parametrize("run", CUMO)
+def test_cumo_stages_are_the_published_ones(run):
+    pt, pft, sft = load(run).stages
+    trained = {
+        stage.name: {p for p, i in table(run, stage.name).items() if i.trained}
+        for stage in (pt, pft, sft)
+    }
+    assert trained["pt"] == {p for p in table(run, "pt") if p.startswith("vision/connector/")}
+    assert trained["pft"] == set(table(run, "pft")) and trained["sft"] == set(table(run, "sft"))
+    last = 4e-6 if run == "cumo_mistral_7b" else 2e-6
+    assert [stage.optim.learning_rate for stage in (pt, pft, sft)] == [1e-3, 2e-6, last]
+    offloaded = 1.0 if run == "cumo_mixtral_8x7b" else None
+    assert [stage.optim.clip_norm for stage in (pt, pft, sft)] == [None, offloaded, 1.0]
+    for stage in (pt, pft, sft):
+        optim = stage.optim
+        assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.999, 1e-8, 0)
+        assert (optim.schedule, optim.warmup_ratio, optim.epochs) == ("cosine", 0.03, 1)
+    template = load(run).data.template
+    assert [stage.template or template for stage in (pt, pft, sft)] == [
+        "plain",
+        "mistral_instruct_system",
+        "mistral_instruct_system",
+    ]
+    models = [load(run).stage_model(stage) for stage in (pt, pft, sft)]
+    assert [model.vision.aspect for model in models] == ["square", "pad", "pad"]
+    lengths = [(stage.loader or load(run).data.loader).row_length for stage in (pt, pft, sft)]
+    assert lengths == [2048, 4096, 4096]
+    own = {"decoder"} if run == "cumo_mixtral_8x7b" else set()
+    assert [set(model.experts()) for model in models] == [own, own, {"encoder", "connector"} | own]
+    for module in MODULES:
+        losses = getattr(sft.aux, module)
+        wanted = (0.1, 0.01) if module in models[2].experts() else (0.0, 0.0)
+        assert (losses.balance, losses.router_z, losses.balance_layers) == (*wanted, "mean")
+    others = [getattr(stage.aux, module) for stage in (pt, pft) for module in MODULES]
+    assert not any(losses.balance or losses.router_z for losses in others)
 
 
 # ---------------------------------------------------------------------------------- dry run

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from unimoe_jax.config import MoEConfig, Take
 from unimoe_jax.nn.stack import layer_runs, where_is
 from unimoe_jax.params import ParamError
-from unimoe_jax.upcycle import Source, gather, needed_sources, origin_of
+from unimoe_jax.upcycle import (
+    Member,
+    Source,
+    gather,
+    members,
+    needed_sources,
+    origin_of,
+    place,
+)
 
 LAYERS = 5
 DENSE = (False,) * LAYERS
@@ -106,7 +115,7 @@ def test_outside_the_decoder():
             {"source": "a"},
             r"embedding' needs shape \(9, 2\), a .*\(3, 2\)",
         ),
-        ("embed/embedding", (3, 2), {"experts": ("a",)}, "no decoder layer"),
+        ("embed/embedding", (3, 2), {"experts": ("a",)}, "makes experts, but matches what is none"),
         (
             "decoder/run_0/block_0/mlp/down_proj/kernel",
             (5, 2, 4),
@@ -114,22 +123,120 @@ def test_outside_the_decoder():
             "a has no .*down_proj.*layer 0",
         ),
         (
+            "vision/encoder/layers/moe/experts/fc1/kernel",
+            (3, 4, 2, 4),
+            {"upcycle": "a"},
+            "a has 2 layers in 'vision/encoder/layers/mlp/fc1/kernel', layer 2 is wanted",
+        ),
+        (
+            "vision/connector/moe/router/linear/kernel",
+            (2, 4),
+            {"upcycle": "a"},
+            "matches what is none",
+        ),
+        (
             "decoder/run_0/block_0/mlp/up_proj/kernel",
             (5, 1, 2, 4),
             {"experts": ("a",)},
-            "matches 'mlp/up_proj/kernel' as well",
+            "matches what is none",
         ),
         (
             "decoder/run_0/block_0/moe/experts/up_proj/kernel",
             (5, 3, 2, 4),
             {"experts": ("a", "a")},
-            r"needs shape \(5, 3, 2, 4\), \['a', 'a'\] has \(5, 2, 2, 4\)",
+            r"needs shape \(5, 3, 2, 4\), a a has \(5, 2, 2, 4\)",
         ),
     ],
 )
 def test_what_does_not_fit_is_named(path: str, shape, take, message: str):
     with pytest.raises(ParamError, match=message):
-        gather(path, shape, Take(match=".*", **take), {"a": source("a", 1)}, DENSE)
+        gather(path, shape, Take(match=".*", **take), {"a": with_vision("a", 1)}, DENSE)
+
+
+# ------------------------------------------------------------------------ encoder, connector
+
+
+def with_vision(name: str, mark: float) -> Source:
+    """`source`, an encoder of two layers that hold 100·mark + 10 + n, and a connector."""
+    base = source(name, mark)
+    arrays = {
+        "vision/encoder/layers/mlp/fc1/kernel": np.stack(
+            [np.full((2, 4), 100 * mark + 10 + layer) for layer in range(2)]
+        ),
+        "vision/connector/fc2/bias": np.full(3, 100 * mark + 20),
+    }
+    shapes = dict(base.shapes) | {path: array.shape for path, array in arrays.items()}
+    return Source(name, shapes, lambda p: arrays[p] if p in arrays else base.load(p), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("vision/encoder/layers/moe/experts/fc1/kernel", (2, 3, 2, 4), [[110] * 3, [111] * 3]),
+        ("vision/connector/moe/experts/fc2/bias", (3, 3), [120, 120, 120]),
+        (
+            "decoder/run_0/block_0/moe/experts/up_proj/kernel",
+            (5, 3, 2, 4),
+            [[100 + layer] * 3 for layer in range(5)],
+        ),
+    ],
+)
+def test_every_expert_starts_as_the_dense_layer(path, shape, expected):
+    """As many as the target has, layer for layer, in whatever module."""
+    kinds = (True,) * 5
+    value = gather(path, shape, Take(match=".*", upcycle="a"), {"a": with_vision("a", 1)}, kinds)
+    assert value.shape == shape
+    marks = np.asarray(expected, float)
+    expanded = marks.reshape(marks.shape + (1,) * (len(shape) - marks.ndim))
+    np.testing.assert_array_equal(value, np.broadcast_to(expanded, shape))
+
+
+def test_named_experts_of_a_connector():
+    take = Take(match=".*", experts=("b", "a"))
+    sources = {name: with_vision(name, mark) for mark, name in enumerate("ab", start=1)}
+    value = gather("vision/connector/moe/experts/fc2/bias", (2, 3), take, sources, DENSE)
+    np.testing.assert_array_equal(value[:, 0], [220, 120])
+
+
+@pytest.mark.parametrize("kinds", [DENSE, kinds_of("even"), kinds_of((1, 4))])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embed/embedding",
+        "decoder/run_0/block_0/attention/q_proj/kernel",
+        "vision/encoder/layers/moe/experts/fc1/kernel",
+        "vision/encoder/unread_layers/mlp/fc1/kernel",
+        "vision/encoder/pre_norm/scale",
+        "vision/connector/fc1/kernel",
+    ],
+)
+def test_places_of_members(path, kinds):
+    """`place` undoes `members`."""
+    for index, member in members(path, (3, 2), kinds):
+        assert place(member, kinds) == (path, index)
+
+
+def test_experts_and_dense_layers_name_each_other():
+    for dense in (
+        Member("decoder", 2, "mlp/up_proj/kernel"),
+        Member("encoder", 0, "mlp/fc1/bias", "layers"),
+        Member("connector", None, "fc2/kernel"),
+    ):
+        assert dense.experts.dense == dense
+        assert not dense.experts.is_router
+    for other in (
+        Member("decoder", 2, "attention/q_proj/kernel"),
+        Member("encoder", 0, "mlp_norm/scale", "unread_layers"),
+        Member(None, None, "embed/embedding"),
+        Member("connector", None, "moe/router/linear/kernel"),
+    ):
+        assert other.experts is None
+
+
+def test_takes_name_one_origin():
+    for wrong in ({}, {"source": "a", "upcycle": "b"}, {"upcycle": "fresh"}, {"experts": ()}):
+        with pytest.raises(ValidationError):
+            Take(match=".*", **wrong)
 
 
 def test_a_source_with_fewer_layers_is_named():

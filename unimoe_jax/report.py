@@ -19,8 +19,17 @@ from typing import Any
 import numpy as np
 
 from unimoe_jax import config_io, plots
-from unimoe_jax.metric_series import Stages, by_stage, expert_load, layer_series, series
+from unimoe_jax.config import MODULES
+from unimoe_jax.metric_series import (
+    Stages,
+    by_stage,
+    expert_load,
+    layer_series,
+    metric_name,
+    series,
+)
 from unimoe_jax.metrics import METRICS_FILE, format_seconds, read_metrics, write_text_atomic
+from unimoe_jax.router_trends import HEAD, rows_of
 
 CSS = """
 :root { color-scheme: light; }
@@ -69,13 +78,13 @@ def _stage_facts(records: Sequence[Mapping]) -> dict[str, Any]:
     }
 
 
-def _router_facts(records: Sequence[Mapping]) -> list[str] | None:
+def _router_facts(records: Sequence[Mapping], module: str) -> list[str] | None:
     """Entropy at the start and end, its limit, the largest expert share, dropped tokens."""
-    _, entropy = layer_series(records, "router_entropy")
-    load = expert_load(records)
+    _, entropy = layer_series(records, metric_name(module, "router_entropy"))
+    load = expert_load(records, module)
     if not len(entropy) and load is None:
         return None
-    _, dropped = series(records, "dropped")
+    _, dropped = series(records, metric_name(module, "dropped"))
     largest = limit = None
     if load is not None:
         limit = math.log(load.shape[-1])
@@ -114,6 +123,8 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
             change = f"{_percent(score.get('before'))} → {_percent(score.get('after'))}"
             rows.append([task, change, _percent(score.get("chance"))])
         lines += ["", *_text_table(rows)]
+    if summary.get("routers"):
+        lines += ["", *_text_table([list(HEAD), *rows_of(summary["routers"])])]
     lines.append("")
     run_dir = run_dir or summary.get("run_dir")
     if run_dir:
@@ -182,14 +193,25 @@ def _heldout_tables(summary: Mapping[str, Any], facts: Mapping[str, Mapping]) ->
 
 
 def _router_table(stages: Stages) -> str:
-    facts = {name: _router_facts(records) for name, records in stages.items()}
-    rows = [[name, *cells] for name, cells in facts.items() if cells]
+    rows = []
+    for name, records in stages.items():
+        facts = {module: _router_facts(records, module) for module in MODULES}
+        rows += [[f"{name} {module}", *cells] for module, cells in facts.items() if cells]
     if not rows:
         return ""
     head = ["stage", "entropy, start", "entropy, end", "limit ln E"]
     head += ["largest share of one expert", "dropped tokens"]
     note = "Entropy in nats, mean over layers. Shares from the last quarter of the stage."
     return "<h2>Router</h2>" + _table(head, rows, note)
+
+
+def _trend_table(summary: Mapping[str, Any]) -> str:
+    if not summary.get("routers"):
+        return ""
+    head = ["", *HEAD[1:-1], "verdict"]
+    note = "Start → end (mean of the last quarter); 1 is the floor of balance. Least used: the "
+    note += "smallest share of an expert in a layer, in the last quarter."
+    return "<h2>Router losses</h2>" + _table(head, rows_of(summary["routers"]), note)
 
 
 def _figure(plot: plots.Plot) -> str:
@@ -226,7 +248,7 @@ def _page(run_dir: Path, summary: Mapping, records: Sequence[Mapping], drawn) ->
     if summary.get("next_command"):
         parts.append(f"<p>Next:</p><pre>{escape(summary['next_command'])}</pre>")
     parts += ["<h2>Stages</h2>", _stage_table(facts)]
-    parts += [_heldout_tables(summary, facts), _router_table(stages)]
+    parts += [_heldout_tables(summary, facts), _router_table(stages), _trend_table(summary)]
     parts += [_figure(plot) for plot in drawn]
     kept = [_details(run_dir / file) for file in ("config.yaml", "env.json", "summary.json")]
     parts += ["<h2>Files</h2>", *kept]

@@ -1,7 +1,8 @@
 """Where a stage's parameters start: earlier stages, checkpoints, experts from dense layers, fresh.
 
-Sources may place experts elsewhere than the target (a dense decoder hands over to one with experts
-in every second layer), so decoder layers are matched by layer number, not by stacked path.
+Sources may stack their layers elsewhere than the target (a dense decoder hands over to one with
+experts in every second layer), so layers are matched by module and number, not by stacked path.
+`members` and `place` translate between the two.
 """
 
 from __future__ import annotations
@@ -9,15 +10,106 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from unimoe_jax.config import Take
+from unimoe_jax.config import ModuleName, Take
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import ParamError, first_match
 
-_STACKED = re.compile(r"decoder/run_(\d+)/block_(\d+)/(.+)")
+EXPERTS = "moe/experts/"
+ROUTER = "moe/router/"
+_DECODER = re.compile(r"decoder/run_(\d+)/block_(\d+)/(.+)")
+_ENCODER = re.compile(r"vision/encoder/(layers|unread_layers)/(.+)")
+_CONNECTOR = re.compile(r"vision/connector/(.+)")
+
+
+class Member(NamedTuple):
+    """One layer's part of a parameter, whatever stack it lies in.
+
+    module: what may carry experts, or None; layer: None where the module has no stack; rest: the
+    path within the layer, or the whole path outside the modules; stack: the encoder has two.
+    """
+
+    module: ModuleName | None
+    layer: int | None
+    rest: str
+    stack: str = ""
+
+    @property
+    def expert(self) -> str | None:
+        """The linear layer's path within an expert, or None."""
+        return self.rest.removeprefix(EXPERTS) if self.rest.startswith(EXPERTS) else None
+
+    @property
+    def is_router(self) -> bool:
+        return self.module is not None and self.rest.startswith(ROUTER)
+
+    @property
+    def dense(self) -> Member:
+        """The parameter of the dense layer that experts' `self` stacks: the decoder's and the
+        encoder's layers keep it under `mlp`, a connector is the layer itself."""
+        prefix = "" if self.module == "connector" else "mlp/"
+        return self._replace(rest=prefix + (self.expert or ""))
+
+    @property
+    def experts(self) -> Member | None:
+        """The other way: the experts' parameter that could stand in place of a dense one."""
+        prefix = "" if self.module == "connector" else "mlp/"
+        if self.module is None or self.rest.startswith("moe/") or not self.rest.startswith(prefix):
+            return None
+        return self._replace(rest=EXPERTS + self.rest.removeprefix(prefix))
+
+    def __str__(self) -> str:
+        if self.module is None:
+            return self.rest
+        layer = "" if self.layer is None else f" {self.stack or 'layer'} {self.layer},"
+        return f"{self.module}{layer} {self.rest}"
+
+
+def members(
+    path: str, shape: Sequence[int], moe_layers: Sequence[bool]
+) -> list[tuple[tuple[int, ...], Member]]:
+    """[(leading index, what lies there)] of the parameter `path`.
+
+    Args:
+        moe_layers: which decoder layers carry experts.
+    """
+    if found := _DECODER.fullmatch(path):
+        run, block = int(found[1]), int(found[2])
+        layers = [
+            number
+            for number, at in enumerate(where_is(moe_layers))
+            if (at.run, at.block) == (run, block)
+        ]
+        return [((i,), Member("decoder", n, found[3])) for i, n in enumerate(layers)]
+    if found := _ENCODER.fullmatch(path):
+        numbers = range(shape[0])
+        return [((layer,), Member("encoder", layer, found[2], found[1])) for layer in numbers]
+    if found := _CONNECTOR.fullmatch(path):
+        return [((), Member("connector", None, found[1]))]
+    return [((), Member(None, None, path))]
+
+
+def place(member: Member, moe_layers: Sequence[bool]) -> tuple[str, tuple[int, ...]]:
+    """(path, leading index) of a member; the inverse of `members`.
+
+    Raises:
+        ParamError: the decoder has no such layer.
+    """
+    if member.module == "decoder":
+        if member.layer >= len(moe_layers):
+            raise ParamError(
+                f"has {len(moe_layers)} decoder layers, layer {member.layer} is wanted"
+            )
+        at = where_is(moe_layers)[member.layer]
+        return f"decoder/{at.prefix}/{member.rest}", (at.index,)
+    if member.module == "encoder":
+        return f"vision/encoder/{member.stack}/{member.rest}", (member.layer,)
+    if member.module == "connector":
+        return f"vision/connector/{member.rest}", ()
+    return member.rest, ()
 
 
 @dataclass(frozen=True)
@@ -36,17 +128,38 @@ class Source:
     load: Callable[[str], np.ndarray]
     moe_layers: tuple[bool, ...]
 
-    def layer(self, number: int, rest: str) -> np.ndarray:
-        """Parameter `rest` (e.g. `attention/q_proj/kernel`) of decoder layer `number`."""
-        if number >= len(self.moe_layers):
-            raise ParamError(
-                f"{self.name} has {len(self.moe_layers)} decoder layers, layer {number} is wanted"
-            )
-        place = where_is(self.moe_layers)[number]
-        path = f"decoder/{place.prefix}/{rest}"
+    def find(self, member: Member) -> tuple[str, tuple[int, ...]]:
+        """(path, leading index) of `member`.
+
+        Raises:
+            ParamError: the source lacks it.
+        """
+        try:
+            path, index = place(member, self.moe_layers)
+        except ParamError as error:
+            raise ParamError(f"{self.name} {error}") from None
         if path not in self.shapes:
-            raise ParamError(f"{self.name} has no {path!r} (decoder layer {number}, {rest})")
-        return self.load(path)[place.index]
+            where = "" if member.module is None else f" ({member})"
+            raise ParamError(f"{self.name} has no {path!r}{where}")
+        if index and index[0] >= self.shapes[path][0]:
+            raise ParamError(
+                f"{self.name} has {self.shapes[path][0]} layers in {path!r}, layer {index[0]} is "
+                "wanted"
+            )
+        return path, index
+
+    def read(self, member: Member) -> np.ndarray:
+        """The value of `member`. Raises ParamError as `find` does."""
+        path, index = self.find(member)
+        return np.asarray(self.load(path))[index]
+
+    def modules(self) -> set[ModuleName]:
+        """The modules that carry experts there."""
+        found: set[ModuleName] = set()
+        for path, shape in self.shapes.items():
+            if EXPERTS in path:
+                found |= {member.module for _, member in members(path, shape, self.moe_layers)}
+        return found - {None}
 
 
 def origin_of(path: str, takes: Sequence[Take]) -> Take:
@@ -73,37 +186,32 @@ def gather(
     Raises:
         ParamError: the source lacks it or holds another shape; both are named.
     """
-    stacked = _STACKED.fullmatch(path)
-    if stacked:
-        run, block, rest = int(stacked[1]), int(stacked[2]), stacked[3]
-        places = where_is(moe_layers)
-        layers = [n for n, at in enumerate(places) if (at.run, at.block) == (run, block)]
-        value = np.stack([_layer(layer, rest, take, sources) for layer in layers])
-    elif take.experts:
-        raise ParamError(f"init: {path!r} is no decoder layer, it cannot be made of experts")
-    else:
-        source = sources[take.source]
-        if path not in source.shapes:
-            raise ParamError(f"init: {source.name} has no {path!r}; take it from elsewhere")
-        value = np.asarray(source.load(path))
+    parts = members(path, shape, moe_layers)
+    try:
+        values = [_member(member, shape[len(at) :], take, sources) for at, member in parts]
+    except ParamError as error:
+        raise ParamError(f"init: {path!r}: {error}") from None
+    value = np.stack(values) if parts[0][0] else values[0]
     if value.shape != tuple(shape):
-        origin = take.source or list(take.experts)
-        raise ParamError(f"init: {path!r} needs shape {tuple(shape)}, {origin} has {value.shape}")
+        found = " ".join(take.origins)
+        raise ParamError(f"init: {path!r} needs shape {tuple(shape)}, {found} has {value.shape}")
     return value
 
 
-def _layer(layer: int, rest: str, take: Take, sources: Mapping[str, Source]) -> np.ndarray:
-    if not take.experts:
-        return sources[take.source].layer(layer, rest)
-    if not rest.startswith("moe/experts/"):
-        raise ParamError(f"init: {take.match!r} assembles experts, but matches {rest!r} as well")
-    dense = "mlp/" + rest.removeprefix("moe/experts/")
-    return np.stack([sources[name].layer(layer, dense) for name in take.experts])
+def _member(
+    member: Member, shape: tuple[int, ...], take: Take, sources: Mapping[str, Source]
+) -> np.ndarray:
+    if take.source:
+        return sources[take.source].read(member)
+    if member.expert is None:
+        raise ParamError(f"{take.match!r} makes experts, but matches what is none")
+    # Copies of one layer are as many as the model has experts; named ones are as many as there are.
+    names = take.experts or (take.upcycle,) * shape[0]
+    values = {name: sources[name].read(member.dense) for name in set(names)}
+    return np.stack([values[name] for name in names])
 
 
 def needed_sources(takes: Sequence[Take]) -> list[str]:
     """Names of all sources but `fresh`, without repetition, in order of mention."""
-    names: list[Any] = []
-    for take in takes:
-        names += take.experts or (take.source,)
+    names = [name for take in takes for name in take.origins]
     return [name for name in dict.fromkeys(names) if name != "fresh"]

@@ -128,12 +128,22 @@ def test_hosts_threads_and_workers_do_not_change_the_batches(build, mixed):
     pipeline = build(mixed)
     steps = pipeline.steps_per_epoch + 2
     whole = list(pipeline.batches(stop_step=steps))
-    halves = [list(pipeline.batches(stop_step=steps, host=h, hosts=2)) for h in (0, 1)]
+    halves = [list(pipeline.batches(stop_step=steps, parts=[h], of=2)) for h in (0, 1)]
     for (_, _, batch), *parts in zip(whole, *halves, strict=True):
         same(batch, joined([part for _, _, part in parts]))
     single = build(mixed, LOADER.model_copy(update={"threads": 1, "prefetch": 1}))
     for (_, _, one), (_, _, two) in zip(whole, single.batches(stop_step=steps), strict=True):
         same(one, two)
+
+
+def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
+    pipeline = build(mixed)
+    for step, signature, batch in pipeline.batches(stop_step=pipeline.steps_per_epoch):
+        found = pipeline.imbalance(step, 2)
+        assert found.keys() == {"tokens", *signature}
+        taken = (batch.segment_BT > 0).reshape(2, -1).sum(axis=1)
+        assert found["tokens"] == taken.max() / taken.mean()
+        assert set(pipeline.imbalance(step, 1).values()) == {1.0}
 
 
 def test_worker_processes_give_the_same_batches(build, mixed):
@@ -292,8 +302,8 @@ def test_mixture_and_unknown_sources(build, mixed, folder):
     assert np.bincount(pipeline.plan.samples.source[members]).tolist() == [20, 16]
     with pytest.raises(ValueError, match=r"no such source \['none'\]"):
         build(data, mixture={"none": 1.0})
-    with pytest.raises(ValueError, match="2 data shards do not divide among 4 hosts"):
-        next(pipeline.batches(hosts=4))
+    with pytest.raises(ValueError, match="2 pool groups do not divide into 4 parts"):
+        next(pipeline.batches(of=4))
 
 
 def test_the_index_is_cached_and_looks_again_at_bad_records(build, mixed, folder, monkeypatch):

@@ -161,3 +161,18 @@ def test_media_are_balanced_over_shards():
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"loader.rows = 16 is not a multiple of the 5"):
         plan_of(samples(10), shards=5)
+
+
+def test_loads_say_how_even_the_shards_of_a_step_are():
+    data = samples(8000)
+    plan = plan_of(data, shards=8, rows=32, group_by_modality=False)
+    ratios = []
+    for step in range(len(plan.epoch(0))):
+        loads = plan.loads(step)
+        _, rows, part = plan.batch(step)
+        members = [sample for row in rows[rows >= 0] for sample in part.row(row)]
+        assert loads.shape == (8, 5)
+        expected = [data.tokens[members].sum(), *data.entries[members].sum(axis=0)]
+        assert loads.sum(axis=0).tolist() == expected
+        ratios.append(loads[:, 0].max() / loads[:, 0].mean())
+    assert 1 <= np.mean(ratios) < 1.05  # rows are full, so tokens are even

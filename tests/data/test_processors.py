@@ -76,8 +76,10 @@ def test_waveforms_and_log_mel_equal_the_reference(golden, name):
         np.testing.assert_allclose(wave, golden[f"{name}/waveform16k"], atol=1e-5)
     else:
         assert len(wave) == golden[f"{name}/waveform16k_len"]
-        ends = np.concatenate([wave[:4000], wave[-4000:]])
-        np.testing.assert_allclose(ends, golden[f"{name}/waveform16k_head_tail"], atol=1e-5)
+        recorded = golden[f"{name}/waveform16k_head_tail"]
+        half = len(recorded) // 2
+        ends = np.concatenate([wave[:half], wave[-half:]])
+        np.testing.assert_allclose(ends, recorded, atol=1e-5)
     chunks = split_chunks(wave, 480_000, "reference", 20)
     assert len(chunks) == golden[f"{name}/num_chunks"]
     for number, chunk in enumerate(chunks):
@@ -85,12 +87,13 @@ def test_waveforms_and_log_mel_equal_the_reference(golden, name):
         assert mel.shape == (80, 3000)
         assert mel.dtype == np.float32
         key = f"{name}/chunk{number}"
-        if f"{key}/log_mel_first100_last100" in golden:
+        expected, step = find(golden, f"{key}/log_mel_first100_last100")
+        if expected is not None:
             both = np.concatenate([mel[:, :100], mel[:, -100:]], axis=1)
-            np.testing.assert_allclose(both, golden[f"{key}/log_mel_first100_last100"], atol=1e-4)
+            np.testing.assert_allclose(thin(both, step), expected, atol=1e-4)
             continue
-        first = golden[f"{key}/log_mel_first_frames"]
-        np.testing.assert_allclose(mel[:, : first.shape[1]], first, atol=1e-4)
+        first, step = find(golden, f"{key}/log_mel_first_frames")
+        np.testing.assert_allclose(thin(mel[:, : first.shape[1]], step), first, atol=1e-4)
         rest = mel[:, first.shape[1] :]
         np.testing.assert_allclose(rest, golden[f"{key}/log_mel_pad_value"][0], atol=1e-4)
 

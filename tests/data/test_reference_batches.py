@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from tests.golden_dir import recorded_systems
+from tests.golden_dir import recorded_cumo, recorded_systems
 from unimoe_jax.config import (
     AudioConfig,
     BeatsConfig,
@@ -19,6 +21,8 @@ from unimoe_jax.config import (
 )
 from unimoe_jax.data.processors import Processors
 from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.samples import SampleReader
+from unimoe_jax.data.tokenizer import Tokenizer
 
 SMALL = {"hidden_size": 8, "mlp_dim": 8, "num_layers": 1, "num_heads": 1}
 QUERIES = QueryConnectorConfig(kind="qformer", num_queries=10, **SMALL)
@@ -78,3 +82,47 @@ def test_media_equal_the_reference_collator(root):
         voice: (expected["features_mask"] > 0).sum(),
     }
     assert compared[voice] > 0
+
+
+@pytest.mark.parametrize("root", recorded_cumo(), ids=lambda root: root.name)
+def test_cumo_samples_equal_the_reference_collator(root):
+    """One image per sample, padded to a square, zeros where the sample has none."""
+    folder = next(root.glob("checkpoint/*/tokenizer.model")).parent
+    aspect = json.loads((folder / "config.json").read_text())["image_aspect_ratio"]
+    with np.load(root / "inputs.npz") as file:
+        images, ids, labels = (file[name] for name in ("images", "input_ids", "labels"))
+    side = images.shape[-1]
+    vision = VisionConfig(
+        encoder=ClipConfig(image_size=side, patch_size=14, **SMALL),
+        aspect=aspect,
+        unused_images="count",
+    )
+    config = ModelConfig(
+        decoder=DecoderConfig(vocab_size=384, num_kv_heads=1, **SMALL), vision=vision
+    )
+    records = RecordReader(
+        root.name, RecordFile(root / "data.json"), root / "media", None, frozenset({"image"})
+    )
+    reader = SampleReader(
+        records,
+        Tokenizer.load(folder),
+        Processors(config),
+        "mistral_instruct_system",
+        max_length=4096,
+    )
+    assert len(reader) == len(images)
+    blank = 0
+    for row in range(len(reader)):
+        stream, events = reader.load(row, reader.measure(row)[0])
+        assert not events
+        (pixels,) = stream.pools["image"]
+        np.testing.assert_allclose(pixels.transpose(2, 0, 1), images[row], atol=1e-5)
+        soft = (ids[row] == -200).sum() * config.vision.num_tokens
+        assert (stream.slot >= 0).sum() == soft
+        blank += soft == 0
+        text = stream.modality == 0
+        real = [i for i in ids[row].tolist() if i > 0]
+        assert stream.token_id[text].tolist() == real
+        supervised = stream.token_id[stream.supervised].tolist()
+        assert supervised == [i for i in labels[row].tolist() if i >= 0]
+    assert 0 < blank < len(reader)

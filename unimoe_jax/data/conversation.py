@@ -48,7 +48,12 @@ class End:
     supervised: bool = True
 
 
-Piece = Text | Medium | End
+@dataclass(frozen=True)
+class Begin:
+    """A beginning-of-sequence token that the template writes itself."""
+
+
+Piece = Text | Medium | End | Begin
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,52 @@ def plain(messages: Iterable[Message]) -> Iterator[Piece]:
             yield Text("".join(message.parts) + "\n", supervised=True)
 
 
+def mistral_instruct_system(messages: Iterable[Message]) -> Iterator[Piece]:
+    """CuMo: `mistral_instruct` with Vicuna's system text in the first instruction."""
+    return _instructions(messages, f"<<SYS>>\n{VICUNA_SYSTEM}\n<</SYS>>\n\n")
+
+
+def mistral_instruct(messages: Iterable[Message]) -> Iterator[Piece]:
+    """Mistral's turns: `[INST] … [/INST] answer </s>`; media go to the front of their turn.
+
+    The original writes `<s>` into the prompt and its tokenizer adds another: two bos begin every
+    sample, in training and in generation. The space between answer and `</s>` is learned.
+    """
+    return _instructions(messages, "")
+
+
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": vicuna_v1,
     "vicuna_turns": vicuna_turns,
     "plain": plain,
+    "mistral_instruct_system": mistral_instruct_system,
+    "mistral_instruct": mistral_instruct,
 }
+
+
+def _instructions(messages: Iterable[Message], system: str) -> Iterator[Piece]:
+    yield Begin()
+    for message in messages:
+        if message.role == "human":
+            yield Text("[INST] " + system)
+            yield from _media_first(message)
+            yield Text(" [/INST]")
+            system = ""
+        elif message.parts is not None:
+            yield Text(f" {''.join(message.parts)} ", supervised=True)
+            yield End()
+
+
+def _media_first(message: Message) -> Iterator[Piece]:
+    """Every medium and a line break, then the text without them and without outer space."""
+    media = [part for part in message.parts if isinstance(part, Medium)]
+    text = "".join(part for part in message.parts if isinstance(part, str))
+    text = text.strip() if media else text
+    for left, medium in zip(range(len(media) - 1, -1, -1), media, strict=True):
+        yield medium
+        if left or text:
+            yield Text("\n")
+    yield Text(text)
 
 
 def _parts(message: Message) -> Iterator[Piece]:
@@ -156,8 +202,10 @@ def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer) -> list[Span]:
         if isinstance(piece, Medium):
             spans.append(Span(medium=piece))
             start, after_text = True, False
-        elif isinstance(piece, End):
-            spans.append(Span((tokenizer.eos_id,), piece.supervised))
+        elif isinstance(piece, Begin | End):
+            ends = isinstance(piece, End)
+            token = tokenizer.eos_id if ends else tokenizer.bos_id
+            spans.append(Span((token,), ends and piece.supervised))
             start, after_text = False, False
         else:
             encode = tokenizer.encode_after_text if after_text else None

@@ -4,7 +4,7 @@ hosts nor workers change. Its whole state is the number of the next step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,29 +36,32 @@ class BatchReader:
         self.plan, self.readers, self.model = plan, readers, model
         self.indices = [Index(*_bare(index)) for index in indices]
 
-    def spec(self, signature: Signature, hosts: int = 1) -> Batch:
-        """`ArraySpec`s of a batch, or of one host's part of it."""
+    def spec(self, signature: Signature, parts: int = 1, of: int = 1) -> Batch:
+        """`ArraySpec`s of a batch, or of `parts` of its `of` equal parts."""
         loader, shards = self.plan.loader, self.plan.shards
         return batch_spec(
             self.model,
-            loader.rows // hosts,
+            loader.rows * parts // of,
             loader.row_length,
-            shards // hosts,
+            shards * parts // of,
             self.plan.capacity(signature),
         )
 
-    def read(self, step: int, host: int, hosts: int) -> tuple[Batch, np.ndarray]:
-        """(the batch of `step`, packed events). A bad sample leaves its positions as padding."""
+    def read(self, step: int, parts: Sequence[int] = (0,), of: int = 1) -> tuple[Batch, np.ndarray]:
+        """(`parts` of the batch of `step` when cut into `of`, packed events).
+
+        A bad sample leaves its positions as padding.
+        """
         number, rows, epoch = self.plan.batch(step)
         signature = self.plan.signatures[number]
         writer = BatchWriter(
-            self.spec(signature, hosts),
+            self.spec(signature, len(parts), of),
             self.plan.capacity(signature),
             self.model.tokens_per_medium(),
         )
         if self.model.audio:
             writer.full_audio(self.model.audio.num_samples)
-        own = np.split(rows, hosts)[host]
+        own = rows.reshape(of, -1)[list(parts)].ravel()
         per_shard = len(rows) // self.plan.shards
         events, loaded = [], 0
         for position, row in enumerate(own.tolist()):
@@ -88,15 +91,15 @@ def _bare(index: Index) -> tuple:
 class _Steps:
     """A grain source: item i is the batch of step `start + i`, as a dict of arrays."""
 
-    def __init__(self, reader: BatchReader, start: int, stop: int, host: int, hosts: int):
+    def __init__(self, reader: BatchReader, start: int, stop: int, parts: Sequence[int], of: int):
         self.reader, self.start, self.stop = reader, start, stop
-        self.host, self.hosts = host, hosts
+        self.parts, self.of = tuple(parts), of
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, item) -> dict[str, np.ndarray]:
-        batch, events = self.reader.read(self.start + int(item), self.host, self.hosts)
+        batch, events = self.reader.read(self.start + int(item), self.parts, self.of)
         arrays = {name: array for name, array in batch._asdict().items() if array is not None}
         return arrays | {EVENTS: events}
 
@@ -148,6 +151,8 @@ class Pipeline:
         self.tally = Tally(total, loader.max_bad_share, loader.strict)
         self.tally.add([event for index in self.indices for event in index.events])
         samples = _good_samples(self.names, self.indices, tuple(mixture.values()))
+        if any(reader.blank is not None for reader in self.readers):
+            samples.entries[~samples.entries.any(axis=1), POOLS.index("image")] = 1
         self.plan = Plan(samples, loader, seed, shards, shuffle)
         self._reader = BatchReader(self.plan, self.readers, self.indices, model)
 
@@ -174,9 +179,9 @@ class Pipeline:
         """Pool entries per shard for each medium of a signature."""
         return self.plan.capacity(signature)
 
-    def spec(self, signature: Signature, hosts: int = 1) -> Batch:
-        """Shapes and dtypes of a global batch, or of one host's part, as `ArraySpec`s."""
-        return self._reader.spec(signature, hosts)
+    def spec(self, signature: Signature) -> Batch:
+        """Shapes and dtypes of a global batch, as `ArraySpec`s."""
+        return self._reader.spec(signature)
 
     def signature_at(self, step: int) -> Signature:
         """The signature of a step, without reading data."""
@@ -194,20 +199,24 @@ class Pipeline:
     # ---------------------------------------------------------------------------- batches
 
     def batches(
-        self, start_step: int = 0, host: int = 0, hosts: int = 1, stop_step: int | None = None
+        self,
+        start_step: int = 0,
+        parts: Sequence[int] = (0,),
+        of: int = 1,
+        stop_step: int | None = None,
     ) -> Iterator[tuple[int, Signature, Batch]]:
-        """(step, signature, this host's part of the batch) from `start_step` on.
+        """(step, signature, `parts` of the batch when cut into `of`) from `start_step` on.
 
         Epochs follow one another without end unless `stop_step` is given. Read ahead by threads,
         or by `loader.workers` processes. Raises `TooManyBadSamples`. Close the generator (or
         exhaust it) to end the threads or processes.
         """
-        if self.plan.shards % hosts:
-            raise ValueError(f"{self.plan.shards} data shards do not divide among {hosts} hosts")
+        if self.plan.shards % of:
+            raise ValueError(f"{self.plan.shards} pool groups do not divide into {of} parts")
         stop = start_step + 2**31 if stop_step is None else stop_step
         if stop <= start_step:
             return
-        steps = _Steps(self._reader, start_step, stop, host, hosts)
+        steps = _Steps(self._reader, start_step, stop, parts, of)
         iterator = iter(self._dataset(steps))
         try:
             for step in range(start_step, stop):
@@ -293,24 +302,31 @@ class Pipeline:
                 shares[name] = 1 - used[position] / room
         return {name: float(share) for name, share in shares.items()}
 
+    def imbalance(self, step: int, parts: int) -> dict[str, float]:
+        """How uneven a batch lies on `parts` data shards: the largest share over the mean, of
+        "tokens" and of every medium in it. 1 is even; the devices wait for the largest."""
+        loads = self.plan.loads(step).reshape(parts, -1, 1 + len(POOLS)).sum(axis=1)
+        names = ("tokens", *POOLS)
+        return {
+            name: float(loads[:, at].max() / loads[:, at].mean())
+            for at, name in enumerate(names)
+            if loads[:, at].any()
+        }
+
     def token_budget(self) -> dict[str, int]:
         """Positions of the first epoch: "text", each medium, and "labels" among the text."""
         samples, chosen = self.plan.samples, self.plan.epoch(0).members
         per_entry = self.model.tokens_per_medium()
-        entries = samples.entries[chosen].sum(axis=0)
+        entries, labels = np.zeros(len(POOLS), np.int64), 0
+        for source, index in enumerate(self.indices):
+            records = samples.record[chosen[samples.source[chosen] == source]]
+            entries += index.entries[records].sum(axis=0)
+            labels += int(index.labels[records].sum())
         media = {
             name: int(entries[position]) * per_entry[name]
             for position, name in enumerate(POOLS)
             if name in per_entry
         }
-        labels = sum(
-            int(
-                self.indices[source]
-                .labels[samples.record[chosen[samples.source[chosen] == source]]]
-                .sum()
-            )
-            for source in range(len(self.names))
-        )
         text = int(samples.tokens[chosen].sum()) - sum(media.values())
         return {"text": text, **media, "labels": labels}
 

@@ -231,6 +231,15 @@ class Plan:
         plan = self.epoch(epoch)
         return int(plan.signature[position]), plan.batches[position], plan
 
+    def loads(self, step: int) -> np.ndarray:
+        """Positions taken, soft tokens included, then pool entries of every medium in the order of
+        `POOLS`, of each shard of a step's batch: int [shards, 1 + M]."""
+        _, rows, plan = self.batch(step)
+        sizes = np.column_stack([self.samples.tokens, self.samples.entries])
+        own = [plan.row(row) if row >= 0 else [] for row in rows.tolist()]
+        table = np.array([sizes[members].sum(axis=0) for members in own], np.int64)
+        return table.reshape(self.shards, -1, sizes.shape[1]).sum(axis=1)
+
     @property
     def fingerprint(self) -> str:
         """Digest of the first epoch's batches: which samples form each, whatever the shards."""

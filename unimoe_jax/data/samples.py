@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unimoe_jax.config import MediaName
-from unimoe_jax.data.batch import POOLS
+from unimoe_jax.data.batch import POOLS, entry_shapes
 from unimoe_jax.data.conversation import Span, pieces_of, tokenize
 from unimoe_jax.data.processors import Entries, Processors
 from unimoe_jax.data.records import RecordReader
@@ -25,7 +25,11 @@ class Size(NamedTuple):
 
 
 class SampleReader:
-    """Turns the records of one source into streams of at most `max_length` positions. Picklable."""
+    """Turns the records of one source into streams of at most `max_length` positions. Picklable.
+
+    With `vision.unused_images: count` a sample without media is loaded with an image of zeros, to
+    which no position refers and which its `Size` does not count.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,9 @@ class SampleReader:
         self.processors = processors
         self.template = template
         self.max_length = max_length
+        vision, self.blank = processors.model.vision, None
+        if vision and vision.unused_images == "count":
+            self.blank = np.zeros(entry_shapes(processors.model)["image"], np.float32)
         self.per_entry = processors.model.tokens_per_medium()
 
     def __len__(self) -> int:
@@ -108,6 +115,8 @@ class SampleReader:
                 entry = loaded[span.medium.index]
                 stream.pools.setdefault(name, []).extend(entry.arrays[:keep])
                 stream.lengths.setdefault(name, []).extend(entry.lengths[:keep])
+        if self.blank is not None and not stream.pools:
+            stream.pools["image"], stream.lengths["image"] = [self.blank], [0]
         return stream, events
 
     def _tokens(self, spans: list[Span], entries: dict[int, int]) -> dict[int, int]:

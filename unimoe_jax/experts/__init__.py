@@ -1,0 +1,1 @@
+"""Experts between checkpoints, see `python -m unimoe_jax.experts --help`."""

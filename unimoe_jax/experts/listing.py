@@ -1,0 +1,71 @@
+"""`list`: where a checkpoint has experts, how many and how large, and what they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from unimoe_jax.config import MODULES, ModuleName, MoEConfig
+from unimoe_jax.experts.making import moe_of
+from unimoe_jax.experts.opened import Opened, open_experts
+from unimoe_jax.upcycle import Member
+
+
+def listing(path: Path, compare: bool) -> Iterator[str]:
+    """A table of the modules with experts, and one of the experts.
+
+    Args:
+        compare: read all experts, and say how far each has moved from expert 0.
+    """
+    opened = open_experts(path.name, path)
+    yield f"{'module':<12}{'layers':<28}{'experts':>8}{'top-k':>7}{'each':>16}{'all':>18}"
+    modules = [module for module in MODULES if opened.num_experts(module)]
+    for module in modules:
+        yield _module_line(opened, module)
+    if not modules:
+        yield "none: every layer is dense"
+    origins = opened.checkpoint.manifest.get("experts", {})
+    for module in modules:
+        for expert in range(opened.num_experts(module)):
+            line = f"{module} expert {expert}"
+            if origins.get(module):
+                line += f"  from {origins[module][expert]}"
+            if compare:
+                line += f"  largest difference from expert 0: {_apart(opened, module, expert):.3g}"
+            yield line
+
+
+def _expert_members(opened: Opened, module: ModuleName) -> list[Member]:
+    return [m for m in opened.members if m.module == module and m.expert is not None]
+
+
+def _module_line(opened: Opened, module: ModuleName) -> str:
+    found = _expert_members(opened, module)
+    layers = list(dict.fromkeys((m.stack, m.layer) for m in found))
+    text = str(len(layers))
+    if module == "decoder":
+        chosen = sorted(layer for _, layer in layers)
+        text = f"{len(chosen)} of {len(opened.moe_layers)}: {_short(chosen)}"
+    size = sum(int(np.prod(opened.part(m).shape[1:], dtype=np.int64)) for m in found)
+    count = opened.num_experts(module)
+    moe = moe_of(opened.config, module)
+    top_k = MoEConfig.model_validate(moe).top_k if moe else "–"
+    return f"{module:<12}{text:<28}{count:>8}{top_k!s:>7}{size:>16,}{count * size:>18,}"
+
+
+def _short(numbers: list[int]) -> str:
+    """0 1 2 3 -> 0–3; others as they are."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2:
+        return f"{numbers[0]}–{numbers[-1]}"
+    shown = " ".join(map(str, numbers[:6]))
+    return shown + (" …" if len(numbers) > 6 else "")
+
+
+def _apart(opened: Opened, module: ModuleName, expert: int) -> float:
+    largest = 0.0
+    for member in _expert_members(opened, module) if expert else ():
+        first, other = (opened.part(member, e).read().astype(np.float32) for e in (0, expert))
+        largest = max(largest, float(np.max(np.abs(first - other), initial=0.0)))
+    return largest
