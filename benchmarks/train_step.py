@@ -2,10 +2,12 @@
 
     python benchmarks/train_step.py [--sizes tiny small] [--rounds 5] [--output FILE]
 
-Each case runs two processes, one per side, which start from the same weights and batch. They take
-turns (A B A B …), the other waiting, so that a machine that changes its speed changes it for both.
-Before that both compute the loss and the gradient norm without dropout; they must agree.
-Float32 throughout. Compilation is reported, not counted.
+Each case runs three processes, which start from the same weights and batch: this library as
+`unimoe_jax.train` runs it, PyTorch as it comes, and PyTorch with the allocator settings that
+`unimoe_jax.train` makes for itself (see `unimoe_jax/host_memory.py`). They take turns (A B C A B C
+…), the others waiting, so that a machine that changes its speed changes it for all. Before that all
+compute the loss and the gradient norm without dropout; they must agree. Float32 throughout.
+Compilation is reported, not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 import common
 import numpy as np
 
-SIDES = ("jax", "torch")
+SIDES = ("jax", "torch", "torch_kept")
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 TOLERANCE = 1e-4
 
@@ -103,11 +105,13 @@ def jax_side(folder: Path, size: str, name: str):
 
     from unimoe_jax.config import MeshConfig
     from unimoe_jax.data.batch import Batch
+    from unimoe_jax.host_memory import keep_freed_memory
     from unimoe_jax.params import split
     from unimoe_jax.sharding import make_mesh, use_mesh
     from unimoe_jax.stage import build_stage, place
     from unimoe_jax.train_step import init_state, make_train_step
 
+    keep_freed_memory()
     run, stage = make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use_mesh(mesh):
@@ -143,8 +147,12 @@ def jax_side(folder: Path, size: str, name: str):
     return checked, step, seconds
 
 
-def torch_side(folder: Path, attention: str):
+def torch_side(folder: Path, attention: str, keep: bool):
     """(check, step, 0): the same in PyTorch eager."""
+    if keep:
+        from unimoe_jax.host_memory import keep_freed_memory
+
+        keep_freed_memory()
     import torch
     from torch_model import Model
 
@@ -162,7 +170,8 @@ def torch_side(folder: Path, attention: str):
     def gradient():
         optimizer.zero_grad(set_to_none=True)
         loss, balance, z = model(batch)
-        aux = case["aux"]["balance"] * balance + case["aux"]["router_z"] * z
+        decoder = case["aux"]["decoder"]
+        aux = decoder["balance"] * balance + decoder["router_z"] * z
         (loss + aux).backward()
         # Parameters of absent media have no gradient on this side and zero on the other.
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
@@ -185,7 +194,9 @@ def worker(args: argparse.Namespace) -> None:
     if args.worker == "jax":
         checked, step, seconds = jax_side(args.folder, args.sizes[0], args.stages[0])
     else:
-        checked, step, seconds = torch_side(args.folder, args.attention)
+        checked, step, seconds = torch_side(
+            args.folder, args.attention, args.worker == "torch_kept"
+        )
     # Peaks from here on are those of training: what checking and compiling took goes first.
     Path("/proc/self/clear_refs").write_text("5")
     before = common.resident_mib()
@@ -273,7 +284,9 @@ def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> 
     result |= {"parameters": case["parameters"], "tokens": case["tokens"], "check": checks}
     for side in SIDES:
         result[side] = summary(turns[side], sides[side].first, case["tokens"])
-    return result | ratios(turns["jax"], turns["torch"])
+    for side in SIDES[1:]:
+        result[f"to_{side}"] = ratios(turns["jax"], turns[side])
+    return result
 
 
 def summary(turns: list[dict], first: dict, tokens: int) -> dict:
@@ -309,11 +322,11 @@ def ratios(ours: list[dict], theirs: list[dict]) -> dict:
 
 
 def agree(checks: dict[str, dict[str, float]]) -> None:
-    """Both sides must have computed the same thing, or the comparison means nothing."""
-    for key, value in checks["jax"].items():
-        other = checks["torch"][key]
+    """All sides must have computed the same thing, or the comparison means nothing."""
+    for side, key in itertools.product(SIDES[1:], checks["jax"]):
+        value, other = checks["jax"][key], checks[side][key]
         if abs(value - other) > TOLERANCE * max(1.0, abs(value)):
-            raise RuntimeError(f"{key}: jax {value}, torch {other}; the two models differ")
+            raise RuntimeError(f"{key}: jax {value}, {side} {other}; the models differ")
 
 
 def parse() -> argparse.Namespace:
@@ -353,11 +366,10 @@ def main() -> None:
             f"{side} {case[side]['tokens_per_s']:,.0f} tokens/s {case[side]['peak_mib']:,} MiB;"
             for side in SIDES
         )
-        print(
-            f"{size:<6}{stage:<5}{signature:<6}{speeds} ratio {case['speed_ratio']:.2f}, "
-            f"in processor time {case['cpu_ratio']:.2f}",
-            flush=True,
+        faster = ", ".join(
+            f"{case[f'to_{side}']['speed_ratio']:.2f} times {side}" for side in SIDES[1:]
         )
+        print(f"{size:<6}{stage:<5}{signature:<6}{speeds} {faster}", flush=True)
         result["cases"].append(case)
         result["load_average_after"] = common.machine()["load_average"]
         common.save(args.output, result)

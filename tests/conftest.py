@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Read when jax starts its backend. Most of the tests' time is compilation, so it optimises little.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -44,3 +45,9 @@ def devices() -> list[jax.Device]:
     found = jax.devices()
     assert len(found) >= 8, f"{len(found)} devices, eight are needed"
     return found[:8]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One embedded data set and one compilation cache for all runs of the session."""
+    return tmp_path_factory.mktemp("cache")

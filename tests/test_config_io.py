@@ -157,7 +157,7 @@ def test_unknown_key_names_its_file_and_suggests(run):
     )
     text = problem(run(), "stages.tune.optim.lr=1e-3")
     mentions(text, "command line: stages.1.optim.lr = 0.001", "'learning_rate'")
-    mentions(problem(run(), "top_k=3"), "did you mean model.decoder.moe.top_k?")
+    mentions(problem(run(), "top_k=3"), "did you mean model.decoder.moe.top_k or")
 
 
 def test_wrong_value_names_the_file_that_set_it(run):
@@ -278,7 +278,7 @@ def test_help_lists_every_section_with_type_default_and_description():
     text = config_io.help_text()
     mentions(
         text,
-        "model.decoder.moe  (MoEConfig)",
+        "model.decoder.moe, model.vision.encoder.moe, model.vision.connector.moe  (MoEConfig)",
         "stages.N.optim  (OptimConfig)",
         "data.sources.NAME  (SourceConfig)",
         "vocab_size: integer > 0; required",

@@ -20,8 +20,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own level (the layer of its first matching pattern) and below.
 LEVELS = (
-    r"model_config|config|config_io|config_yaml|config_schema|metric_series",
-    r"params|sharding",
+    r"module_config|model_config|config|config_io|config_yaml|config_schema|metric_series",
+    r"params|sharding|distributed",
     r"nn(/.*)?",
     r"encoders(/.*)?|connectors(/.*)?",
     r"lora|upcycle|losses|optim",

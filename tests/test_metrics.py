@@ -223,3 +223,9 @@ def test_write_json_atomic_keeps_the_old_file_when_it_fails(tmp_path):
         metrics.write_json_atomic(path, {"loss": object()})
     assert json.loads(path.read_text()) == {"loss": "nan"}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_progress_line_names_the_module_of_router_losses():
+    values = {"loss": 1.0, "encoder_balance": 1.25, "encoder_router_z": 0.5, "balance": 1.5}
+    line = metrics.format_progress("sft", 3, 10, values, None)
+    assert line == "sft  3/10  loss 1.0000  encoder balance 1.25  z 0.5  balance 1.5"

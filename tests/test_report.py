@@ -8,14 +8,17 @@ import struct
 import numpy as np
 import pytest
 
-from unimoe_jax import metric_series, plots, report
+from unimoe_jax import figures, metric_series, plots, report, router_figures
+from unimoe_jax.config import RunConfig
+from unimoe_jax.metric_series import by_stage, metric_name
 from unimoe_jax.metrics import MetricsWriter, write_json_atomic
+from unimoe_jax.router_trends import as_json, router_trends, rows_of
 
 SIGNATURES = ("text", "image", "audio+image", "speech")
 
 
-def stage(run_dir, name, steps=60, layers=0, experts=4, seed=0, **extra):
-    """Logs a made-up stage; with `layers`, one with experts."""
+def stage(run_dir, name, steps=60, layers=0, experts=4, seed=0, module="decoder", **extra):
+    """Logs a made-up stage; with `layers`, one with experts in `module`."""
     rng = np.random.default_rng(seed)
     taste = rng.dirichlet(np.ones(experts) * 2, (layers, 5))
     with MetricsWriter(run_dir, name, steps) as writer:
@@ -30,13 +33,14 @@ def stage(run_dir, name, steps=60, layers=0, experts=4, seed=0, **extra):
             if layers:
                 load = rng.multinomial(500, taste)
                 load[:, 2] = 0  # no video in this data set
-                values |= {
+                routers = {
                     "router_entropy": np.log(experts) * np.linspace(0.5, 0.9, layers),
                     "expert_load": load,
                     "balance": 1 + 1 / step,
                     "router_z": 0.1 / step,
                     "dropped": 0,
                 }
+                values |= {metric_name(module, name): value for name, value in routers.items()}
             writer.write(step, values | {k: v for k, v in extra.items() if step == steps})
 
 
@@ -108,7 +112,7 @@ def test_html_is_self_contained_and_says_the_essentials(finished):
     assert "&lt;i&gt;pitch – 50.0 % 25.0 %" in text
     assert SUMMARY["next_command"] in text
     entropy = np.log(4) * 0.7
-    assert f"tune {entropy:.3f} {entropy:.3f} {np.log(4):.3f}" in text
+    assert f"tune decoder {entropy:.3f} {entropy:.3f} {np.log(4):.3f}" in text
 
 
 def test_running_run_without_experts_is_reported_from_its_records(tmp_path, capsys):
@@ -140,13 +144,13 @@ def test_expert_load_is_summed_over_the_last_quarter():
     records = [{"stage": "a", "step": s, "expert_load": [[[s, 1]]]} for s in range(1, 9)]
     np.testing.assert_array_equal(metric_series.expert_load(records), [[[7 + 8, 2]]])
     assert metric_series.expert_load([{"stage": "a", "step": 1}]) is None
-    shares = plots._row_shares(np.array([[1.0, 3.0], [0.0, 0.0]]))
+    shares = router_figures.row_shares(np.array([[1.0, 3.0], [0.0, 0.0]]))
     np.testing.assert_array_equal(shares, [[0.25, 0.75], [np.nan, np.nan]])
 
 
 def test_the_moving_mean_keeps_the_ends():
     value = np.arange(100.0) ** 2
-    smooth = plots._smooth(value)
+    smooth = figures.smoothed(value)
     assert smooth[0] == value[0] and smooth[-1] == value[-1]
     np.testing.assert_allclose(smooth[50], value[48:53].mean())
 
@@ -173,10 +177,10 @@ def test_losses_by_modality_comes_from_the_records_that_hold_it():
 def test_layer_numbers_come_from_the_config(tmp_path, monkeypatch):
     stage(tmp_path, "tune", steps=4, layers=2)
     seen = {}
-    real = plots._load_figure
+    real = plots.load_figure
     monkeypatch.setattr(
         plots,
-        "_load_figure",
+        "load_figure",
         lambda s, load, layers: seen.update({s: layers}) or real(s, load, layers),
     )
     records = report.read_metrics(tmp_path)
@@ -196,3 +200,85 @@ def test_result_block():
     assert "run directory  runs/tiny" in lines
     assert "next           python -m unimoe_jax.generate --run runs/tiny" in lines
     assert max(map(len, lines)) <= 80
+
+
+# ------------------------------------------------------------------------------ router losses
+
+
+def test_every_module_has_its_own_figures(tmp_path):
+    stage(tmp_path, "sft", steps=8, layers=3, module="encoder")
+    stage(tmp_path, "other", steps=8, layers=1, module="connector")
+    report.write_report(tmp_path)
+    names = {path.stem for path in (tmp_path / "plots").iterdir()}
+    routers = {
+        f"{module}_{name}"
+        for module, stage_name in (("encoder", "sft"), ("connector", "other"))
+        for name in ("aux_losses", "router_entropy", f"expert_load_{stage_name}")
+    }
+    assert routers <= names
+    assert not {"aux_losses", "router_entropy", "encoder_expert_load_other"} & names
+    html = (tmp_path / "report.html").read_text()
+    assert "Router losses, encoder" in html and "Router losses, connector" in html
+
+
+def records_of(balance, router_z, load):
+    """One stage `s` of the encoder, a record per value; `load`: [layer][expert] of every step."""
+    return [
+        {
+            "stage": "s",
+            "step": step,
+            "encoder_balance": b,
+            "encoder_router_z": z,
+            "encoder_expert_load": [[row] for row in load],
+        }
+        for step, (b, z) in enumerate(zip(balance, router_z, strict=True), 1)
+    ]
+
+
+def run_with(aux) -> RunConfig:
+    """A run with one stage `s`."""
+    stage = {"name": "s", "aux": aux, "mixture": {"a": 1}, "train": [], "optim": OPTIM}
+    data = {"sources": {"a": {"path": "a"}}, "loader": {"row_length": 1, "rows": 1}}
+    model = {"decoder": dict.fromkeys(DECODER, 1)}
+    return RunConfig(name="x", model=model, data=data, stages=[stage])
+
+
+DECODER = ("vocab_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "num_kv_heads")
+OPTIM = {"learning_rate": 1, "steps": 1}
+GOOD = ([1.8, 1.2, 1.1, 1.08], [2.0, 1.0, 0.5, 0.3], [[10, 12], [9, 11]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "falling, balanced, none dead"),
+        ({"router_z": [2.0, 1.0, 2.0, 2.5]}, "the z-loss does not fall"),
+        ({"router_z": [2.0, 1.0, 2.0, float("nan")]}, "the z-loss does not fall"),
+        ({"balance": [1.2, 1.2, 1.3, 1.5]}, "balance does not approach 1"),
+        ({"balance": [1.0, 1.0, 1.0, 1.04]}, "falling, balanced, none dead"),
+        ({"load": [[10, 12], [0, 22]]}, "1 dead experts"),
+        (
+            {"load": [[22, 0], [0, 22]], "balance": [1.0, 1.9, 1.9, 1.9]},
+            "balance does not approach 1; 2 dead experts",
+        ),
+    ],
+)
+def test_verdict_on_router_trends(changes, verdict):
+    """A run that does not show the published trends says so."""
+    given = dict(zip(("balance", "router_z", "load"), GOOD, strict=True)) | changes
+    stages = by_stage(records_of(**given))
+    (trend,) = router_trends(stages, run_with({"encoder": {"router_z": 0.1}}))["s"].values()
+    assert trend.verdict == verdict
+    summary = SUMMARY | {
+        "routers": as_json(router_trends(stages, run_with({"encoder": {"balance": 0.1}})))
+    }
+    block = report.result_block(summary)
+    assert verdict in next(line for line in block.splitlines() if line.startswith("s encoder"))
+
+
+def test_only_routers_with_losses_are_judged():
+    stages = by_stage(records_of(*GOOD))
+    assert router_trends(stages, run_with({})) == {}
+    assert router_trends(stages, run_with({"decoder": {"balance": 0.1}})) == {}
+    (row,) = rows_of(as_json(router_trends(stages, run_with({"encoder": {"balance": 0.1}}))))
+    assert row[:4] == ["s encoder", "1.800 → 1.080", "2 → 0.3", "45.0 %"]

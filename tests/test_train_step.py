@@ -21,6 +21,7 @@ from unimoe_jax.config import (
     MeshConfig,
     OptimConfig,
     PrecisionConfig,
+    RouterLossConfig,
     Rule,
     RunConfig,
     SourceConfig,
@@ -33,6 +34,7 @@ from unimoe_jax.sharding import make_mesh, replicated, use_mesh
 from unimoe_jax.stage import Stage, build_stage, place
 from unimoe_jax.train_step import TrainState, init_state, make_score_step, make_train_step
 
+LOSSES = RouterLossConfig(balance=0.1, router_z=0.01, balance_layers="sum")
 ROWS, LENGTH, GROUPS = 8, 18, 8
 LORA = (LoRARule(match="decoder/.*/(attention|mlp|moe/experts)/.*", rank=2, alpha=2, dropout=0.2),)
 TRAIN = (
@@ -50,7 +52,7 @@ def run_config(media: bool, dropout: bool = True) -> tuple[RunConfig, StageConfi
         moe=True,
         train=TRAIN,
         lora=lora,
-        aux=AuxLossConfig(balance=0.1, router_z=0.01) if dropout else AuxLossConfig(),
+        aux=AuxLossConfig(decoder=LOSSES) if dropout else AuxLossConfig(),
         # A large eps: where a gradient is rounding noise, Adam would turn it into a full step.
         optim=OptimConfig(learning_rate=1e-2, steps=10, warmup_ratio=0, eps=1e-3, clip_norm=1.0),
     )

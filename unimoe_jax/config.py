@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from unimoe_jax.model_config import (
+from unimoe_jax.model_config import AudioConfig, ModelConfig, SpeechConfig, VisionConfig
+from unimoe_jax.module_config import (
     MEDIA,
-    AudioConfig,
+    MODULES,
     BeatsConfig,
     ClipConfig,
     Config,
@@ -22,15 +23,13 @@ from unimoe_jax.model_config import (
     LoRARule,
     MediaName,
     MlpConnectorConfig,
-    ModelConfig,
+    ModuleName,
     MoEConfig,
     NonNegative,
     Positive,
     QueryConnectorConfig,
     Regex,
     RouterConfig,
-    SpeechConfig,
-    VisionConfig,
     WhisperConfig,
     compiles,
 )
@@ -53,11 +52,13 @@ __all__ = [
     "MeshConfig",
     "MlpConnectorConfig",
     "MoEConfig",
+    "ModalityLossConfig",
     "ModelConfig",
     "OptimConfig",
     "PrecisionConfig",
     "QueryConnectorConfig",
     "RouterConfig",
+    "RouterLossConfig",
     "Rule",
     "RunConfig",
     "SourceConfig",
@@ -102,10 +103,15 @@ class LoaderConfig(Config):
     max_aspect_ratio: Positive = 200
 
 
+TemplateName = Literal[
+    "vicuna_v1", "vicuna_turns", "plain", "mistral_instruct_system", "mistral_instruct"
+]
+
+
 class DataConfig(Config):
     sources: dict[str, SourceConfig]
     loader: LoaderConfig
-    template: Literal["vicuna_v1", "vicuna_turns", "plain"] = "vicuna_v1"
+    template: TemplateName = "vicuna_v1"
     embedded_size: Positive = Field(1, description="scale of the embedded data set")
     cache: str | None = Field(None, description="folder of the embedded data set and the indices")
 
@@ -129,20 +135,29 @@ class Take(Config):
     """Where matching parameters start from. Tried in order; the first match wins.
 
     `source` is a stage name, `checkpoint:PATH`, or `fresh`. With `experts`, a list of such names,
-    the dense feed-forward weights of each become expert 0, 1, … of every MoE layer.
+    the dense feed-forward weights of each become expert 0, 1, … of every MoE layer. With `upcycle`,
+    one such name, its dense layer becomes every expert; the model must then equal it at step 0.
     """
 
     match: Regex
     source: str | None = None
     experts: tuple[str, ...] | None = None
+    upcycle: str | None = None
 
     _match = field_validator("match")(compiles)
 
     @model_validator(mode="after")
     def _one_origin(self):
-        if (self.source is None) == (self.experts is None):
-            raise ValueError("name either `source` or `experts`")
+        if sum(bool(given) for given in (self.source, self.experts, self.upcycle)) != 1:
+            raise ValueError("name one of `source`, `experts` and `upcycle`")
+        if "fresh" in self.origins and not self.source:
+            raise ValueError("experts are made of trained layers, not of `fresh` ones")
         return self
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Everything it takes from."""
+        return self.experts or (self.source or self.upcycle,)
 
 
 class OptimConfig(Config):
@@ -169,11 +184,52 @@ class OptimConfig(Config):
         return self
 
 
-class AuxLossConfig(Config):
-    """Coefficients of the router losses; each carries gradient."""
+class RouterLossConfig(Config):
+    """Coefficients of the losses of one module's routers."""
 
     balance: Annotated[float, Field(ge=0)] = 0.0
     router_z: Annotated[float, Field(ge=0)] = 0.0
+    balance_layers: Literal["mean", "sum"] = Field(
+        "mean", description="over layers; mean: CuMo; sum: Uni-MoE 8e. The z-loss is a mean"
+    )
+    gradient: Literal["real", "none"] = Field(
+        "real", description="none: reported, but not followed, as CuMo's Mixtral was trained"
+    )
+
+
+class ModalityLossConfig(Config):
+    """Coefficients of Uni-MoE 8e's losses over modalities in the decoder's routers; 8e: 0.01.
+
+    Summed over layers and rows, as in 8e, where a row is one sample: turn packing off.
+    """
+
+    experts: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="distance of a modality's routes from its own experts, listed below"
+    )
+    kl: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="1 - KL divergence between the mean routes of pairs of modalities"
+    )
+    image_experts: tuple[NonNegative, ...] = (2, 3, 4, 6)
+    video_experts: tuple[NonNegative, ...] = (2, 3, 4, 6)
+    audio_experts: tuple[NonNegative, ...] = Field((0, 4, 5, 7), description="speech as well")
+
+    def listed(self) -> dict[str, tuple[int, ...]]:
+        """image, video and audio -> their experts, those that have any."""
+        found = {
+            "image": self.image_experts,
+            "video": self.video_experts,
+            "audio": self.audio_experts,
+        }
+        return {name: experts for name, experts in found.items() if experts}
+
+
+class AuxLossConfig(Config):
+    """Router losses of every kind of module that may carry experts."""
+
+    encoder: RouterLossConfig = RouterLossConfig()
+    connector: RouterLossConfig = RouterLossConfig()
+    decoder: RouterLossConfig = RouterLossConfig()
+    modality: ModalityLossConfig = ModalityLossConfig()
 
 
 class StageConfig(Config):
@@ -184,7 +240,11 @@ class StageConfig(Config):
     train: tuple[Rule, ...]
     init: tuple[Take, ...] = (Take(match=".*", source="fresh"),)
     optim: OptimConfig
-    moe: bool = Field(False, description="experts where the model's `moe` says; else dense layers")
+    moe: bool | tuple[ModuleName, ...] = Field(
+        False,
+        description="experts where the model has `moe`: everywhere, or in the modules named; else "
+        "dense layers",
+    )
     lora: tuple[LoRARule, ...] = ()
     aux: AuxLossConfig = AuxLossConfig()
     leaves: Literal["all", "trained"] = Field(
@@ -193,6 +253,10 @@ class StageConfig(Config):
     merge_lora: bool = False
     loader: LoaderConfig | None = Field(None, description="replaces data.loader in this stage")
     evaluate: tuple[str, ...] = Field((), description="held-out sources scored at start and end")
+    template: TemplateName | None = Field(None, description="replaces data.template in this stage")
+    aspect: Literal["square", "pad"] | None = Field(
+        None, description="replaces model.vision.aspect in this stage"
+    )
 
 
 # -------------------------------------------------------------------------------------- run
@@ -257,9 +321,12 @@ class RunConfig(Config):
                         f"{where}: data.sources has no {source!r}; it has "
                         f"{sorted(self.data.sources)}"
                     )
-            if stage.moe and self.model.decoder.moe is None:
-                raise ValueError(f"{where}: moe is on, but model.decoder.moe is not set")
-            origins = [name for take in stage.init for name in (take.experts or (take.source,))]
+            wanted = set(stage.moe if isinstance(stage.moe, tuple) else ())
+            if (stage.moe and not self.model.experts()) or wanted - self.model.experts().keys():
+                missing = ", ".join(sorted(wanted - self.model.experts().keys())) or "any module"
+                raise ValueError(f"{where}: moe is on, but the model has no experts in {missing}")
+            self._check_modality_losses(stage, where)
+            origins = [name for take in stage.init for name in take.origins]
             for origin in origins:
                 if origin == "fresh" or origin.startswith("checkpoint:"):
                     continue
@@ -270,9 +337,27 @@ class RunConfig(Config):
                     )
         return self
 
+    def _check_modality_losses(self, stage: StageConfig, where: str) -> None:
+        losses, moe = stage.aux.modality, self.stage_model(stage).decoder.moe
+        if (losses.experts or losses.kl) and moe is None:
+            raise ValueError(f"{where}: aux.modality needs experts in the decoder; set moe")
+        beyond = {
+            name: experts
+            for name, experts in losses.listed().items()
+            if losses.experts and max(experts) >= moe.num_experts
+        }
+        if beyond:
+            raise ValueError(
+                f"{where}: aux.modality lists experts {beyond}, but the decoder has "
+                f"{moe.num_experts}, numbered from 0"
+            )
+
     def stage_model(self, stage: StageConfig) -> ModelConfig:
-        """The model as this stage builds it: dense or with experts, with the stage's adapters."""
-        decoder = self.model.decoder
-        if not stage.moe:
-            decoder = decoder.model_copy(update={"moe": None})
-        return self.model.model_copy(update={"decoder": decoder, "lora": stage.lora})
+        """The model as this stage builds it: dense or with experts, with the stage's adapters and
+        its way to cut images."""
+        modules = stage.moe if isinstance(stage.moe, tuple) else MODULES * stage.moe
+        model = self.model.with_experts(modules)
+        vision = model.vision
+        if vision and stage.aspect:
+            vision = vision.model_copy(update={"aspect": stage.aspect})
+        return model.model_copy(update={"vision": vision, "lora": stage.lora})

@@ -75,10 +75,11 @@ def origins(config: RunConfig, stage: StageConfig) -> str:
     earlier = {s.name for s in config.stages}
     lines = []
     for take in stage.init:
-        for name in take.experts or (take.source,):
+        for name in take.origins:
             folder = Path(name.removeprefix("checkpoint:")).expanduser()
             here = name == "fresh" or name in earlier or folder.is_dir()
             label = name if here else f"{folder} is not here"
+            label += " (every expert)" if take.upcycle else ""
             lines.append(f"  {take.match:<48}{label}")
     return "starts from\n" + "\n".join(lines) + "\n"
 

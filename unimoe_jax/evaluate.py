@@ -20,13 +20,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unimoe_jax import config_io
+from unimoe_jax import config_io, distributed
 from unimoe_jax.checkpoint import CheckpointError, load_final
 from unimoe_jax.config import RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.batch import Batch, Signature
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.distributed import DistributedError
+from unimoe_jax.host_memory import keep_freed_memory
 from unimoe_jax.params import Flat
+from unimoe_jax.programs import lower_score
 from unimoe_jax.setup_data import (
     chance_levels,
     heldout_pipeline,
@@ -35,26 +38,32 @@ from unimoe_jax.setup_data import (
     resolve_sources,
     with_shuffled_media,
 )
-from unimoe_jax.sharding import batch_sharding, data_shards, make_mesh, replicated, use_mesh
-from unimoe_jax.stage import Stage, build_stage, place, structs
-from unimoe_jax.train_step import make_score_step
+from unimoe_jax.sharding import (
+    batch_sharding,
+    data_shards,
+    make_mesh,
+    own_data_shards,
+    use_mesh,
+)
+from unimoe_jax.stage import build_stage, place
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's part of a batch -> global arrays, cut over the data shards."""
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(batch_sharding(mesh, a.ndim), a), batch
-    )
+    """The parts of a batch that belong to this process's data shards, in their order -> global
+    arrays, cut over the data shards."""
+    own, shards = own_data_shards(mesh), data_shards(mesh)
 
+    def put(a: np.ndarray) -> jax.Array:
+        size = len(a) // len(own)
 
-def compile_score(stage: Stage, mesh: Mesh, spec: Batch) -> Any:
-    """The scoring step, compiled ahead for batches of `spec`."""
-    score = jax.jit(make_score_step(stage.scorer), out_shardings=replicated(mesh))
-    params = {
-        path: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=stage.shardings[path])
-        for path, info in stage.infos.items()
-    }
-    return score.lower(params, structs(spec, lambda rank: batch_sharding(mesh, rank))).compile()
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            at = own.index((index[0].start or 0) // size) * size
+            return a[at : at + size]
+
+        shape = (size * shards, *a.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, a.ndim), part)
+
+    return jax.tree.map(put, batch)
 
 
 def exact_match(
@@ -63,7 +72,7 @@ def exact_match(
     """Accuracy per source of one pass over `pipeline`; `compiled`: scoring step per signature."""
     right, total = Counter(), Counter()
     batches = pipeline.batches(
-        host=jax.process_index(), hosts=jax.process_count(), stop_step=pipeline.steps_per_epoch
+        parts=own_data_shards(mesh), of=data_shards(mesh), stop_step=pipeline.steps_per_epoch
     )
     pending = [
         (step, compiled[signature](params, to_devices(batch, mesh)))
@@ -96,7 +105,7 @@ def score_stage(
         )
     mesh = make_mesh(run.mesh)
     with use_mesh(mesh, run.mesh.rules), tempfile.TemporaryDirectory() as scratch:
-        data = resolve_sources(run.data)
+        data = distributed.writer_first("data", lambda: resolve_sources(run.data))
         chance = chance_levels(data, stage.evaluate)
         if shuffle_media:
             data = with_shuffled_media(data, stage.evaluate, Path(scratch))
@@ -110,14 +119,15 @@ def score_stage(
             for path, info in ready.infos.items()
         }
         compiled = {
-            name: compile_score(ready, mesh, pipeline.spec(name)) for name in pipeline.signatures
+            name: lower_score(ready, mesh, pipeline.spec(name)).compile()
+            for name in pipeline.signatures
         }
         accuracy = exact_match(params, pipeline, compiled, mesh)
     return {source: (share, chance[source]) for source, share in accuracy.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table; returns 0, or 2 where the run cannot be scored."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m unimoe_jax.evaluate",
         description=__doc__,
@@ -126,24 +136,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--stage", help="default: the last one with held-out sources")
     parser.add_argument("--shuffle-media", action="store_true", help="control: media of others")
+    distributed.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table; returns 0, or 2 where the run cannot be scored."""
+    args = parse(arguments)
+    return distributed.guard(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
+        distributed.initialize(args)
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         run = config_io.load(args.run / "config.yaml", args.overrides)
         stages = {stage.name: stage for stage in run.stages if stage.evaluate}
         name = args.stage or next(reversed(stages), None)
         if name not in stages:
             raise ConfigError(f"--stage {name}: held-out sources are in {sorted(stages)}")
         scores = score_stage(run, stages[name], args.run, shuffle_media=args.shuffle_media)
-    except (ConfigError, CheckpointError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ConfigError, CheckpointError, DistributedError, FileNotFoundError) as error:
+        return distributed.fail(f"error: {error}", 2)
+    if distributed.is_writer():
+        print_scores(scores, shuffled=args.shuffle_media)
+    return 0
+
+
+def print_scores(scores: Mapping[str, tuple[float, float]], *, shuffled: bool) -> None:
+    """A line for every source: accuracy and chance."""
     width = max(map(len, scores))
-    title = "with the media of another record" if args.shuffle_media else "exact match"
+    title = "with the media of another record" if shuffled else "exact match"
     print(f"{'':<{width}}  {title:>12}  chance")
     for source, (accuracy, chance) in scores.items():
         print(f"{source:<{width}}  {accuracy:>12.1%}  {chance:.1%}")
-    return 0
 
 
 if __name__ == "__main__":

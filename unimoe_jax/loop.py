@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +15,22 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from unimoe_jax.checkpoint import StepCheckpoints, save_final
-from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.config import MODULES, DataConfig, RunConfig, StageConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.evaluate import compile_score, exact_match, to_devices
+from unimoe_jax.distributed import is_writer, require_same, writer_first
+from unimoe_jax.evaluate import exact_match, to_devices
+from unimoe_jax.losses import MODALITY_LOSSES
+from unimoe_jax.metric_series import metric_name
 from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
+from unimoe_jax.programs import lower_score, lower_step
 from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline
-from unimoe_jax.sharding import batch_sharding, data_shards, replicated
+from unimoe_jax.sharding import data_shards, own_data_shards
 from unimoe_jax.stage import (
     Stage,
     build_stage,
@@ -33,33 +38,14 @@ from unimoe_jax.stage import (
     open_sources,
     results,
     source_folder,
-    structs,
 )
-from unimoe_jax.train_step import TrainState, init_state, make_train_step
+from unimoe_jax.stop import StopSignal
+from unimoe_jax.train_step import TrainState, init_state
+from unimoe_jax.upcycle_check import check_upcycled
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why and where it can be resumed."""
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave after the current step."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def install(self) -> None:
-        """Only the main thread may handle signals; elsewhere the caller stops the loop."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame) -> None:
-        del frame
-        if self.received:  # a second signal does not wait
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 @dataclass
@@ -75,7 +61,12 @@ class Runtime:
 
     @property
     def is_writer(self) -> bool:
-        return jax.process_index() == 0
+        return is_writer()
+
+    def tell(self, text: str) -> None:
+        """Only process 0 speaks."""
+        if self.is_writer:
+            Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 @dataclass
@@ -89,6 +80,7 @@ class StageSummary:
     tokens_per_s: float | None = None
     heldout: dict[str, float] | None = None
     heldout_before: dict[str, float] | None = None
+    upcycled: float | None = None  # largest difference from the dense model at step 0
 
 
 @dataclass
@@ -100,9 +92,11 @@ class _Log:
     summary: StageSummary
     every: int
     steps: int
+    imbalance: Callable[[int], dict[str, float]]
     tokens: float = 0.0
     waited: float = 0.0
     sums: dict[str, np.ndarray] = field(default_factory=dict)
+    latest: dict[str, np.ndarray] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     total_tokens: float = 0.0
     total_seconds: float = 0.0
@@ -110,11 +104,12 @@ class _Log:
     def add(self, step: int, signature: frozenset, metrics: dict, waited: float) -> None:
         """Read the metrics of an earlier step, which the devices have finished or soon will."""
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        self.latest |= metrics  # of the last step with images, where this one has none
         self.tokens += float(metrics["tokens"])
         self.waited += waited
-        for name in ("load", "nll_by_modality", "targets_by_modality"):
-            if name in metrics:
-                self.sums[name] = self.sums.get(name, 0) + metrics[name]
+        for name, value in metrics.items():
+            if name.endswith(("load", "dropped", "_by_modality")):
+                self.sums[name] = self.sums.get(name, 0) + value
         loss = float(metrics["loss"])
         if math.isfinite(loss):
             if self.summary.first_loss is None:
@@ -137,19 +132,33 @@ class _Log:
             "data_wait_share": self.waited / seconds,
             "skipped": int(metrics["bad"]),
             "loss_by_modality": self._by_modality(),
+            "shard_imbalance": self.imbalance(step - 1),
         }
-        if "balance" in metrics:
-            values |= {
-                "balance": float(metrics["balance"]),
-                "router_z": float(metrics["router_z"]),
-                "router_entropy": metrics["entropy"].tolist(),
-                "expert_load": self.sums["load"].tolist(),
-            }
+        named = [f"modality_{name}" for name in MODALITY_LOSSES]
+        values |= {name: float(metrics[name]) for name in named if name in metrics}
+        for module in MODULES:
+            values |= self._routers(module)
         self.writer.write(step, values)
         self.progress.update(step, values)
         self.total_tokens += self.tokens
         self.total_seconds += seconds
-        self.tokens, self.waited, self.sums, self.since = 0.0, 0.0, {}, time.monotonic()
+        self.tokens, self.waited, self.since = 0.0, 0.0, time.monotonic()
+        self.sums, self.latest = {}, {}
+
+    def _routers(self, module: str) -> dict[str, Any]:
+        """What the records say of a module's routers; nothing if no step since the last has run
+        them."""
+        if metric_name(module, "balance") not in self.latest:
+            return {}
+        found = {
+            "balance": float(self.latest[metric_name(module, "balance")]),
+            "router_z": float(self.latest[metric_name(module, "router_z")]),
+            "router_entropy": self.latest[metric_name(module, "entropy")].tolist(),
+            "expert_load": self.sums[metric_name(module, "load")].tolist(),
+        }
+        if metric_name(module, "dropped") in self.sums:
+            found["dropped"] = float(self.sums[metric_name(module, "dropped")])
+        return {metric_name(module, name): value for name, value in found.items()}
 
     def _by_modality(self) -> dict[str, float]:
         nll, targets = self.sums["nll_by_modality"], self.sums["targets_by_modality"]
@@ -166,11 +175,13 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     pipeline, stage = _prepare(runtime, config)
     summary = StageSummary(stage.steps)
     folder = runtime.folder / "checkpoints" / config.name
-    checkpoints = StepCheckpoints(folder / "steps", run.checkpoint.keep)
     progress = Progress(
         config.name, stage.steps, enabled=runtime.is_writer, every_steps=10 * run.log.every
     )
-    try:
+    with (
+        StepCheckpoints(folder / "steps", run.checkpoint.keep) as checkpoints,
+        contextlib.closing(progress),
+    ):
         state, frozen, done, position = _start(runtime, stage, pipeline, checkpoints)
         step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
         if config.evaluate:
@@ -178,6 +189,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             if summary.heldout_before is None:
                 params = {**frozen, **state.trained}
                 summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
+        summary.upcycled = position.get("upcycled")
         summary.first_loss = position.get("first_loss")
         summary.last_loss = position.get("last_loss")
         writer = MetricsWriter(
@@ -188,12 +200,17 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             tensorboard=run.log.tensorboard,
             enabled=runtime.is_writer,
         )
-        log = _Log(writer, progress, summary, run.log.every, stage.steps)
+        shards = data_shards(mesh)
+        log = _Log(
+            *(writer, progress, summary, run.log.every, stage.steps),
+            imbalance=lambda step: pipeline.imbalance(step, shards) if shards > 1 else {},
+        )
 
         def save(step: int, state: TrainState) -> None:
             position = {
                 "data": pipeline.state(step),
                 "heldout_before": summary.heldout_before,
+                "upcycled": summary.upcycled,
                 "first_loss": summary.first_loss,
                 "last_loss": summary.last_loss,
             }
@@ -208,9 +225,6 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         params = {**frozen, **state.trained}
         if config.evaluate:
             summary.heldout = exact_match(params, heldout, score_fns, mesh)
-    finally:
-        progress.close()
-        checkpoints.close()
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
     _leave(runtime, stage, params, folder / "final", summary)
@@ -221,7 +235,12 @@ def _prepare(runtime: Runtime, config: StageConfig) -> tuple[Pipeline, Stage]:
     """The stage's data, and its model, tables and optimizer; writes the parameter table."""
     run, mesh = runtime.run, runtime.mesh
     groups = pool_groups(run, config, data_shards(mesh))
-    pipeline = stage_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
+
+    def build() -> Pipeline:
+        return stage_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
+
+    pipeline = writer_first("indices", build)
+    require_same(f"data of stage {config.name}", json.dumps(pipeline.state(0), sort_keys=True))
     steps = config.optim.steps or pipeline.steps(config.optim.epochs)
     stage = build_stage(run, config, mesh, steps)
     if runtime.is_writer:
@@ -236,15 +255,18 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
     run, mesh = runtime.run, runtime.mesh
     sources = open_sources(runtime.folder, stage.config)
     seed = run.seed + 1 + [s.name for s in run.stages].index(stage.config.name)
-    restored = checkpoints.restore_latest(stage.state_template(mesh))
+    restored = checkpoints.restore_latest(stage.state_template(mesh), tell=runtime.tell)
     if restored is None:
         params = initial_params(stage, sources, mesh, seed)
+        comparison = check_upcycled(stage, params, sources, mesh)
+        if comparison:
+            runtime.tell(f"{stage.config.name}: {comparison}: rounding")
         trained, frozen = split(params, stage.infos)
         init = jax.jit(
             lambda trained: init_state(trained, stage.optimizer, seed),
             out_shardings=stage.state_shardings(mesh),
         )
-        return init(trained), frozen, 0, {}
+        return init(trained), frozen, 0, {"upcycled": comparison and comparison.difference}
     step, state, position = restored
     pipeline.check_state(position["data"])
     _, frozen_infos = split(stage.infos, stage.infos)
@@ -254,37 +276,24 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
 
 def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progress):
     """Compile everything the stage will run, side by side: afterwards nothing can recompile."""
-    mesh, config = runtime.mesh, stage.config
-    groups = pool_groups(runtime.run, config, data_shards(mesh))
-    step = make_train_step(
-        stage.model, stage.optimizer, stage.schedule, config.aux, config.optim.accumulate, groups
-    )
-    shardings = (stage.state_shardings(mesh), replicated(mesh))
-    jitted = jax.jit(step, donate_argnums=(0,), out_shardings=shardings)
-    template, frozen = stage.state_template(mesh), stage.frozen_template()
+    run, mesh, config = runtime.run, runtime.mesh, stage.config
 
-    def compile_step(spec):
-        batch = structs(spec, lambda rank: batch_sharding(mesh, rank))
-        with jax.set_mesh(mesh):
-            return jitted.lower(template, frozen, batch).compile()
+    def build_heldout() -> Pipeline:
+        groups = pool_groups(run, config, data_shards(mesh))
+        return heldout_pipeline(run, config, runtime.data, runtime.tokenizer, groups)
 
-    def score(spec):
-        with jax.set_mesh(mesh):
-            return compile_score(stage, mesh, spec)
-
-    heldout = None
-    if config.evaluate:
-        heldout = heldout_pipeline(runtime.run, config, runtime.data, runtime.tokenizer, groups)
+    heldout = writer_first("held-out indices", build_heldout) if config.evaluate else None
     jobs: dict[Any, Callable[[], Any]] = {
-        ("step", signature): lambda name=signature: compile_step(pipeline.spec(name))
-        for signature in pipeline.signatures
+        ("step", name): lambda name=name: lower_step(run, stage, mesh, pipeline.spec(name))
+        for name in pipeline.signatures
     } | {
-        ("score", signature): lambda name=signature: score(heldout.spec(name))
-        for signature in (heldout.signatures if heldout else ())
+        ("score", name): lambda name=name: lower_score(stage, mesh, heldout.spec(name))
+        for name in (heldout.signatures if heldout else ())
     }
     progress.announce(f"compiling {len(jobs)} programs,")
     with ThreadPoolExecutor(max_workers=4) as pool:
-        done = dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
+        compiled = pool.map(lambda job: job().compile(), jobs.values())
+        done = dict(zip(jobs, compiled, strict=True))
     steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}
     scores = {key[1]: fn for key, fn in done.items() if key[0] == "score"}
     return steps, scores, heldout
@@ -295,12 +304,14 @@ def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done,
     every, limit = runtime.run.checkpoint.every, stage.config.optim.max_bad_steps
     batches = pipeline.batches(
         start_step=done,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        parts=own_data_shards(runtime.mesh),
+        of=data_shards(runtime.mesh),
         stop_step=stage.steps,
     )
     pending, saved, log.since = None, done, time.monotonic()
     try:
+        if runtime.stop.agreed():  # while compiling or scoring: nothing is lost
+            return state, False
         while done < stage.steps:
             before = time.monotonic()
             index, signature, batch = next(batches)
@@ -316,7 +327,7 @@ def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done,
             if done % every == 0 and done < stage.steps:
                 save(done, state)
                 saved = done
-            if runtime.stop.received and done < stage.steps:
+            if runtime.stop.agreed() and done < stage.steps:
                 log.add(*pending)
                 if saved != done:
                     save(done, state)
@@ -353,13 +364,14 @@ def _leave(runtime: Runtime, stage: Stage, params: Flat, folder: Path, summary) 
         "parents": {
             name: str(source_folder(runtime.folder, name))
             for take in config.init
-            for name in (take.experts or (take.source,))
+            for name in take.origins
             if name != "fresh"
         },
         "init": [take.model_dump(exclude_none=True) for take in config.init],
         "data": dict(config.mixture),
         "trained": changed,
         "shapes": {path: list(leaf.shape) for path, leaf in params.items()},
+        "upcycled": summary.upcycled,
         "heldout": summary.heldout,
     }
     save_final(folder, params, manifest)

@@ -31,19 +31,21 @@ def scale_of(module_path: str, rules: Sequence[LoRARule]) -> float:
     raise ParamError(f"no LoRA rule matches {module_path!r}, its scale is unknown")
 
 
+def modules(flat: Mapping[str, Array]) -> list[str]:
+    """Paths of the layers that have an adapter."""
+    return [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
+
+
 def merge(flat: Mapping[str, Array], rules: Sequence[LoRARule]) -> dict[str, Array]:
     """kernel + alpha/rank · A B for every adapted layer, adapters removed.
 
     Works on stacked layers and experts: leading axes are batch axes. The sum is taken in float32
-    and cast back to the kernel's dtype. (arXiv 2106.09685, section 4.1.)
+    and cast back to the kernel's dtype. Arrays of numpy or jax, traced too. (arXiv 2106.09685,
+    section 4.1.)
     """
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-    for path, a in flat.items():
-        if not path.endswith("/lora_a"):
-            continue
-        module = path.removesuffix("/lora_a")
-        kernel, b = flat[f"{module}/kernel"], flat[f"{module}/lora_b"]
-        product = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-        update = scale_of(module, rules) * product
-        merged[f"{module}/kernel"] = (np.asarray(kernel, np.float32) + update).astype(kernel.dtype)
+    for module in modules(flat):
+        kernel, a, b = (flat[f"{module}/{name}"] for name in ("kernel", "lora_a", "lora_b"))
+        update = scale_of(module, rules) * (a.astype(np.float32) @ b.astype(np.float32))
+        merged[f"{module}/kernel"] = (kernel.astype(np.float32) + update).astype(kernel.dtype)
     return merged

@@ -11,6 +11,11 @@ import numpy as np
 Stages = dict[str, list[dict]]
 
 
+def metric_name(module: str, name: str) -> str:
+    """What metric `name` of a module's routers is called: the decoder's bare, `encoder_name`."""
+    return name if module == "decoder" else f"{module}_{name}"
+
+
 def by_stage(records: Sequence[Mapping[str, Any]]) -> Stages:
     """The records of every stage, in order of appearance."""
     stages: Stages = {}
@@ -32,9 +37,12 @@ def layer_series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.
     return np.array([s for s, _ in found], np.float64), np.array([v for _, v in found], np.float64)
 
 
-def expert_load(records: Sequence[Mapping], last_share: float = 0.25) -> np.ndarray | None:
+def expert_load(
+    records: Sequence[Mapping], module: str = "decoder", last_share: float = 0.25
+) -> np.ndarray | None:
     """Token counts [layer, modality, expert] summed over the last `last_share` of the records."""
-    counts = [np.asarray(r["expert_load"], np.float64) for r in records if r.get("expert_load")]
+    name = metric_name(module, "expert_load")
+    counts = [np.asarray(r[name], np.float64) for r in records if r.get(name)]
     if not counts:
         return None
     return np.sum(counts[-max(1, math.ceil(len(counts) * last_share)) :], axis=0)

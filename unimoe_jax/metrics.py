@@ -23,6 +23,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from unimoe_jax.config import MODULES
+from unimoe_jax.metric_series import metric_name
+
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = (
     *("unimoe-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
@@ -303,9 +306,7 @@ def format_progress(
     parts = [f"{stage} {step:>{len(str(total))}}/{total}"]
     shapes = {
         "loss": "loss {:.4f}",
-        "balance": "balance {:.3g}",
-        "router_z": "z {:.3g}",
-        "dropped": "dropped {:.3g}",
+        **_router_shapes(),
         "lr": "lr {:.2e}",
         "tokens_per_s": "{:,.0f} tok/s",
         "data_wait_share": "data wait {:.0%}",
@@ -316,6 +317,16 @@ def format_progress(
     if eta is not None:
         parts.append(f"left {format_seconds(eta)}")
     return "  ".join(parts)
+
+
+def _router_shapes() -> dict[str, str]:
+    kinds = {"balance": "balance {:.3g}", "router_z": "z {:.3g}", "dropped": "dropped {:.3g}"}
+    shapes = {}
+    for module in MODULES:
+        for kind, shape in kinds.items():
+            named = kind == "balance" and module != "decoder"
+            shapes[metric_name(module, kind)] = f"{module} {shape}" if named else shape
+    return shapes
 
 
 def format_seconds(seconds: float) -> str:

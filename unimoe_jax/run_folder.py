@@ -11,6 +11,7 @@ from pathlib import Path
 
 from unimoe_jax.config import RunConfig
 from unimoe_jax.config_io import dump, run_dir
+from unimoe_jax.distributed import is_writer, writer_first
 from unimoe_jax.metrics import env_info, write_json_atomic, write_text_atomic
 
 
@@ -19,19 +20,38 @@ class RunFolderError(RuntimeError):
 
 
 @contextlib.contextmanager
-def claim(config: RunConfig, *, overwrite: bool, resume: bool, writer: bool) -> Iterator[Path]:
+def claim(config: RunConfig, *, overwrite: bool, resume: bool) -> Iterator[Path]:
     """The run's directory, locked for the duration, with config.yaml and env.json written.
 
     The same settings continue a run. Other settings are refused with their differences, unless
-    `resume` accepts them or `overwrite` starts over. Only the `writer` (process 0) writes.
+    `resume` accepts them or `overwrite` starts over. Process 0 does all that before the others go
+    on; they check that they see the same directory.
 
     Raises:
-        RunFolderError: in use by another process, not writable, or other settings.
+        RunFolderError: in use by another run, not writable, other settings, or on a file system
+            that the processes do not share.
+        DistributedError: on the other processes, where process 0 could not claim it.
     """
+    with contextlib.ExitStack() as stack:
+        yield writer_first("run directory", lambda: _open(config, overwrite, resume, stack))
+
+
+def _open(config: RunConfig, overwrite: bool, resume: bool, stack: contextlib.ExitStack) -> Path:
     folder = run_dir(config)
-    if not writer:
-        yield folder
-        return
+    if is_writer():
+        stack.enter_context(_locked(config, folder, overwrite=overwrite, resume=resume))
+    elif not (folder / "config.yaml").exists() or (folder / "config.yaml").read_text() != dump(
+        config
+    ):
+        raise RunFolderError(
+            f"output {folder}: does not hold what process 0 has written there; all hosts must see "
+            "the same directory, with the same settings"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(config: RunConfig, folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -49,7 +69,7 @@ def claim(config: RunConfig, *, overwrite: bool, resume: bool, writer: bool) -> 
         _check_settings(folder / "config.yaml", dump(config), resume)
         write_text_atomic(folder / "config.yaml", dump(config))
         write_json_atomic(folder / "env.json", env_info())
-        yield folder
+        yield
 
 
 def _check_settings(path: Path, text: str, resume: bool) -> None:

@@ -78,8 +78,8 @@ def stage_pipeline(
     # The stage's name is in the seed: stages over the same sources see them in another order.
     seed = run.seed + int.from_bytes(stage.name.encode()[:4], "little") % 65536
     return Pipeline(
-        data,
-        run.model,
+        _stage_data(data, stage),
+        run.stage_model(stage),
         dict(stage.mixture),
         tokenizer,
         loader,
@@ -96,8 +96,20 @@ def heldout_pipeline(
     loader = (stage.loader or data.loader).model_copy(update={"group_by_modality": False})
     mixture = dict.fromkeys(stage.evaluate, 1.0)
     return Pipeline(
-        data, run.model, mixture, tokenizer, loader, seed=0, shards=groups, shuffle=False
+        _stage_data(data, stage),
+        run.stage_model(stage),
+        mixture,
+        tokenizer,
+        loader,
+        seed=0,
+        shards=groups,
+        shuffle=False,
     )
+
+
+def _stage_data(data: DataConfig, stage: StageConfig) -> DataConfig:
+    """The data as this stage reads them: with its own template, if it has one."""
+    return data.model_copy(update={"template": stage.template or data.template})
 
 
 def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:

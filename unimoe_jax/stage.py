@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,19 @@ def results(stage: Stage, params: Flat) -> tuple[Flat, list[str]]:
     changed = {path for path, info in stage.infos.items() if info.trained}
     if stage.config.merge_lora:
         changed |= {path.rsplit("/", 1)[0] + "/kernel" for path in changed if lora.is_adapter(path)}
-        host = {path: np.asarray(jax.device_get(leaf)) for path, leaf in params.items()}
-        params = lora.merge(host, stage.model_config.lora)
+        params = _merged(stage, params)
     if stage.config.leaves == "trained":
         params = {path: leaf for path, leaf in params.items() if path in changed}
     return params, sorted(path for path in changed if path in params)
+
+
+def _merged(stage: Stage, params: Flat) -> Flat:
+    """`lora.merge` where the parameters lie, kernel by kernel: no host need hold them all."""
+    merged = {path: leaf for path, leaf in params.items() if not lora.is_adapter(path)}
+    with jax.default_matmul_precision("highest"):
+        for module in lora.modules(params):
+            kernel = f"{module}/kernel"
+            own = {path: params[path] for path in (kernel, f"{module}/lora_a", f"{module}/lora_b")}
+            merge = partial(lora.merge, rules=stage.model_config.lora)
+            merged |= jax.jit(merge, out_shardings={kernel: stage.shardings[kernel]})(own)
+    return merged

@@ -17,7 +17,14 @@ import optax
 
 from unimoe_jax.config import AuxLossConfig
 from unimoe_jax.data.batch import Batch
-from unimoe_jax.losses import exact_tokens, modality_sums, router_losses, token_nll
+from unimoe_jax.losses import (
+    exact_tokens,
+    modality_losses,
+    modality_sums,
+    router_losses,
+    token_nll,
+)
+from unimoe_jax.metric_series import metric_name
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.moe import MoEAux
 from unimoe_jax.optim import Schedule
@@ -59,9 +66,12 @@ def make_train_step(
     a group by micro-batch. The loss is the mean over all target tokens of the whole batch, however
     they fall into micro-batches.
 
-    Metrics: loss, balance, router_z, aux, grad_norm, lr, tokens (positions that are not padding),
-    targets, nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was
-    skipped), bad_steps, and with experts entropy [L] and load [L, modalities, E].
+    Metrics: loss, aux, grad_norm, lr, tokens (positions that are not padding), targets,
+    nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was skipped),
+    bad_steps, and modality_experts, modality_kl where they have a coefficient.
+    With experts also balance, router_z, entropy [L], load [L, modalities, E]
+    and, where experts have a capacity, dropped (slots, in all layers) of the decoder's routers, and
+    those of other modules with their name in front, e.g. encoder_load.
     """
     grad_fn = jax.value_and_grad(partial(_micro_loss, model, aux_config, accumulate), has_aux=True)
 
@@ -110,7 +120,11 @@ def _micro_loss(
     nll_BT = batch.weight_BT * token_nll(out.logits_BTV, batch.target_BT)
     ce = jnp.sum(nll_BT) / total
     aux = router_losses(out.aux, aux_config) / accumulate
-    metrics = {"loss": ce, "aux": aux, **_moe_metrics(out.aux, accumulate)}
+    metrics = {"loss": ce, **_moe_metrics(out.aux, accumulate)}
+    for name, value in modality_losses(out.aux, batch.modality_BT, aux_config.modality).items():
+        aux += getattr(aux_config.modality, name) * value / accumulate
+        metrics[f"modality_{name}"] = value / accumulate
+    metrics["aux"] = aux
     sums = {"nll_by_modality": nll_BT, "targets_by_modality": batch.weight_BT}
     for name, value_BT in sums.items():
         metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
@@ -142,15 +156,19 @@ def _update(
     return state, metrics
 
 
-def _moe_metrics(moe: MoEAux | None, accumulate: int) -> dict[str, jax.Array]:
-    if moe is None:
-        return {}
-    return {
-        "balance": jnp.mean(moe.balance) / accumulate,
-        "router_z": jnp.mean(moe.router_z) / accumulate,
-        "entropy": moe.entropy / accumulate,
-        "load": moe.load_ME,
-    }
+def _moe_metrics(aux: Mapping[str, MoEAux], accumulate: int) -> dict[str, jax.Array]:
+    metrics = {}
+    for module, moe in aux.items():
+        found = {
+            "balance": jnp.mean(moe.balance) / accumulate,
+            "router_z": jnp.mean(moe.router_z) / accumulate,
+            "entropy": moe.entropy / accumulate,
+            "load": moe.load_ME,
+        }
+        if moe.dropped is not None:
+            found["dropped"] = jnp.sum(moe.dropped)
+        metrics |= {metric_name(module, name): value for name, value in found.items()}
+    return metrics
 
 
 def _micro_batches(a: jax.Array, groups: int, accumulate: int) -> jax.Array:

@@ -78,7 +78,17 @@ class Recorded:
         return max(lengths)
 
 
-RECORDED = [Recorded(file.parent) for file in sorted(golden_dir().glob("*/generate_queries.json"))]
+def recorded_models() -> list[Recorded]:
+    """Systems with questions, and with the whole model that answered them."""
+    whole = [
+        path.parents[2]
+        for name in ("mlp_gates.bin", "clip.bin")
+        for path in golden_dir().glob(f"*/checkpoint/*/{name}")
+    ]
+    return [Recorded(path) for path in sorted(whole) if (path / "generate_queries.json").is_file()]
+
+
+RECORDED = recorded_models()
 
 
 def test_there_are_systems():

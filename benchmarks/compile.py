@@ -1,0 +1,100 @@
+"""All run files at published size through `unimoe_jax.compile`, each for a TPU slice that suits it.
+
+python benchmarks/compile.py [NAME …]      compile (needs the extra [tpu], no TPU; minutes each)
+python benchmarks/compile.py --table       the table of the results that are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import yaml
+from common import ROOT
+
+RESULTS = ROOT / "benchmarks/results/compile"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run's last stage on a slice; `mesh` is a file of configs/mesh/."""
+
+    run: str
+    topology: str
+    mesh: str
+    overrides: tuple[str, ...] = ()
+    media: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}_{self.topology.replace(':', '_')}"
+
+
+CASES = (
+    Case("unimoe_8e", "v5p:2x2x2", "tpu_v5p_16"),
+    Case("unimoe_speech", "v5p:2x2x1", "tpu_v5p_8", ("data.loader.rows=4",)),
+    Case("unimoe_audio", "v5p:2x2x1", "tpu_v5p_8", ("data.loader.rows=4",)),
+    Case("unimoe_speech_dp", "v6e:2x4", "tpu_v6e_8", ("data.loader.rows=8",)),
+    Case("cumo_mistral_7b", "v5p:2x2x2", "tpu_v5p_16", media="image=5"),
+    Case("cumo_mixtral_8x7b", "v5p:2x2x4", "tpu_v5p_32", media="image=5"),
+)
+
+
+def compile_case(case: Case) -> int:
+    """Write the JSON of a case; returns the program's exit code."""
+    mesh = yaml.safe_load((ROOT / "configs/mesh" / f"{case.mesh}.yaml").read_text())["mesh"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
+        *("--config", f"configs/run/{case.run}.yaml", "--json", str(RESULTS / f"{case.name}.json")),
+        *(["--media", case.media] if case.media else []),
+        *(f"mesh={json.dumps(mesh)}", *case.overrides),
+    ]
+    print("+", " ".join(command), flush=True)
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def table() -> str:
+    """Markdown, a line per result."""
+    lines = [
+        "| run, stage | slice, mesh | rows × length | parameters | optimizer | the rest | verdict "
+        "| FLOPs ÷ needed | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        sizes = {name: size / GIB for name, size in report["memory"].items()}
+        mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+        parameters = sizes["frozen parameters"] + sizes["trained parameters"]
+        rest = sizes.get("activations and temporaries")
+        lines.append(
+            f"| {report['config']}, {report['stage']} | {report['topology']}, {mesh} "
+            f"| {report['rows']} × {report['row_length']} | {parameters:.1f} GiB "
+            f"| {sizes['optimizer']:.1f} GiB | {'' if rest is None else f'{rest:.1f} GiB'} "
+            f"| {report['verdict']} | {report.get('flops_ratio', float('nan')):.2f} "
+            f"| {report.get('compile_seconds', float('nan')):.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Returns 1 if a case does not fit or fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="run names; default: all")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    failed = 0
+    if not args.table:
+        for case in CASES:
+            if not args.names or case.run in args.names:
+                failed |= compile_case(case) != 0
+    print(table())
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Run on a SLURM cluster, one process per GPU:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config configs/run/unimoe_8e.yaml
+#
+# Two minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM: all
+# processes save the same step and leave, and the job queues again and continues there. `output` and
+# `data.cache` must be on a file system that all nodes share.
+#SBATCH --job-name=unimoe
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+if (($# == 0)); then
+  echo "usage: sbatch launch/slurm.sh --config RUN.yaml [key=value …]" >&2
+  exit 2
+fi
+python=${PYTHON:-python3}
+program=${PROGRAM:-unimoe_jax.train}
+# Programs compiled by one process serve all, and the next attempt.
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$PWD/.cache}
+export PYTHONUNBUFFERED=1
+
+# What the program returns when it was told to stop and has saved.
+export UNIMOE_STOPPED_CODE=75
+
+# --signal reaches the processes, not this script.
+code=0
+srun "$python" -m "$program" "$@" || code=$?
+if ((code == UNIMOE_STOPPED_CODE)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

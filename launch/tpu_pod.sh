@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Run on all workers of a Cloud TPU pod slice that exists already:
+#
+#   launch/tpu_pod.sh --tpu NAME --zone ZONE -- \
+#     --config configs/run/unimoe_8e.yaml output=/mnt/runs/unimoe_8e data.cache=/mnt/cache
+#
+#   launch/tpu_pod.sh --tpu NAME --zone ZONE --install      first: package and environment
+#   launch/tpu_pod.sh --tpu NAME --zone ZONE --stop         SIGTERM to all: they save and leave
+#
+# `output` and `data.cache` must be on a disk that all workers share (a mounted bucket or Filestore):
+# checkpoints are written by all of them, and programs compiled once serve the next start.
+set -euo pipefail
+
+usage() {
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+tpu='' zone='' action=run
+while (($# > 0)); do
+  case $1 in
+    --tpu) tpu=${2:-} && shift 2 ;;
+    --zone) zone=${2:-} && shift 2 ;;
+    --install | --stop) action=${1#--} && shift ;;
+    --) shift && break ;;
+    *) usage ;;
+  esac
+done
+[[ -n $tpu && -n $zone ]] || usage
+
+everywhere() {
+  gcloud compute tpus tpu-vm ssh "$tpu" --zone "$zone" --worker all --command "$1"
+}
+
+case $action in
+  install)
+    here=$(cd "$(dirname "$0")/.." && pwd)
+    archive=$(mktemp --suffix .tar.gz)
+    trap 'rm -f "$archive"' EXIT
+    git -C "$here" archive --format tar.gz --output "$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$tpu:unimoe_jax.tar.gz" --zone "$zone" --worker all
+    everywhere 'mkdir -p unimoe_jax && tar -xzf unimoe_jax.tar.gz -C unimoe_jax && cd unimoe_jax &&
+      python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
+    ;;
+  stop)
+    everywhere 'xargs kill -TERM < unimoe_jax/.pid'
+    ;;
+  run)
+    (($# > 0)) || usage
+    arguments=$(printf '%q ' "$@")
+    # exec: the process takes over the shell's number, which --stop reads.
+    everywhere "cd unimoe_jax && echo \$\$ > .pid && PYTHONUNBUFFERED=1 exec .venv/bin/python -m \
+      ${PROGRAM:-unimoe_jax.train} --cluster tpu $arguments"
+    ;;
+esac

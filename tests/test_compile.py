@@ -1,0 +1,211 @@
+"""Ahead-of-time compilation: what compiled programs do, what a model needs, the program itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unimoe_jax import config_io
+from unimoe_jax.compile import assumed_batch, parse_media, target_devices, verdict
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.flops import jaxpr_flops, step_flops
+from unimoe_jax.hlo_stats import read
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "tests/multihost.yaml"
+
+
+# --------------------------------------------------------------------------- compiled programs
+
+
+def stats_of(function, *shapes, **options):
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return read(jax.jit(function, **options).lower(*structs).compile().as_text())
+
+
+def test_products_count_as_often_as_their_loop_runs():
+    def layers(x, w_L):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_L)[0]
+
+    stats = stats_of(layers, (16, 32), (5, 32, 32))
+    assert stats.flops == 5 * 2 * 16 * 32 * 32
+    assert stats.loops_unknown == 0
+
+
+def test_loops_of_unknown_length_are_kept_apart():
+    def rows(x, w, n):
+        return jax.lax.fori_loop(0, n.astype(int)[0], lambda i, x: jnp.tanh(x @ w) + i, x)
+
+    stats = stats_of(rows, (16, 32), (32, 32), (1,))
+    assert (stats.flops, stats.flops_unknown) == (0, 2 * 16 * 32 * 32)
+    assert stats.loops_unknown == 1
+
+
+def test_convolutions_count_the_elements_that_meet():
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2,), [(1, 1)])
+
+    # 8 positions, a kernel of 3 with stride 2: the first of 4 windows reaches into the padding.
+    stats = stats_of(convolve, (2, 5, 8), (7, 5, 3))
+    assert stats.flops == 2 * 2 * 7 * 5 * (2 + 3 + 3 + 3)
+
+
+def test_collectives_have_bytes_groups_and_runs(devices):
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def exchange(x):
+        def body(x, _):
+            return jax.lax.all_to_all(x, "b", 0, 0, tiled=True) + 1, None
+
+        def local(x):
+            x, _ = jax.lax.scan(body, x, None, length=3)
+            return jax.lax.psum(x, "a")
+
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=PartitionSpec("b"), out_specs=PartitionSpec("b")
+        )(x)
+
+    sharding = NamedSharding(mesh, PartitionSpec("b"))
+    stats = stats_of(exchange, (64, 32), in_shardings=sharding, out_shardings=sharding)
+    found = {(one.op, one.bytes, one.group, one.count) for one in stats.collectives}
+    local = 16 * 32 * 4
+    assert found == {("all-to-all", local, 4, 3), ("all-reduce", local, 2, 1)}
+    assert not any(one.conditional for one in stats.collectives)
+
+
+# As a TPU compiler writes it: products are convolutions, groups name axes of a mesh, loops carry no
+# count, one collective is spread over two fusions.
+TPU = """HloModule jit_step
+
+%start.1 (p: bf16[16,64]) -> bf16[32,64] {
+  %p = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.1 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, \
+replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}, dimensions={0}
+}
+
+%done.1 (q: bf16[16,64]) -> bf16[32,64] {
+  %q = bf16[16,64]{1,0} parameter(0)
+  ROOT %g.2 = bf16[32,64]{1,0} all-gather(%q), channel_id=7, \
+replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}, dimensions={0}
+}
+
+%body.1 (b: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
+  %b = (s32[]{:T(128)}, bf16[16,64]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %x = bf16[16,64]{1,0} get-tuple-element(%b), index=1
+  %f.1 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%start.1
+  %f.2 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%done.1
+  %c = bf16[16,32]{1,0} convolution(%x, %f.2), dim_labels=bf_oi->bf
+  ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0}) tuple(%i, %x)
+}
+
+%condition.1 (k: (s32[], bf16[16,64])) -> pred[] {
+  %n = s32[]{:T(128)} constant(6)
+  %k = (s32[]{:T(128)}, bf16[16,64]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%k), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
+  %a = (s32[]{:T(128)}, bf16[16,64]{1,0}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, bf16[16,64]{1,0}) while(%a), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_tpu_programs_are_read():
+    stats = read(TPU)
+    assert stats.flops == 6 * 2 * 16 * 32 * 64
+    (gather,) = stats.collectives
+    assert (gather.op, gather.bytes, gather.group, gather.count) == ("all-gather", 4096, 2, 6)
+
+
+# --------------------------------------------------------------------------- what a model needs
+
+
+def test_products_of_a_trace():
+    def layers(x, w_L):
+        def one(x, w):
+            return jax.checkpoint(lambda x: jnp.einsum("bd,df->bf", x, w))(x), None
+
+        return jax.lax.scan(one, x, w_L)[0]
+
+    x, w = jnp.ones((4, 8)), jnp.ones((3, 8, 8))
+    assert jaxpr_flops(jax.make_jaxpr(layers)(x, w)) == 3 * 2 * 4 * 8 * 8
+
+
+def test_experts_need_top_k_times_a_layer():
+    run = config_io.load(CONFIG)
+    stage = run.stages[0].model_copy(update={"lora": ()})
+    spec, _ = assumed_batch(run, stage, 1, None)
+    total, experts = step_flops(run, stage, spec)
+    decoder, tokens = run.model.decoder, np.prod(spec.token_id_BT.shape)
+    kernels = 3 * decoder.hidden_size * decoder.mlp_dim
+    # Frozen experts: forward and the gradient of their input, no gradient of weights.
+    assert experts == decoder.moe.top_k * 2 * (2 * tokens * kernels)
+    three = decoder.model_copy(update={"moe": decoder.moe.model_copy(update={"top_k": 3})})
+    more = run.model_copy(update={"model": run.model.model_copy(update={"decoder": three})})
+    assert step_flops(more, stage, spec)[0] - total == pytest.approx(experts / 2)
+
+
+# --------------------------------------------------------------------------------- the program
+
+
+def test_batches_are_half_soft_tokens_unless_told():
+    run = config_io.load(CONFIG)
+    spec, media = assumed_batch(run, run.stages[0], 4, None)
+    assert spec.token_id_BT.shape == (8, 64)
+    # Four groups of 128 positions: 64 for two media of 16 tokens.
+    assert media == {"image": 2, "video": 2}
+    assert spec.image_GIHWC.shape == (4, 2, 48, 48, 3)
+    assert parse_media("image=3", run.model) == {"image": 3}
+    assert assumed_batch(run, run.stages[0], 4, {"image": 3})[0].video_GIFHWC is None
+
+
+@pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,"])
+def test_bad_media_are_refused(text):
+    with pytest.raises(ConfigError, match="NAME=COUNT"):
+        parse_media(text, config_io.load(CONFIG).model)
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "cpu:x", "v5p:2by2"])
+def test_bad_topologies_are_refused(topology):
+    with pytest.raises(ConfigError, match="KIND:SHAPE"):
+        target_devices(topology)
+
+
+def test_verdicts():
+    report = {"memory": {"sum": 3 * 2**30}}
+    assert verdict(report, 4.0) == "fits: 3.00 of 4.00 GiB per device"
+    assert verdict(report, 2.5) == "does not fit: 0.50 GiB more than the 2.50 of a device"
+    assert verdict(report | {"needed_gib": 5.0}, 4.0).startswith("does not fit: 1.00")
+
+
+def test_program_reports_what_a_mesh_of_other_devices_would_hold(tmp_path):
+    path = tmp_path / "report.json"
+    command = [
+        *(sys.executable, "-m", "unimoe_jax.compile", "--config", str(CONFIG)),
+        *("--topology", "cpu:4", "--json", str(path), "--memory", "0.0001"),
+        "mesh={data: 1, fsdp: 2, expert: 2}",
+    ]
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr  # 0.0001 GiB are too few
+    report = json.loads(path.read_text())
+    assert report["verdict"] in done.stdout
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    memory = report["memory"]
+    # Moments are two float32 copies of what trains, and a few counters.
+    assert 0 < memory["optimizer"] - 2 * memory["trained parameters"] < 64
+    assert memory["sum"] == sum(size for name, size in memory.items() if name != "sum")
+    assert {"all-gather", "all-reduce"} <= {row["op"] for row in report["collectives"]}
+    assert 0.9 < report["flops_ratio"] < 2

@@ -1,0 +1,255 @@
+"""Launch files: shell scripts by shellcheck, JobSets by a schema of what they use, the Dockerfile's
+stages. `launch/local.sh` is run in test_multihost.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unimoe_jax.config_io import load
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+# ------------------------------------------------------------------------------ shell scripts
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(path):
+    beside_python = Path(sys.executable).parent
+    program = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
+    assert program, "shellcheck is part of the extra [test]"
+    done = subprocess.run([program, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert path.stat().st_mode & 0o100, f"{path} is not executable"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_without_arguments_scripts_say_how_they_are_used(path):
+    done = subprocess.run(["bash", path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"launch/{path.name}" in done.stderr
+
+
+def test_slurm_sends_sigterm_in_time_and_queues_again():
+    options = re.findall(r"^#SBATCH (.+)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
+    assert {"--signal=TERM@120", "--requeue"} <= set(options)
+    tasks, gpus = (
+        next(option.split("=")[1] for option in options if option.startswith(name))
+        for name in ("--ntasks-per-node", "--gpus-per-node")
+    )
+    assert tasks == gpus  # one process per GPU
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "k8s_jobset.yaml"], ids=lambda path: path.name)
+def test_no_hyper_parameters(path):
+    """Settings of a run stand in its run file; only places are given on the command line."""
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    settings = re.findall(r"\b(?:optim|model|stages|loader|mesh|precision)[.=]", "\n".join(lines))
+    assert settings == []
+
+
+# ------------------------------------------------------------------------------------ JobSets
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FieldRef(Strict):
+    fieldPath: Annotated[
+        str, Field(pattern=r"^metadata\.(name|annotations\['[\w./-]+'\]|labels\['[\w./-]+'\])$")
+    ]
+
+
+class ValueFrom(Strict):
+    fieldRef: FieldRef
+
+
+class Env(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
+    value: str | None = Field(None, strict=True)  # Kubernetes refuses numbers
+    valueFrom: ValueFrom | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        assert (self.value is None) != (self.valueFrom is None), "value or valueFrom"
+        return self
+
+
+class Port(Strict):
+    containerPort: Annotated[int, Field(gt=0, lt=65536)]
+
+
+class Mount(Strict):
+    name: str
+    mountPath: Annotated[str, Field(pattern="^/")]
+
+
+class Resources(Strict):
+    limits: dict[Literal["nvidia.com/gpu", "google.com/tpu"], Annotated[int, Field(gt=0)]]
+
+
+class Container(Strict):
+    name: str
+    image: str
+    command: list[str]
+    args: list[str]
+    env: list[Env]
+    ports: list[Port]
+    resources: Resources
+    volumeMounts: list[Mount]
+
+
+class Claim(Strict):
+    claimName: str
+
+
+class EmptyDir(Strict):
+    medium: Literal["Memory"]
+
+
+class Volume(Strict):
+    name: str
+    persistentVolumeClaim: Claim | None = None
+    emptyDir: EmptyDir | None = None
+
+
+class PodSpec(Strict):
+    restartPolicy: Literal["Never"]
+    terminationGracePeriodSeconds: Annotated[int, Field(ge=60)]
+    nodeSelector: dict[str, str] = {}
+    containers: Annotated[list[Container], Field(min_length=1, max_length=1)]
+    volumes: list[Volume]
+
+    @model_validator(mode="after")
+    def _mounts_exist(self):
+        mounted = {mount.name for mount in self.containers[0].volumeMounts}
+        assert mounted == {volume.name for volume in self.volumes}
+        return self
+
+
+class PodTemplate(Strict):
+    spec: PodSpec
+
+
+class JobSpec(Strict):
+    parallelism: Annotated[int, Field(gt=0)]
+    completions: int
+    completionMode: Literal["Indexed"]
+    backoffLimit: Literal[0]
+    template: PodTemplate
+
+    @model_validator(mode="after")
+    def _all_at_once(self):
+        assert self.parallelism == self.completions, "processes must run at the same time"
+        return self
+
+
+class JobTemplate(Strict):
+    spec: JobSpec
+
+
+class ReplicatedJob(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+    replicas: Literal[1]
+    template: JobTemplate
+
+
+class FailurePolicy(Strict):
+    maxRestarts: Annotated[int, Field(gt=0)]
+
+
+class Network(Strict):
+    enableDNSHostnames: Literal[True]  # the coordinator is found by name
+
+
+class JobSetSpec(Strict):
+    failurePolicy: FailurePolicy
+    network: Network
+    replicatedJobs: Annotated[list[ReplicatedJob], Field(min_length=1, max_length=1)]
+
+
+class Metadata(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+    labels: dict[str, str]
+    annotations: dict[str, str] = {}
+
+
+class JobSet(Strict):
+    apiVersion: Literal["jobset.x-k8s.io/v1alpha2"]
+    kind: Literal["JobSet"]
+    metadata: Metadata
+    spec: JobSetSpec
+
+
+def jobsets() -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "k8s_jobset.yaml").read_text()))
+
+
+def job_of(jobset: JobSet) -> JobSpec:
+    return jobset.spec.replicatedJobs[0].template.spec
+
+
+@pytest.mark.parametrize("document", jobsets(), ids=lambda document: document["metadata"]["name"])
+def test_jobset_follows_the_schema(document):
+    job = job_of(JobSet.model_validate(document))
+    pod = job.template.spec
+    container = pod.containers[0]
+    env = {one.name: one.value for one in container.env}
+    mounts = [mount.mountPath for mount in container.volumeMounts]
+    assert pod.terminationGracePeriodSeconds == 120
+    assert any(env["XDG_CACHE_HOME"].startswith(f"{path}/") for path in mounts)
+    output = next(arg for arg in container.args if arg.startswith("output="))
+    assert any(output.startswith(f"output={path}/") for path in mounts)
+    load(ROOT / next(a for a in container.args if a.startswith("--config=")).split("=")[1])
+    if "nvidia.com/gpu" in container.resources.limits:
+        assert int(env["PROCESSES"]) == job.completions
+        assert {"JOBSET_NAME", "REPLICATED_JOB_NAME"} <= env.keys()
+    else:
+        assert "--cluster=tpu" in container.args
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("apiVersion",), "v1"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "completions"), 9),
+        (("spec", "network", "enableDNSHostnames"), False),
+        (("spec", "surprise"), 1),
+    ],
+)
+def test_schema_refuses_what_would_not_work(path, value):
+    document = jobsets()[0]
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValidationError):
+        JobSet.model_validate(document)
+
+
+# ---------------------------------------------------------------------------------- Dockerfile
+
+
+def test_dockerfile_has_a_target_for_each_platform():
+    text = (LAUNCH / "Dockerfile").read_text()
+    assert set(re.findall(r"^FROM base AS (\w+)$", text, re.MULTILINE)) == {"cpu", "cuda", "tpu"}
+    for name in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        for part in name.split():
+            assert (ROOT / part).exists(), part
+    extras = re.findall(r"'\.\[(\w+)\]'", text)
+    settings = (ROOT / "setup.cfg").read_text().split("extras_require]")[1]
+    known = re.findall(r"^(\w+) =", settings, re.MULTILINE)
+    assert set(extras) <= set(known)

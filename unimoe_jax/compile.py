@@ -1,0 +1,341 @@
+"""Compile a run's real programs for devices that are not here: does it fit, what does it cost?
+
+    python -m unimoe_jax.compile --config configs/run/unimoe_8e.yaml --topology v5p:2x2x4
+    python -m unimoe_jax.compile --config configs/run/tiny.yaml --topology cpu:8 [key=value …]
+
+TPU topologies need `pip install -e '.[tpu]'` and no TPU; names are KIND:SHAPE, as v5e:2x4 or
+v5p:2x2x2. No parameter is made and no data are read: batches hold half soft tokens, in equal parts
+of every medium the model takes (`--media image=2,speech=10` says otherwise, in entries per pool
+group). Prints a summary and writes it as JSON. Exit codes: 0 fits, 1 does not, 2 bad settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unimoe_jax import config_io
+from unimoe_jax.compile_serving import serving_program
+from unimoe_jax.config import ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.batch import Batch, batch_spec
+from unimoe_jax.distributed import settle_cpu
+from unimoe_jax.flops import step_flops
+from unimoe_jax.hlo_stats import Stats, read
+from unimoe_jax.metrics import write_json_atomic
+from unimoe_jax.params import ParamError
+from unimoe_jax.programs import batch_structs, lower_score, lower_step
+from unimoe_jax.setup_data import pool_groups
+from unimoe_jax.sharding import ShardingError, data_shards, make_mesh, use_mesh
+from unimoe_jax.stage import Stage, build_stage
+
+GIB = 2**30
+HBM_GIB = {"v4": 31.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+"""Memory of one device that XLA's TPU compiler gives out, as its messages say it."""
+MEDIA_SHARE = 0.5
+PROGRAMS = ("train", "score", "prefill", "decode")
+
+
+# ---------------------------------------------------------------------------- what to compile
+
+
+def target_devices(topology: str) -> list[jax.Device]:
+    """The devices of `cpu:N` or of a TPU topology `KIND:SHAPE`; nothing runs on them.
+
+    Raises:
+        ConfigError: no such topology, or the compiler for it is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit():
+        return _cpu_devices(int(shape))
+    if kind not in HBM_GIB or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ConfigError(
+            f"--topology {topology}: neither cpu:N nor KIND:SHAPE with KIND of {sorted(HBM_GIB)}, "
+            "as v5p:2x2x4"
+        )
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU in this machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: none is used
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ConfigError(
+            f"--topology {topology}: {str(error).splitlines()[0]} (a TPU compiler comes with "
+            "pip install -e '.[tpu]')"
+        ) from error
+
+
+def _cpu_devices(count: int) -> list[jax.Device]:
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
+    settle_cpu()
+    jax.config.update("jax_platforms", "cpu")
+    if len(jax.devices()) < count:
+        raise ConfigError(f"--topology cpu:{count}: XLA_FLAGS asks for {len(jax.devices())}")
+    return jax.devices()[:count]
+
+
+def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
+    """`image=2,speech=10` -> entries per pool group.
+
+    Raises:
+        ConfigError: not of this form, or a medium that the model does not take.
+    """
+    if text is None:
+        return None
+    pairs = re.findall(r"(\w+)=(\d+)(?:,|$)", text)
+    known = set(model.tokens_per_medium())
+    if (
+        ",".join(f"{name}={count}" for name, count in pairs) != text
+        or {p[0] for p in pairs} - known
+    ):
+        raise ConfigError(f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}")
+    return {name: int(count) for name, count in pairs}
+
+
+def assumed_batch(
+    run: RunConfig, stage: StageConfig, shards: int, media: Mapping[str, int] | None
+) -> tuple[Batch, dict[str, int]]:
+    """(ArraySpecs of one optimizer step's batch, pool entries per pool group)."""
+    model, loader = run.stage_model(stage), stage.loader or run.data.loader
+    groups = pool_groups(run, stage, shards)
+    tokens = model.tokens_per_medium()
+    if media is None:
+        room = MEDIA_SHARE * loader.rows * loader.row_length / groups
+        media = {name: max(1, round(room / len(tokens) / size)) for name, size in tokens.items()}
+    times = stage.optim.accumulate
+    spec = batch_spec(model, loader.rows * times, loader.row_length, groups * times, dict(media))
+    return spec, dict(media)
+
+
+# ------------------------------------------------------------------------------- the report
+
+
+def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
+    """Bytes per device of what a step is given: exact, from shapes and shardings."""
+    state = stage.state_template(mesh)
+
+    def size(tree: Any) -> int:
+        return sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+            * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    return {
+        "frozen parameters": size(stage.frozen_template()),
+        "trained parameters": size(state.trained),
+        "optimizer": size(state.optimizer),
+        "batch": size(batch_structs(mesh, spec)),
+    }
+
+
+def working_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes per device that the program needs beside its arguments."""
+    sizes = compiled.memory_analysis()
+    return {
+        "activations and temporaries": sizes.temp_size_in_bytes,
+        "new outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+
+
+def collective_table(stats: Stats) -> list[dict[str, Any]]:
+    """Collectives of a kind, size and group together, the most bytes first."""
+    table: dict[tuple, dict[str, Any]] = {}
+    for one in stats.collectives:
+        key = (one.op, one.bytes, one.group, one.conditional)
+        row = table.setdefault(
+            key,
+            {
+                "op": one.op,
+                "bytes": int(one.bytes),
+                "devices": one.group,
+                "conditional": one.conditional,
+                "runs": 0,
+            },
+        )
+        row["runs"] += int(one.count)
+    return sorted(table.values(), key=lambda row: -row["bytes"] * row["runs"])
+
+
+def compile_program(
+    run: RunConfig, config: StageConfig, mesh: Mesh, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything that is reported about one program; must run inside `use_mesh`."""
+    report: dict[str, Any] = {"mesh": dict(mesh.shape), "devices": mesh.size}
+    started = time.monotonic()
+    if args.program in ("prefill", "decode"):
+        rows, length = args.rows, args.length or config_length(run, config)
+        report |= {"rows": rows, "row_length": length}
+        report["memory"], make = serving_program(run, config, mesh, args.program, rows, length)
+    else:
+        media = parse_media(args.media, run.stage_model(config))
+        spec, media = assumed_batch(run, config, data_shards(mesh), media)
+        rows, length = spec.token_id_BT.shape
+        report |= {"rows": rows, "row_length": length, "media_per_pool_group": media}
+        stage = build_stage(run, config, mesh, steps=config.optim.steps or 1000)
+        report["memory"] = memory_classes(stage, mesh, spec)
+        train = args.program == "train"
+        lowered = lower_step(run, stage, mesh, spec) if train else lower_score(stage, mesh, spec)
+        make = lowered.compile
+    report["trace_seconds"] = round(time.monotonic() - started, 1)
+    started = time.monotonic()
+    try:
+        compiled = make()
+    except jax.errors.JaxRuntimeError as error:
+        return report | _too_large(error)
+    report["compile_seconds"] = round(time.monotonic() - started, 1)
+    report["memory"] |= working_memory(compiled)
+    report["memory"]["sum"] = sum(report["memory"].values())
+    stats = read(compiled.as_text())
+    report |= {
+        "flops_per_device": stats.flops,
+        "flops_per_trip_of_loops_of_unknown_length": stats.flops_unknown,
+        "loops_of_unknown_length": stats.loops_unknown,
+        "collectives": collective_table(stats),
+    }
+    if args.program == "train":
+        report |= _needed(run, config, spec, stats, mesh.size)
+    return report
+
+
+def config_length(run: RunConfig, config: StageConfig) -> int:
+    """Positions of a row of the stage."""
+    return (config.loader or run.data.loader).row_length
+
+
+def _needed(
+    run: RunConfig, config: StageConfig, spec: Batch, stats: Stats, devices: int
+) -> dict[str, float]:
+    """What the model needs, and the ratio of what the program does to it."""
+    needed, in_experts = (flops / devices for flops in step_flops(run, config, spec))
+    # Loops over the rows that were routed to an expert have no length before they run.
+    counted = stats.flops + (in_experts if stats.loops_unknown else 0)
+    return {
+        "flops_needed_per_device": needed,
+        "flops_needed_in_experts_per_device": in_experts,
+        "flops_ratio": counted / needed,
+    }
+
+
+def _too_large(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+    """What the compiler says when a program exceeds a TPU's memory; other errors go on."""
+    sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+        raise error
+    used = float(sizes[1]) / (1 if sizes[2] == "G" else 1024)
+    return {"compiler_refused": str(error).splitlines()[0], "needed_gib": used}
+
+
+def verdict(report: dict[str, Any], limit_gib: float | None) -> str:
+    """`fits`, or by how much not; without a known limit only what is needed."""
+    needed = report.get("needed_gib") or report["memory"]["sum"] / GIB
+    if limit_gib is None:
+        return f"needs {needed:.2f} GiB per device"
+    if needed <= limit_gib:
+        return f"fits: {needed:.2f} of {limit_gib:.2f} GiB per device"
+    return f"does not fit: {needed - limit_gib:.2f} GiB more than the {limit_gib:.2f} of a device"
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"{report['program']} step of {report['config']}, stage {report['stage']}, on "
+        f"{report['topology']}: {report['devices']} devices {report['mesh']}",
+        f"{report['rows']} rows of {report['row_length']}, media per pool group "
+        f"{report.get('media_per_pool_group', {})}",
+        "memory per device",
+    ]
+    lines += [f"  {name:<34}{size / GIB:>10.3f} GiB" for name, size in report["memory"].items()]
+    if "collectives" in report:
+        lines.append(f"compiled in {report['compile_seconds']} s")
+        lines.append(f"{report['flops_per_device']:.4g} FLOPs per device")
+        if report["loops_of_unknown_length"]:
+            trip = report["flops_per_trip_of_loops_of_unknown_length"]
+            count = report["loops_of_unknown_length"]
+            lines.append(f"  and {count} loops whose length depends on the data, {trip:.4g} a trip")
+        if "flops_ratio" in report:
+            note = ", such loops as what experts need" if report["loops_of_unknown_length"] else ""
+            lines.append(f"  {report['flops_ratio']:.3f} of what the model needs{note}")
+        for row in report["collectives"]:
+            note = " (not in every step)" if row["conditional"] else ""
+            lines.append(
+                f"  {row['op']:<20}{row['bytes']:>16,} B x {row['runs']:<6} over {row['devices']}"
+                f"{note}"
+            )
+    return "\n".join([*lines, report["verdict"]])
+
+
+# ------------------------------------------------------------------------------ the program
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unimoe_jax.compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="run file")
+    parser.add_argument("--stage", help="default: the last")
+    parser.add_argument("--topology", required=True, help="v5p:2x2x4, cpu:8, …")
+    parser.add_argument("--program", choices=PROGRAMS, default="train")
+    parser.add_argument("--rows", type=int, default=8, help="of prefill and decode; default: 8")
+    parser.add_argument("--length", type=int, help="of prompt or cache; default: row_length")
+    parser.add_argument("--media", help="pool entries per pool group, as image=2,speech=10")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="per device; default: the kind's"
+    )
+    parser.add_argument("--json", type=Path, help="default: NAME_STAGE_TOPOLOGY.json here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code; see the module's docstring."""
+    args = parse(arguments)
+    try:
+        run = config_io.load(args.config, args.overrides)
+        stages = {stage.name: stage for stage in run.stages}
+        name = args.stage or run.stages[-1].name
+        if name not in stages:
+            raise ConfigError(f"--stage {name}: no such stage; the run has {', '.join(stages)}")
+        mesh = make_mesh(run.mesh, target_devices(args.topology))
+        # Abstract: what is computed while preparing must not be sent to devices that are not here.
+        with use_mesh(mesh.abstract_mesh, run.mesh.rules):
+            report = compile_program(run, stages[name], mesh, args)
+    except (ConfigError, ParamError, ShardingError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    limit = args.memory or HBM_GIB.get(args.topology.partition(":")[0])
+    report = {
+        "config": run.name,
+        "stage": name,
+        "program": args.program,
+        "topology": args.topology,
+        "jax": jax.__version__,
+        **report,
+    }
+    report["verdict"] = verdict(report, limit)
+    path = args.json or Path(f"{run.name}_{name}_{args.topology.replace(':', '_')}.json")
+    write_json_atomic(path, report)
+    print(summary(report))
+    return 0 if not report["verdict"].startswith("does not") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

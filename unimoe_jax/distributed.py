@@ -1,0 +1,362 @@
+"""Several processes as one program: how they find each other, agree on things, and end together.
+
+One process drives the devices of one host (or one GPU). They are found from flags, from the
+environment (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`), from a Kubernetes
+JobSet, from SLURM (under `srun`) or from a Cloud TPU pod. With one process nothing is started.
+
+What must be equal everywhere is agreed through jax's coordination service, which needs no device
+and no shared folder. Process 0 alone writes and prints; see `is_writer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 30
+"""A process that is silent for so long counts as dead, and the others stop."""
+WAIT_SECONDS = 24 * 3600
+"""How long processes wait for the one that prepares data; a dead one is noticed by its silence."""
+LEAVE_SECONDS = 5
+"""How long a process that failed waits to see whether all others failed as well."""
+PORT = 8476
+PEER_LOST = (
+    "stopped: another process is gone or out of reach ({}). The same command, started again on "
+    "all, continues from the last checkpoint."
+)
+
+
+class DistributedError(RuntimeError):
+    """Processes that do not find each other, or do not agree."""
+
+
+# ------------------------------------------------------------------------------ finding them
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How this process joins the others.
+
+    Attributes:
+        method: who says so: `flags` (or environment), `jobset`, `slurm` or `tpu`.
+        coordinator: HOST:PORT of process 0; None where jax finds it (slurm, tpu).
+        count, index: processes, and which this is; None where jax finds them.
+    """
+
+    method: str
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every program that may run as several processes."""
+    group = parser.add_argument_group("several processes (found by themselves under srun)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    group.add_argument(
+        "--cluster",
+        choices=("auto", "slurm", "tpu", "jobset", "none"),
+        default=os.environ.get("UNIMOE_CLUSTER", "auto"),
+        help="who started the processes; `tpu` on all workers of a Cloud TPU pod",
+    )
+
+
+def find_processes(args: argparse.Namespace, env: Mapping[str, str]) -> Processes | None:
+    """How this process joins others, or None if it is alone.
+
+    Raises:
+        DistributedError: settings that are incomplete or contradict each other.
+    """
+    cluster = args.cluster
+    if cluster == "none":
+        return None
+    explicit = _explicit(args, env)
+    if explicit:
+        return explicit
+    if cluster == "jobset" or (cluster == "auto" and "JOBSET_NAME" in env):
+        return _jobset(env)
+    if cluster == "slurm" or (cluster == "auto" and _under_srun(env)):
+        return Processes("slurm")
+    # A pod on Kubernetes names its workers; one made by gcloud does not: there, say --cluster tpu.
+    if cluster == "tpu" or (cluster == "auto" and "," in env.get("TPU_WORKER_HOSTNAMES", "")):
+        return Processes("tpu")
+    return None
+
+
+def _explicit(args: argparse.Namespace, env: Mapping[str, str]) -> Processes | None:
+    given = {
+        "--coordinator (JAX_COORDINATOR_ADDRESS)": args.coordinator
+        or env.get("JAX_COORDINATOR_ADDRESS"),
+        "--processes (JAX_NUM_PROCESSES)": _number(args.processes, "JAX_NUM_PROCESSES", env),
+        "--process (JAX_PROCESS_ID)": _number(args.process, "JAX_PROCESS_ID", env),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise DistributedError(f"several processes: {' and '.join(missing)} not given")
+    coordinator, count, index = given.values()
+    return _checked(Processes("flags", coordinator, count, index))
+
+
+def _number(flag: int | None, name: str, env: Mapping[str, str]) -> int | None:
+    if flag is not None or name not in env:
+        return flag
+    if not env[name].isdigit():
+        raise DistributedError(f"{name}={env[name]!r}: not a number")
+    return int(env[name])
+
+
+def _jobset(env: Mapping[str, str]) -> Processes:
+    """Pods of a JobSet with one replicated job, whose first pod is process 0."""
+    wanted = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "PROCESSES", "JOB_COMPLETION_INDEX")
+    missing = [name for name in wanted if not env.get(name)]
+    if missing:
+        raise DistributedError(f"JobSet: {', '.join(missing)} not set; see launch/k8s_jobset.yaml")
+    name, job = env["JOBSET_NAME"], env["REPLICATED_JOB_NAME"]
+    count, index = (_number(None, name, env) for name in wanted[2:])
+    return _checked(Processes("jobset", f"{name}-{job}-0-0.{name}:{PORT}", count, index))
+
+
+def _checked(found: Processes) -> Processes:
+    if ":" not in found.coordinator or not found.coordinator.rsplit(":", 1)[1].isdigit():
+        raise DistributedError(f"coordinator {found.coordinator!r}: not HOST:PORT")
+    if not 0 <= found.index < found.count:
+        raise DistributedError(f"process {found.index} of {found.count}: counted from 0")
+    return found
+
+
+def _under_srun(env: Mapping[str, str]) -> bool:
+    # A batch script without srun has the job's variables, but not those of a step.
+    return "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Join the other processes, if there are any. Comes before anything that touches a device.
+
+    Raises:
+        DistributedError: incomplete settings, or process 0 is not reached.
+    """
+    found = find_processes(args, os.environ)
+    settle_cpu(several=found is not None)
+    if found is None:
+        return
+    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if found.coordinator is not None:
+        options |= {
+            "coordinator_address": found.coordinator,
+            "num_processes": found.count,
+            "process_id": found.index,
+            "cluster_detection_method": "deactivate",
+        }
+    elif found.method == "slurm":
+        options |= {"cluster_detection_method": "slurm"}
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        where = found.coordinator or f"found by {found.method}"
+        reason = _first_line(error)
+        raise DistributedError(f"process 0 ({where}) is not reached: {reason}") from error
+
+
+# ------------------------------------------------------------------------ collectives on CPUs
+
+
+def settle_cpu(several: bool = False) -> None:
+    """Keep XLA's CPU collectives from waiting for each other for ever; comes before jax starts.
+
+    With several virtual devices or several processes, three defaults allow that: two programs in
+    flight may start their collectives in different orders; so may two devices within one program;
+    and a device's work may find every thread of the pool waiting in a collective for it. What the
+    user has set stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    devices = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    if not several and (not devices or int(devices[-1]) < 2):
+        return
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    scheduler = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    if scheduler not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {scheduler}=false".strip()
+    # The size of the thread pool; by default as many as there are cores or devices.
+    os.environ.setdefault("NPROC", str(max(64, 8 * int(devices[-1] if devices else 1))))
+
+
+# ---------------------------------------------------------------------------------- agreement
+
+
+def is_writer() -> bool:
+    """Whether this is the process that prints and writes."""
+    return jax.process_index() == 0
+
+
+_calls: dict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+def _key(what: str) -> str:
+    # Numbered per purpose, so that a thread may wait for its own purpose beside the main one.
+    return f"unimoe/{what}/{next(_calls[what])}"
+
+
+def _client():
+    # jax has no public name for the coordination service's key-value store and barriers.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process has come here, equally often for the same `what`."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(_key(what), WAIT_SECONDS * 1000)
+
+
+def all_texts(what: str, text: str) -> list[str]:
+    """The `text` of every process, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    folder = _key(what)
+    # A first character, because the store takes no empty values.
+    _client().key_value_set(f"{folder}/{jax.process_index()}", f"={text}")
+    return [
+        _client().blocking_key_value_get(f"{folder}/{index}", WAIT_SECONDS * 1000)[1:]
+        for index in range(jax.process_count())
+    ]
+
+
+def require_same(what: str, text: str) -> None:
+    """Check that all processes hold the same `text`, for example the resolved settings.
+
+    Raises:
+        DistributedError: on all of them, naming one that differs from process 0.
+    """
+    digests = all_texts(what, hashlib.sha256(text.encode()).hexdigest())
+    other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise DistributedError(
+            f"{what}: process {other} differs from process 0; all processes need the same "
+            "command, package versions and files"
+        )
+
+
+def writer_first(what: str, action: Callable[[], T]) -> T:
+    """`action()` on process 0 and then on the others, which find on disk what it has prepared.
+
+    Raises:
+        what `action` raises; a failure on process 0 is a DistributedError on the others.
+    """
+    if jax.process_count() == 1:
+        return action()
+    key = _key(what)
+    if not is_writer():
+        failed = _client().blocking_key_value_get(key, WAIT_SECONDS * 1000)[1:]
+        if failed:
+            raise DistributedError(f"process 0: {failed}")
+        return action()
+    try:
+        result = action()
+    except Exception as error:
+        _client().key_value_set(key, f"={error}")
+        raise
+    _client().key_value_set(key, "=")
+    return result
+
+
+def require_all(what: str, error: str) -> None:
+    """Raise on all processes if any has an `error` (empty: none).
+
+    Raises:
+        DistributedError: the first error, with the process that has it.
+    """
+    for index, text in enumerate(all_texts(what, error)):
+        if text:
+            raise DistributedError(f"process {index}: {text}" if jax.process_count() > 1 else text)
+
+
+# -------------------------------------------------------------------------------- the end
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether `error` is how jax reports that another process has gone."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def guard(body: Callable[[], int]) -> int:
+    """The exit code of `body`; processes leave together, or at once where another is lost.
+
+    An exception of one process must end it without waiting for the others, which may wait for it.
+    """
+    try:
+        code = body()
+    except Exception as error:
+        if not _joined():
+            raise
+        if lost_peer(error):
+            return fail(PEER_LOST.format(_first_line(error)), 1)
+        traceback.print_exc()
+        _leave_now(1)
+    if _joined():
+        jax.distributed.shutdown()
+    return code
+
+
+def fail(message: str, code: int) -> int:
+    """Print `message` once and end with `code`: returned, or at once where others may wait.
+
+    If all processes fail, process 0 speaks for them. If only some do, each of them speaks, and the
+    others learn of it as their connections break.
+    """
+    if not _joined():
+        print(message, file=sys.stderr, flush=True)
+        return code
+    together = _all_leave()
+    if is_writer() or not together:
+        print(f"{'' if together else _name()}{message}", file=sys.stderr, flush=True)
+    if is_writer():  # the others' connections end with this process
+        time.sleep(1)
+    return _leave_now(code)
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} ({socket.gethostname()}): "
+
+
+def _joined() -> bool:
+    return _client() is not None
+
+
+def _all_leave() -> bool:
+    try:
+        _client().wait_at_barrier("unimoe/leave", LEAVE_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _leave_now(code: int) -> NoReturn:
+    # An orderly exit would wait for processes that are gone, or that wait for this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().splitlines()[0]

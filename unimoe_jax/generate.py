@@ -1,0 +1,195 @@
+"""Ask a trained or converted model.
+
+    python -m unimoe_jax.generate --model RUN_OR_CHECKPOINT --image a.png --prompt "What is this?"
+    python -m unimoe_jax.generate --model … --chat
+    python -m unimoe_jax.generate --model … --input questions.jsonl --output answers.jsonl
+
+--model: a run directory (its last whole stage), a stage's `final` folder, or what
+`python -m unimoe_jax.convert import` wrote. Media flags may repeat; placeholders in the prompt
+(<image>, <audio>, <video>) say where they stand, otherwise they come first. A question line is
+{"id": …, "prompt": "…", "image": PATH or [PATH, …], "speech": …, "audio": …, "video": …} with any
+sampling setting, or {"messages": [{"role": "user", "text": "…", "image": …}, …]}; paths are
+relative to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from unimoe_jax.checkpoint import CheckpointError
+from unimoe_jax.config import MEDIA, MeshConfig
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.conversation import TEMPLATES
+from unimoe_jax.distributed import settle_cpu
+from unimoe_jax.generation.batch_files import answer_file
+from unimoe_jax.generation.chat import Chat, run_chat
+from unimoe_jax.generation.errors import GenerationError
+from unimoe_jax.generation.loader import Settings, load
+from unimoe_jax.generation.model import BATCH, Model
+from unimoe_jax.generation.request import Media, Sampling, ask
+from unimoe_jax.generation.routing import report_lines, routing_report, save_report
+from unimoe_jax.host_memory import keep_freed_memory
+from unimoe_jax.sharding import ShardingError
+
+AXES = tuple(name for name in MeshConfig.model_fields if name != "rules")
+
+
+class _AppendMedia(argparse.Action):
+    """All media flags fill one list, in the order in which they are given."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        del parser
+        media = [*(namespace.media or []), Media(option.lstrip("-"), (value,))]
+        namespace.media = media
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m unimoe_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--model", required=True, type=Path, metavar="PATH")
+    asking = top.add_argument_group("one question")
+    asking.add_argument("--prompt", metavar="TEXT")
+    for kind in MEDIA:
+        asking.add_argument(f"--{kind}", action=_AppendMedia, dest="media", metavar="PATH")
+    asking.add_argument(
+        "--show-routing",
+        nargs="?",
+        const="routing.json",
+        type=Path,
+        metavar="FILE",
+        help="print which experts the tokens went to, and save it (default: routing.json)",
+    )
+    many = top.add_argument_group("a conversation, or many questions")
+    many.add_argument("--chat", action="store_true")
+    many.add_argument("--input", type=Path, metavar="FILE", help="questions, JSON lines")
+    many.add_argument("--output", type=Path, metavar="FILE", help="answers; continued if it exists")
+    many.add_argument("--batch-size", type=int, default=BATCH, metavar="N")
+    how = top.add_argument_group("sampling (default: generation_config.json, else greedy)")
+    how.add_argument("--temperature", type=float, metavar="X", help="0: greedy")
+    how.add_argument("--top-p", type=float, metavar="X")
+    how.add_argument("--top-k", type=int, metavar="N", help="0: off")
+    how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument("--max-new-tokens", type=int, metavar="N")
+    held = top.add_argument_group("how the model is held")
+    held.add_argument("--precision", choices=("float32", "bfloat16"))
+    held.add_argument("--mesh", metavar="AXIS=N,…", help=f"all devices, over {', '.join(AXES)}")
+    held.add_argument("--template", choices=sorted(TEMPLATES), help="default: the model's own")
+    held.add_argument("--quiet", action="store_true", help="do not list compiled programs")
+    return top
+
+
+def mesh_of(text: str | None) -> MeshConfig | None:
+    """`expert=4,data=2` -> sizes of axes; None stays.
+
+    Raises:
+        GenerationError: an unknown axis or a size that is no whole number.
+    """
+    if text is None:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.lstrip("-").isdecimal():
+            raise GenerationError(f"--mesh {text}: {part!r} is not AXIS=N; axes: {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 where something cannot be answered; one line says why."""
+    args = parser().parse_args(arguments)
+    try:
+        check(args)
+        return run(args)
+    except (GenerationError, CheckpointError, ConfigError, ShardingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def check(args: argparse.Namespace) -> None:
+    """What the flags contradict, before a model is read.
+
+    Raises:
+        GenerationError: they are named.
+    """
+    ways = {"--chat": args.chat, "--input": args.input, "--prompt": args.prompt is not None}
+    asked = [name for name, given in ways.items() if given]
+    if len(asked) > 1 or (not asked and not args.media):
+        raise GenerationError(
+            f"give one of {', '.join(ways)}, or media alone; got {asked or 'none'}"
+        )
+    if (args.input is None) != (args.output is None):
+        raise GenerationError("--input and --output go together")
+    if args.media and (args.input or args.chat):
+        raise GenerationError("media flags belong to one question; here they are named elsewhere")
+    if args.show_routing and (args.input or args.chat):
+        raise GenerationError("--show-routing belongs to one question")
+    if args.batch_size < 1:
+        raise GenerationError(f"--batch-size {args.batch_size}; allowed: 1 or more")
+    sampling_of(args).checked()
+    mesh_of(args.mesh)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The settings given on the command line."""
+    return Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.max_new_tokens)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load and ask."""
+    settle_cpu()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unimoe_jax/xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    trace = frozenset({"experts"} if args.show_routing else ())
+    settings = Settings(args.precision, mesh_of(args.mesh), args.template, trace=trace)
+    tell = None if args.quiet else lambda line: print(line, file=sys.stderr)
+    model = load(args.model, settings, tell)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    sampling = sampling_of(args)
+    if args.chat:
+        run_chat(Chat(model, sampling))
+    elif args.input:
+        answered, failed = answer_file(model, args.input, args.output, sampling, args.batch_size)
+        print(f"{answered} answered, {failed} failed -> {args.output}")
+    else:
+        answer_one(model, args, sampling)
+    return 0
+
+
+def answer_one(model: Model, args: argparse.Namespace, sampling: Sampling) -> None:
+    """Stream the answer to one question, then its routing if it was asked for."""
+    pieces = model.stream(ask(args.prompt or "", args.media or (), sampling))
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as finished:
+            answer = finished.value
+            break
+    print()
+    if args.show_routing:
+        report = routing_report(model, answer)
+        for line in report_lines(report):
+            print(line)
+        save_report(report, args.show_routing)
+        print(f"routing saved to {args.show_routing}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""A run directory, a finished stage or a converted checkpoint -> a model that answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from unimoe_jax import config_io, lora
+from unimoe_jax.checkpoint import MANIFEST, load_final, read_manifest
+from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.generation.engine import Engine
+from unimoe_jax.generation.errors import GenerationError
+from unimoe_jax.generation.media import MediaEncoder
+from unimoe_jax.generation.model import Model
+from unimoe_jax.generation.programs import Programs, Tell
+from unimoe_jax.generation.request import Sampling
+from unimoe_jax.models.served import ExpertLayout, ServedDecoder, serve
+from unimoe_jax.models.unimoe import UniMoE
+from unimoe_jax.nn.linear import LayerOptions
+from unimoe_jax.params import declared, nest
+from unimoe_jax.setup_data import load_tokenizer
+from unimoe_jax.sharding import make_mesh, param_sharding, use_mesh
+from unimoe_jax.stage import full_batch
+
+MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
+TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+NEUTRAL = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "typical_p": 1.0,
+    "num_return_sequences": 1,
+}
+"""Keys of a generation_config.json that are not implemented, with the value that asks nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is held.
+
+    precision: computations, kernels and cache; None: float32 on a CPU, bfloat16 elsewhere. mesh:
+    sizes of its axes; None: one device. template: None: the run's, or the checkpoint's family's.
+    experts: None: separate arrays on one CPU, else stacked. trace: see `Engine`.
+    """
+
+    precision: Literal["float32", "bfloat16"] | None = None
+    mesh: MeshConfig | None = None
+    template: str | None = None
+    experts: ExpertLayout | None = None
+    trace: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint and what belongs to it. folder: with params and manifest."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    template: str
+    generation: Mapping[str, Any]
+
+
+def load(path: str | Path, settings: Settings = Settings(), tell: Tell | None = None) -> Model:
+    """The model at `path`: a run directory (its last stage that leaves a whole model), a stage's
+    `final` folder, or what `unimoe_jax.convert import` wrote.
+
+    Raises:
+        GenerationError: it is no model that can answer; what is missing is named.
+        CheckpointError: it is damaged.
+    """
+    if jax.process_count() > 1:
+        raise GenerationError("generation runs in one process; start it without a coordinator")
+    found = find(Path(path).expanduser(), settings.template)
+    params = _parameters(found)
+    try:
+        return _build(found, params, settings, tell)
+    except ValueError as error:
+        if isinstance(error, GenerationError):
+            raise
+        raise GenerationError(f"{path}: {error}") from error
+
+
+def _build(
+    found: Found, params: dict[str, np.ndarray], settings: Settings, tell: Tell | None
+) -> Model:
+    config, mesh_config = found.config, settings.mesh or MeshConfig(data=1)
+    devices = jax.devices() if settings.mesh else jax.devices()[:1]
+    mesh = make_mesh(mesh_config, devices)
+    on_cpu = devices[0].platform == "cpu"
+    dtype = jnp.dtype(settings.precision or ("float32" if on_cpu else "bfloat16"))
+    layout = settings.experts or ("separate" if on_cpu and mesh.size == 1 else "stacked")
+    if layout == "separate" and mesh.size > 1:
+        raise GenerationError("experts = separate: only on one device")
+    options = LayerOptions(dtype=dtype)
+    axes = logical_axes(config)
+    with use_mesh(mesh, mesh_config.rules):
+
+        def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
+            # Routers compute in float32 and scales are small: they keep what they were saved in.
+            keep = "/router/" in path or path.endswith("/scale")
+            value = np.asarray(value, np.float32 if keep else dtype)
+            return jax.device_put(value, param_sharding(mesh, path, value.shape, names))
+
+        weights = serve(config.decoder, params, axes, layout, place)
+        encoders = {
+            path: place(path, params[path], axes[path])
+            for path in params
+            if path.split("/")[0] not in ("decoder", "embed", "lm_head")
+        }
+    programs = Programs(mesh, mesh_config.rules, tell)
+    eos, defaults, notes = generation_settings(found)
+    engine = Engine(ServedDecoder(config.decoder, dtype), weights, programs, eos, settings.trace)
+    media = MediaEncoder(config, options, nest(encoders), programs)
+    return Model(config, found.tokenizer, found.template, defaults, engine, media, notes)
+
+
+# ---------------------------------------------------------------------------------- finding it
+
+
+def find(path: Path, template: str | None) -> Found:
+    """What lies at `path`, parameters not read yet."""
+    if not path.is_dir():
+        raise GenerationError(f"{path}: no such folder; give a run directory or a checkpoint")
+    run_file = path / "config.yaml"
+    if run_file.is_file():
+        run = _run(run_file)
+        stage = _last_whole_stage(run, path)
+        return _of_run(run, stage, path / "checkpoints" / stage.name / "final", template)
+    if not (path / MANIFEST).is_file():
+        inside = path / "final"
+        if (inside / MANIFEST).is_file():
+            return find(inside, template)
+        raise GenerationError(
+            f"{path}: neither config.yaml of a run nor {MANIFEST} of a checkpoint; PyTorch folders "
+            "are converted first: python -m unimoe_jax.convert import --from … --to …"
+        )
+    if (path / MODEL_FILE).is_file():
+        return _of_import(path, template)
+    run_file = path.absolute().parents[2] / "config.yaml"
+    if not run_file.is_file():
+        raise GenerationError(
+            f"{path}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
+            "settings are unknown"
+        )
+    run, name = _run(run_file), path.absolute().parent.name
+    stage = next((stage for stage in run.stages if stage.name == name), None)
+    if stage is None:
+        raise GenerationError(f"{path}: {run_file} has no stage {name}")
+    return _of_run(run, stage, path, template)
+
+
+def _run(file: Path) -> RunConfig:
+    try:
+        return config_io.load(file)
+    except ConfigError as error:
+        raise GenerationError(str(error)) from error
+
+
+def _last_whole_stage(run: RunConfig, folder: Path) -> StageConfig:
+    for stage in reversed(run.stages):
+        final = folder / "checkpoints" / stage.name / "final"
+        if stage.leaves == "all" and (final / MANIFEST).is_file():
+            return stage
+    raise GenerationError(f"{folder}: no finished stage that leaves a whole model")
+
+
+def _of_run(run: RunConfig, stage: StageConfig, folder: Path, template: str | None) -> Found:
+    config = run.stage_model(stage)
+    tokenizer, file = load_tokenizer(run)
+    own = getattr(stage, "template", None) or run.data.template
+    if template is None and own == "plain":
+        raise GenerationError(
+            f"{folder}: stage {stage.name} learned captions (template plain), not conversations; "
+            "choose a template, e.g. --template vicuna_v1"
+        )
+    side = file.parent / GENERATION_FILE
+    generation = _json(side) if side.is_file() else {}
+    return Found(folder, config, tokenizer, template or own, generation)
+
+
+def _of_import(folder: Path, template: str | None) -> Found:
+    try:
+        manifest = read_manifest(folder)
+        content = yaml.safe_load((folder / MODEL_FILE).read_text())
+        config = ModelConfig.model_validate(content.get("model", content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GenerationError(
+            f"{folder / MODEL_FILE}: not a whole model: {where}: {first['msg']}; generation needs "
+            "embedding, decoder and head"
+        ) from error
+    family = str(manifest.get("family", ""))
+    known = next((name for start, name in TEMPLATE_OF_FAMILY if family.startswith(start)), None)
+    if template is None and known is None:
+        raise GenerationError(
+            f"{folder}: no template is known for family {family!r}; choose one with --template"
+        )
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except FileNotFoundError as error:
+        raise GenerationError(f"{folder}: {error}; copy tokenizer.model there") from error
+    side = folder / GENERATION_FILE
+    generation = _json(side) if side.is_file() else {}
+    return Found(folder, config, tokenizer, template or known, generation)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise GenerationError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise GenerationError(f"{file}: expected an object")
+    return content
+
+
+# ---------------------------------------------------------------------------------- parameters
+
+
+def _declared(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple]]:
+    """{path: (shape, logical axes)} of the model, its adapters merged."""
+    bare = config.model_copy(update={"lora": ()})
+    shapes = declared(UniMoE(bare, LayerOptions()), full_batch(bare))
+    return {
+        path: (shape, tuple(names) + (None,) * (len(shape) - len(names)))
+        for path, (shape, names) in shapes.items()
+    }
+
+
+def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+    """Of every parameter of the model without adapters."""
+    return {path: names for path, (_, names) in _declared(config).items()}
+
+
+def _parameters(found: Found) -> dict[str, np.ndarray]:
+    """Every parameter, adapters merged into their kernels in float32."""
+    host = load_final(found.folder)
+    if any(lora.is_adapter(path) for path in host):
+        adapted = {path.rsplit("/", 1)[0] + "/kernel" for path in host if lora.is_adapter(path)}
+        host = {
+            path: np.asarray(value, np.float32) if path in adapted else value
+            for path, value in host.items()
+        }
+        host = lora.merge(host, found.config.lora)
+    expected = {path: shape for path, (shape, _) in _declared(found.config).items()}
+    missing, strange = sorted(set(expected) - set(host)), sorted(set(host) - set(expected))
+    if missing or strange:
+        what = "lacks" if missing else "has parameters that its model does not know:"
+        names = missing or strange
+        raise GenerationError(
+            f"{found.folder}: {what} {len(names)} of {len(expected)} parameters, e.g. {names[0]}; "
+            "it is a part of a model, or of another family"
+        )
+    for path, shape in expected.items():
+        if host[path].shape != shape:
+            raise GenerationError(
+                f"{found.folder}: {path} has shape {host[path].shape}, its model needs {shape}"
+            )
+    return host
+
+
+# --------------------------------------------------------------------------- generation_config
+
+
+def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[str, ...]]:
+    """(end tokens, default sampling, notes on keys that are not followed).
+
+    Raises:
+        GenerationError: a value in generation_config.json that makes no sense.
+    """
+    given, tokenizer = found.generation, found.tokenizer
+    eos = given.get("eos_token_id", tokenizer.eos_id)
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(token, int) for token in eos):
+        raise GenerationError(f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}")
+    drawn = bool(given.get("do_sample", False))
+    defaults = Sampling(
+        # transformers draws with temperature 1 and the best 50 unless it is told otherwise.
+        temperature=given.get("temperature", 1.0) if drawn else 0.0,
+        top_p=given.get("top_p"),
+        top_k=given.get("top_k"),
+        max_new_tokens=given.get("max_new_tokens"),
+    )
+    try:
+        defaults.checked()
+    except GenerationError as error:
+        raise GenerationError(f"{found.folder / GENERATION_FILE}: {error}") from error
+    notes = tuple(
+        f"{GENERATION_FILE}: {key} = {given[key]!r} is not followed"
+        for key, neutral in NEUTRAL.items()
+        if key in given and given[key] not in (neutral, None)
+    )
+    return eos, defaults, notes

@@ -1,0 +1,151 @@
+"""Media files -> soft tokens, each encoded once and remembered while it is asked about again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimoe_jax.config import MediaName, ModelConfig
+from unimoe_jax.data.batch import entry_shapes
+from unimoe_jax.data.processors import Entries, Processors
+from unimoe_jax.data.records import MediaFile
+from unimoe_jax.data.tally import BadSample
+from unimoe_jax.generation.errors import GenerationError
+from unimoe_jax.generation.programs import Programs
+from unimoe_jax.models.unimoe import Audio, Pictures, Speech, Vision
+from unimoe_jax.nn.linear import LayerOptions
+
+REMEMBERED = 32
+
+
+class MediaEncoder:
+    """Runs the encoders and connectors of a model, one pool entry per device at a time.
+
+    params: {vision|speech|audio: parameters}, on the devices.
+    """
+
+    def __init__(
+        self, model: ModelConfig, options: LayerOptions, params: dict[str, Any], programs: Programs
+    ):
+        self.model, self.options, self.params = model, options, params
+        self.processors = Processors(model)
+        self.programs = programs
+        self._remembered: OrderedDict[Any, np.ndarray] = OrderedDict()
+
+    # ------------------------------------------------------------------------------- files
+
+    def count(self, file: MediaFile) -> int:
+        """Soft tokens of a file, from its header.
+
+        Raises:
+            GenerationError: it is missing, hostile or unreadable, or longer than the model hears.
+        """
+        _key(file)
+        with _named():
+            entries, found = self.processors.count(file)
+        if found > entries:
+            raise GenerationError(
+                f"{file.paths[0]}: {found} chunks of {self._seconds(file.modality)} s; this model "
+                f"takes {entries}; shorten the file or raise max_chunks of the model's "
+                f"{file.modality} settings"
+            )
+        return entries * self.model.tokens_per_medium()[file.modality]
+
+    def _seconds(self, kind: str) -> int:
+        return getattr(self.model, kind).chunk_seconds
+
+    def encode(self, files: Sequence[MediaFile]) -> list[np.ndarray]:
+        """Soft tokens [n,D] of each file.
+
+        Raises:
+            GenerationError: as `count`, and what only decoding shows.
+        """
+        keys = [_key(file) for file in files]
+        for file, key in zip(files, keys, strict=True):
+            if key not in self._remembered:
+                with _named():
+                    entries = self.processors.load(file)
+                self._remembered[key] = self._soft_tokens(file.modality, entries)
+            self._remembered.move_to_end(key)
+        soft = [self._remembered[key] for key in keys]
+        while len(self._remembered) > REMEMBERED:
+            self._remembered.popitem(last=False)
+        return soft
+
+    # ---------------------------------------------------------------------------- programs
+
+    def _soft_tokens(self, kind: MediaName, entries: Entries) -> np.ndarray:
+        rows = self.programs.rows
+        program, done = self.program(kind), []
+        for start in range(0, len(entries.arrays), rows):
+            arrays = entries.arrays[start : start + rows]
+            pool = np.zeros((rows, 1, *arrays[0].shape), np.float32)
+            pool[: len(arrays), 0] = arrays
+            # Whole where nothing is, so that no key row is all masked.
+            lengths = np.full((rows, 1), self._full_length(kind), np.int32)
+            lengths[: len(arrays), 0] = entries.lengths[start : start + rows]
+            inputs = self.programs.put_batch((pool, lengths))
+            done.append(np.asarray(program(self.params[_part(kind)], *inputs))[: len(arrays)])
+        return np.concatenate(done).reshape(-1, done[0].shape[-1])
+
+    def _full_length(self, kind: MediaName) -> int:
+        return self.model.audio.num_samples if kind == "audio" else 0
+
+    def program(self, kind: MediaName) -> Any:
+        """The compiled encoder of one kind of media."""
+        shape = (self.programs.rows, 1, *entry_shapes(self.model)[kind])
+        specs = self.programs.batch_structs(
+            (np.empty(shape, np.float32), np.empty(shape[:2], np.int32))
+        )
+
+        def encode(params: Any, pool: jax.Array, length_GJ: jax.Array) -> jax.Array:
+            return self._forward(kind, params, pool, length_GJ).astype(self.options.dtype)
+
+        return self.programs.get(f"encode {kind}", encode, (self.params[_part(kind)], *specs))
+
+    def _forward(self, kind: MediaName, params: Any, pool: Any, length_GJ: Any) -> jax.Array:
+        width, options, tree = self.model.decoder.hidden_size, self.options, {"params": params}
+        if kind in ("image", "video"):
+            vision = Vision(self.model.vision, width, options)
+            used = jnp.ones(pool.shape[:2], bool)
+            is_image = kind == "image"
+            pictures = Pictures(pool, None, used) if is_image else Pictures(None, pool, None, used)
+            (table,), _ = vision.apply(tree, pictures)
+            return table
+        if kind == "speech":
+            return Speech(self.model.speech, width, options).apply(tree, pool)
+        return Audio(self.model.audio, width, options).apply(tree, pool, length_GJ)
+
+
+def _part(kind: MediaName) -> str:
+    return "vision" if kind in ("image", "video") else kind
+
+
+def _key(file: MediaFile) -> tuple:
+    def stamp(path: str) -> tuple:
+        found = Path(path)
+        if not found.exists():
+            raise GenerationError(f"no such file: {path}")
+        status = found.stat()
+        return str(found.resolve()), status.st_mtime_ns, status.st_size
+
+    return file.modality, tuple(stamp(path) for path in file.paths)
+
+
+class _named:
+    """What the readers say about a bad file, as an error of this package."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, BadSample):
+            raise GenerationError(error.message) from error
+        if isinstance(error, OSError | ImportError):
+            raise GenerationError(str(error)) from error

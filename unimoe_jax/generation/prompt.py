@@ -1,0 +1,110 @@
+"""A request -> token ids and placeholders of the conversation's template, and the media to encode.
+
+The same templates, tokenizer and processors as in training; nothing is ever cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from unimoe_jax.config import MediaName
+from unimoe_jax.data.batch import TEXT
+from unimoe_jax.data.conversation import Span, prompt_pieces, tokenize
+from unimoe_jax.data.records import MediaFile, Turn
+from unimoe_jax.data.stream import Stream, stream_of
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.generation.errors import GenerationError
+from unimoe_jax.generation.request import ORDER, PLACEHOLDER, Media, Message, Request
+
+ROLES = {"user": "human", "assistant": "gpt"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, media not loaded yet."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def media(self) -> tuple[MediaFile, ...]:
+        """The files, in the order in which their soft tokens stand."""
+        return tuple(span.medium.file for span in self.spans if span.medium)
+
+    def stream(self, soft_tokens: Sequence[int]) -> Stream:
+        """Positions, given the soft tokens of each of `media`."""
+        indices = [span.medium.index for span in self.spans if span.medium]
+        stream = stream_of(list(self.spans), dict(zip(indices, soft_tokens, strict=True)))
+        is_soft = stream.modality != TEXT
+        # One table for all media, in the order of the stream.
+        slot = np.where(is_soft, np.cumsum(is_soft) - 1, -1).astype(np.int32)
+        return replace(stream, slot=slot)
+
+
+def make_prompt(
+    request: Request, template: str, tokenizer: Tokenizer, accepts: frozenset[MediaName]
+) -> Prompt:
+    """The request as its template writes it, waiting for the assistant.
+
+    Raises:
+        GenerationError: turns out of order, media of a kind that the model cannot take, or
+            placeholders that do not fit the files.
+    """
+    _check_turns(request.messages)
+    turns: list[Turn] = []
+    files: dict[str, list[Media]] = {}
+    everywhere = {PLACEHOLDER[m.kind] for message in request.messages for m in message.media}
+    for number, message in enumerate(request.messages):
+        for medium in message.media:
+            if medium.kind not in accepts:
+                known = ", ".join(sorted(accepts)) or "text only"
+                raise GenerationError(
+                    f"{medium.kind} {medium.paths[0]}: this model has no encoder for it; it takes "
+                    f"{known}"
+                )
+            files.setdefault(PLACEHOLDER[medium.kind], []).append(medium)
+        turns.append(Turn(ROLES[message.role], _with_placeholders(message, number, everywhere)))
+    media = {
+        placeholder: tuple(MediaFile(medium.kind, medium.paths) for medium in given)
+        for placeholder, given in files.items()
+    }
+    spans = tokenize(prompt_pieces(turns, media, template), tokenizer)
+    return Prompt(tuple(spans))
+
+
+def _check_turns(messages: tuple[Message, ...]) -> None:
+    if not messages:
+        raise GenerationError("a request needs at least one message")
+    for number, message in enumerate(messages):
+        expected = ("user", "assistant")[number % 2]
+        if message.role != expected:
+            raise GenerationError(
+                f"message {number} is the {message.role}'s; turns alternate and begin with the user"
+            )
+        if message.role == "assistant" and message.media:
+            raise GenerationError(f"message {number}: media belong to the user's turns")
+    if messages[-1].role != "user":
+        raise GenerationError("the last message must be the user's")
+    last = messages[-1]
+    if not last.text.strip() and not last.media:
+        raise GenerationError("the question is empty: give text or media")
+
+
+def _with_placeholders(message: Message, number: int, everywhere: set[str]) -> str:
+    """The text with a placeholder for each of its files: its own, or in front in `ORDER`."""
+    text, front = message.text, ""
+    if message.role == "assistant":
+        return text
+    for placeholder in ORDER:
+        given = sum(PLACEHOLDER[medium.kind] == placeholder for medium in message.media)
+        found = text.count(placeholder)
+        if given and not found:
+            front += f"{placeholder}\n" * given
+        elif found != given and placeholder in everywhere:
+            raise GenerationError(
+                f"message {number} has {found} {placeholder} for {given} file(s) of that kind; "
+                "write one for each file, or none"
+            )
+    return front + text

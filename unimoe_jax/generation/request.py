@@ -1,0 +1,176 @@
+"""What is asked and what is answered: plain dataclasses without arrays or models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from unimoe_jax.config import MEDIA, MediaName
+from unimoe_jax.generation.errors import GenerationError
+
+PLACEHOLDER: dict[MediaName, str] = {
+    "image": "<image>",
+    "video": "<video>",
+    "speech": "<audio>",
+    "audio": "<audio>",
+}
+ORDER = ("<image>", "<audio>", "<video>")
+"""Where the released programs put media that the question does not place itself."""
+MAX_NEW_TOKENS, TOP_K = 1024, 50
+
+
+@dataclass(frozen=True)
+class Media:
+    """One file: an image, a sound, or a video (a file, a folder of frames, or several frames)."""
+
+    kind: MediaName
+    paths: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.kind not in MEDIA:
+            raise GenerationError(f"media kind {self.kind!r}; allowed: {', '.join(MEDIA)}")
+        if not self.paths or (len(self.paths) > 1 and self.kind != "video"):
+            raise GenerationError(f"{self.kind}: one file each, got {list(self.paths)}")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn. Media belong to the user's turns; placeholders in the text say where they stand."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    media: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. None: what the model's generation_config.json says, else the default.
+
+    temperature 0 is greedy decoding. top_p, top_k (0: off) and seed matter only above it. The
+    tokens of a request depend on its own settings and seed, not on what else is in the batch.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """These settings where they are set, else those of `defaults`."""
+        given = {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None
+        }
+        return replace(defaults, **given)
+
+    def checked(self) -> Sampling:
+        """Itself, complete and valid.
+
+        Raises:
+            GenerationError: the setting and its value are named.
+        """
+        full = self.over(Sampling(0.0, 1.0, TOP_K, 0, MAX_NEW_TOKENS))
+        for name, allowed, good in (
+            ("temperature", "a finite number >= 0", _number(full.temperature) >= 0),
+            ("top_p", "a number above 0, at most 1", 0 < _number(full.top_p) <= 1),
+            ("top_k", "a whole number >= 0", _whole(full.top_k) >= 0),
+            ("seed", "a whole number from 0 to 2^32 - 1", 0 <= _whole(full.seed) < 2**32),
+            ("max_new_tokens", "a whole number >= 1", _whole(full.max_new_tokens) >= 1),
+        ):
+            if not good:
+                raise GenerationError(f"{name} = {getattr(full, name)!r}; allowed: {allowed}")
+        return full
+
+
+def _number(value: Any) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else math.nan
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation that waits for the assistant's next answer."""
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+
+
+def ask(text: str, media: Sequence[Media] = (), sampling: Sampling = Sampling()) -> Request:
+    """A request of one question."""
+    return Request((Message("user", text, tuple(media)),), sampling)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens, stripped. tokens: everything generated, the final eos too.
+
+    stop: "eos", or "length" where max_new_tokens cut it. modality_T: of the prompt's positions, see
+    `data.batch.MODALITY`. expert_LTK: if traced, the experts in every MoE layer of every position
+    that was fed to the model (prompt, then all tokens but the last), int32, E = none. logits_TV: if
+    traced, the float32 logits that each token was chosen from.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stop: Literal["eos", "length"]
+    modality_T: Any = field(default=None, compare=False)
+    expert_LTK: Any = field(default=None, compare=False)
+    logits_TV: Any = field(default=None, compare=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions of the prompt, soft tokens included."""
+        return len(self.modality_T)
+
+
+# ------------------------------------------------------------------------------------ from JSON
+
+
+def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Request:
+    """A request from an object of a questions file.
+
+    `prompt` (or `text`) with `image`, `video`, `speech`, `audio` (a path or a list), or `messages`:
+    a list of `{role, text, image, …}`; and any field of `Sampling`. Paths are relative to `root`.
+
+    Raises:
+        GenerationError: a key or value that is not understood.
+    """
+    settings = {f.name for f in fields(Sampling)}
+    unknown = set(content) - {"id", "question_id", "messages", "prompt", "text", *MEDIA, *settings}
+    if unknown:
+        raise GenerationError(f"unknown keys {sorted(unknown)}")
+    given = Sampling(**{name: content[name] for name in settings & set(content)})
+    sampling = given.over(defaults)
+    if "messages" not in content:
+        return Request((_message({"role": "user", **content}, root),), sampling)
+    messages = content["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise GenerationError("messages: expected a list of objects")
+    return Request(tuple(_message(message, root) for message in messages), sampling)
+
+
+def _message(content: Mapping[str, Any], root: Path) -> Message:
+    role, text = content.get("role"), content.get("text", content.get("prompt"))
+    if role not in ("user", "assistant"):
+        raise GenerationError(f"role = {role!r}; allowed: user, assistant")
+    if not isinstance(text, str):
+        raise GenerationError(f"the text of a turn must be a string, not {text!r:.40}")
+    media = []
+    for kind in MEDIA:
+        value = content.get(kind) or []
+        files = [value] if isinstance(value, str) else value
+        if not isinstance(files, list):
+            raise GenerationError(f"{kind}: expected a path or a list of paths, got {value!r:.60}")
+        for file in files:
+            paths = file if kind == "video" and isinstance(file, list) else [file]
+            if not paths or not all(isinstance(path, str) for path in paths):
+                raise GenerationError(f"{kind}: expected paths, got {file!r:.60}")
+            media.append(Media(kind, tuple(str(root / path) for path in paths)))
+    return Message(role, text, tuple(media))
