@@ -113,7 +113,7 @@ def test_routers_start_as_the_model_would_start_them(everything):
 def test_the_manifest_names_parents_and_hashes(everything, dense, capsys):
     manifest = read_manifest(everything)
     assert manifest["parents"] == {"base": str(dense)}
-    assert set(manifest["hashes"]["base"]) == {"SHA256SUMS.json"}
+    assert set(manifest["hashes"]["base"]) == {"XXH3SUMS.json"}
     assert manifest["experts"]["encoder"] == ["base"] * 3
     assert manifest["command"].startswith("python -m unimoe_jax.experts upcycle --from")
     assert open_source("up", everything).moe_layers == (True, True, True)

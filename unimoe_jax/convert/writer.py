@@ -9,7 +9,6 @@ never read again. What results is an ordinary checkpoint of numpy arrays, with t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from unimoe_jax.checkpoint import MANIFEST, seal
+from unimoe_jax.checkpoint import MANIFEST, new_sum, seal
 from unimoe_jax.convert.reader import ConvertError
 
 # Every thread holds one source tensor's pages and one block, so few threads bound the memory.
@@ -156,7 +155,7 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 def run(work: Iterable[Work], params: Path, leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """Do all work in a few threads; {chunk file below `params`: SHA-256}.
+    """Do all work in a few threads; {chunk file below `params`: checksum}.
 
     Raises:
         whatever the first failing piece of work raises; the rest is not begun then.
@@ -180,8 +179,8 @@ def run(work: Iterable[Work], params: Path, leaves: Mapping[str, Leaf]) -> dict[
 
 
 def write_chunk(path: Path, value: np.ndarray, dtype: np.dtype) -> str:
-    """Write the elements of `value` in C order as `dtype`; returns the SHA-256 of the file."""
-    digest = hashlib.sha256()
+    """Write the elements of `value` in C order as `dtype`; returns the file's checksum."""
+    digest = new_sum()
     with path.open("wb") as file:
         for block in blocks(value, dtype):
             digest.update(block)
