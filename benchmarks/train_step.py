@@ -105,12 +105,14 @@ def jax_side(folder: Path, size: str, name: str):
 
     from unimoe_jax.config import MeshConfig
     from unimoe_jax.data.batch import Batch
+    from unimoe_jax.distributed import settle_cpu
     from unimoe_jax.host_memory import keep_freed_memory
     from unimoe_jax.params import split
     from unimoe_jax.sharding import make_mesh, use_mesh
     from unimoe_jax.stage import build_stage, place
     from unimoe_jax.train_step import init_state, make_train_step
 
+    settle_cpu()
     keep_freed_memory()
     run, stage = make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -66,11 +66,13 @@ def inputs_of(rows: int, length: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def values_and_gradients(expert_fn: ExpertFunction, method: str, form: str = "auto"):
+def values_and_gradients(
+    expert_fn: ExpertFunction, method: str, form: str = "auto", keep: bool = False
+):
     """f(weights, x, expert, weight, seed) -> (y, gradients of weights, x and weight)."""
 
     def loss(weights, x, weight, expert, seed):
-        y = moe_ffn(expert_fn, weights, x, expert, weight, seed, method, form)
+        y = moe_ffn(expert_fn, weights, x, expert, weight, seed, method, form, keep)
         # Not a plain sum: every output element pulls differently.
         pull = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
         return jnp.sum(pull * y.astype(jnp.float32)), y

@@ -57,7 +57,9 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def lowered(devices, expert_fn, sizes, form: str, argnums=None, wide: bool = True):
+def lowered(
+    devices, expert_fn, sizes, form: str, argnums=None, wide: bool = True, keep: bool = False
+):
     """The layer on a mesh (data, fsdp, expert, tensor), or its gradient by `argnums`."""
     count = math.prod(sizes)
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=False))), devices[:count])
@@ -75,7 +77,8 @@ def lowered(devices, expert_fn, sizes, form: str, argnums=None, wide: bool = Tru
         )
 
         def layer(weights, x, weight, expert):
-            return moe_ffn(expert_fn, weights, x, expert, weight, np.uint32(0), "grouped", form)
+            args = (weights, x, expert, weight, np.uint32(0), "grouped", form, keep)
+            return moe_ffn(expert_fn, *args)
 
         def loss(*args):
             return jnp.sum(jnp.sin(layer(*args)))
@@ -165,6 +168,9 @@ def test_products_are_of_rows_routed(devices, expert_fn, products: int):
     for argnums, needed in (((1, 2), 3 * products - 1), ((0, 1, 2), 4 * products - 1)):
         program = lowered(devices, expert_fn, (1, 1, 1, 1), "auto", argnums, wide=False)
         assert program.cost_analysis()["flops"] <= 1.05 * needed * once
+        kept = lowered(devices, expert_fn, (1, 1, 1, 1), "auto", argnums, wide=False, keep=True)
+        saved = program.cost_analysis()["flops"] - kept.cost_analysis()["flops"]
+        assert saved >= 0.99 * (products - 1) * once
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])

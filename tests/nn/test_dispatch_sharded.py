@@ -62,7 +62,9 @@ def _mesh(devices, data: int, fsdp: int, expert: int, tensor: int):
 @pytest.mark.parametrize(
     ("sizes", "kind", "form", "rules"),
     [
-        ((8, 1, 1, 1), "swiglu", "auto", None),
+        ((8, 1, 1, 1), "swiglu", "kept", None),
+        ((1, 2, 1, 2), "mlp", "kept", None),
+        ((2, 1, 2, 2), "swiglu", "kept", DATA_ONLY),
         ((1, 1, 4, 1), "swiglu", "gather", None),
         ((1, 1, 4, 1), "mlp", "all_to_all", None),
         ((1, 2, 2, 2), "mlp", "gather", None),
@@ -74,8 +76,9 @@ def _mesh(devices, data: int, fsdp: int, expert: int, tensor: int):
 )
 def test_equals_one_device(devices, expected, monkeypatch, sizes, kind, form, rules):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    how = {"keep": True} if form == "kept" else {"form": form}
     with use_mesh(_mesh(devices, *sizes), rules):
-        run = values_and_gradients(FUNCTIONS[kind], "grouped", form)
+        run = values_and_gradients(FUNCTIONS[kind], "grouped", **how)
         for name, value in expected[kind].items():
             assert_close(run(*_arguments(kind, name)), value, TOLERANCE)
 

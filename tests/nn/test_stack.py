@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from unimoe_jax.config import MoEConfig
+from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.stack import Run, layer_runs, scan_layers, where_is
 
 ALL_SMALL = [kinds for length in range(9) for kinds in product((False, True), repeat=length)]
@@ -57,16 +58,20 @@ class Scale(nn.Module):
     """carry · weight + input · shared; gives back its carry."""
 
     start: float
+    recomputed: bool
+    options: LayerOptions
 
     @nn.compact
     def __call__(self, carry, layer_input, shared):
+        assert self.options.keep_hidden != self.recomputed
         weight = self.param("weight", lambda key: self.start + jax.random.uniform(key))
         return carry * weight + layer_input * shared, carry
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_equals_a_loop(remat: bool):
-    stack = scan_layers(Scale, 3, remat, "layers", start=1.0)
+    fields = {"options": LayerOptions(), "start": 1.0, "recomputed": remat}
+    stack = scan_layers(Scale, 3, remat, "layers", **fields)
     args = (jnp.float32(2), jnp.arange(3.0), jnp.float32(0.5))
     params = nn.unbox(stack.init(jax.random.key(0), *args))
     weights = np.asarray(params["params"]["weight"])

@@ -135,5 +135,5 @@ class ClipEncoder(nn.Module):
         """`length` layers under `name`, and their routers' statistics."""
         if not length:
             return x_BTD, None
-        fields = {"config": self.config, "options": self.options}
-        return scan_layers(ClipBlock, length, self.config.remat, name, **fields)(x_BTD, None, rows)
+        remat, fields = self.config.remat, {"config": self.config, "options": self.options}
+        return scan_layers(ClipBlock, length, remat, name, **fields)(x_BTD, None, rows)

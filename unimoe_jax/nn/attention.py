@@ -1,7 +1,8 @@
 """Softmax attention as one pure function, in chunks of queries so that scores stay small.
 
-Heads come before positions inside, so that every product is a plain batched matrix product and no
-score is ever transposed. One custom gradient keeps the row statistics of the softmax instead of its
+Scores are transposed, [keys, queries of all heads that share the key]: every large product is then
+a plain batched matrix product of operands as they lie, forward and backward, and the statistics of
+the softmax run along the last axis. One custom gradient keeps these statistics instead of the
 weights (the backward pass of arXiv 2205.14135, section 3.1), and a causal mask is worth half of the
 work: a chunk of queries is multiplied with the keys up to its end only.
 """
@@ -50,21 +51,21 @@ def _attend(scale, causal, q, k, v, mask, bias) -> jax.Array:
 
 
 def _forward(scale, causal, q, k, v, mask, bias):
-    """Output, and what the backward pass needs of every chunk: (row maximum, row sum)."""
-    heads = k.shape[2]
-    q_BKGTH, k_BKSH, v_BKSH = _grouped(q, heads), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    """Output, and what the backward pass needs of every chunk: (maximum, sum), [B,K,1,G,t]."""
+    q_BKHGT, k_BKSH = _queries(q, k.shape[2]), jnp.swapaxes(k, 1, 2)
+    v_BKHS = rearrange(v, "b s k h -> b k h s")
+    mask_BST, bias_BKSGT = _by_key(mask, bias, k.shape[2])
     outs, statistics = [], []
     for start, stop, keys in _chunks(q.shape[1], k.shape[1], causal):
-        mask_cut, bias_cut = _cut(mask, 1, start, stop, keys), _cut(bias, 2, start, stop, keys)
-        scores = _scores(
-            scale, q_BKGTH[..., start:stop, :], k_BKSH[:, :, :keys], mask_cut, bias_cut
-        )
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        cut = partial(_cut, start=start, stop=stop, keys=keys)
+        q_cut = q_BKHGT[..., start:stop]
+        scores = _scores(scale, q_cut, k_BKSH[:, :, :keys], cut(mask_BST, 1), cut(bias_BKSGT, 2))
+        top = jnp.max(scores, axis=2, keepdims=True)
         weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        outs.append(_product(weights.astype(v.dtype), v_BKSH[:, :, :keys]) / total)
+        total = jnp.sum(weights, axis=2, keepdims=True)
+        outs.append(_product(v_BKHS[..., :keys], weights.astype(v.dtype)) / total)
         statistics.append((top, total))
-    return _ungrouped(jnp.concatenate(outs, axis=3)).astype(q.dtype), statistics
+    return _from_queries(jnp.concatenate(outs, axis=-1)).astype(q.dtype), statistics
 
 
 def _attend_fwd(scale, causal, q, k, v, mask, bias):
@@ -75,29 +76,31 @@ def _attend_fwd(scale, causal, q, k, v, mask, bias):
 def _attend_bwd(scale, causal, kept, g):
     q, k, v, mask, bias, out, statistics = kept
     heads = k.shape[2]
-    q_BKGTH, k_BKSH, v_BKSH = _grouped(q, heads), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    g_BKGTH, out_BKGTH = _grouped(g.astype(q.dtype), heads), _grouped(out, heads)
+    q_BKHGT, g_BKHGT, out_BKHGT = (_queries(x, heads) for x in (q, g.astype(q.dtype), out))
+    # Σ_s weights · dweights, without the sum over keys: it is the output's own product.
+    inner = g_BKHGT.astype(jnp.float32) * out_BKHGT.astype(jnp.float32)
+    inner_BK1GT = jnp.sum(inner, axis=2, keepdims=True)
+    k_BKSH, v_BKSH = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    mask_BST, bias_BKSGT = _by_key(mask, bias, heads)
     dq, dbias = [], []
     dk, dv = jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
     chunks = _chunks(q.shape[1], k.shape[1], causal)
     for (start, stop, keys), (top, total) in zip(chunks, statistics, strict=True):
-        mask_cut, bias_cut = _cut(mask, 1, start, stop, keys), _cut(bias, 2, start, stop, keys)
-        q_cut, g_cut = q_BKGTH[..., start:stop, :], g_BKGTH[..., start:stop, :]
-        k_cut, v_cut = k_BKSH[:, :, :keys], v_BKSH[:, :, :keys]
-        weights = jnp.exp(_scores(scale, q_cut, k_cut, mask_cut, bias_cut) - top) * (1 / total)
-        # Σ_s weights · dweights, without the sum over keys: it is the output's own product.
-        inner = g_cut.astype(jnp.float32) * out_BKGTH[..., start:stop, :].astype(jnp.float32)
-        inner = jnp.sum(inner, axis=-1, keepdims=True)
-        dscores = weights * (_product(g_cut, jnp.swapaxes(v_cut, 2, 3)) - inner)
+        cut = partial(_cut, start=start, stop=stop, keys=keys)
+        q_cut, g_cut = q_BKHGT[..., start:stop], g_BKHGT[..., start:stop]
+        k_cut, v_cut, mask_cut = k_BKSH[:, :, :keys], v_BKSH[:, :, :keys], cut(mask_BST, 1)
+        scores = _scores(scale, q_cut, k_cut, mask_cut, cut(bias_BKSGT, 2))
+        weights = jnp.exp(scores - top) * (1 / total)
+        dscores = weights * (_product(v_cut, g_cut) - inner_BK1GT[..., start:stop])
         if mask_cut is not None:
-            dscores = jnp.where(mask_cut[:, None, None], dscores, 0.0)
+            dscores = jnp.where(_over_heads(mask_cut), dscores, 0.0)
         if bias is not None:
             dbias.append(_like_cut(dscores, bias, keys, k.shape[1]))
         dscores = (scale * dscores).astype(q.dtype)
-        dq.append(_product(dscores, k_cut))
-        dk = dk.at[:, :, :keys].add(_transposed_product(dscores, q_cut))
-        dv = dv.at[:, :, :keys].add(_transposed_product(weights.astype(v.dtype), g_cut))
-    dq_BTNH = _ungrouped(jnp.concatenate(dq, axis=3)).astype(q.dtype)
+        dq.append(_product(jnp.swapaxes(k_cut, 2, 3), dscores))
+        dk = dk.at[:, :, :keys].add(_times_queries(dscores, q_cut))
+        dv = dv.at[:, :, :keys].add(_times_queries(weights.astype(v.dtype), g_cut))
+    dq_BTNH = _from_queries(jnp.concatenate(dq, axis=-1)).astype(q.dtype)
     dk_BSKH = jnp.swapaxes(dk, 1, 2).astype(k.dtype)
     dv_BSKH = jnp.swapaxes(dv, 1, 2).astype(v.dtype)
     return dq_BTNH, dk_BSKH, dv_BSKH, None, _joined(dbias, bias)
@@ -118,17 +121,18 @@ def _chunks(queries: int, keys: int, causal: bool) -> list[tuple[int, int, int]]
 
 
 def _cut(x: jax.Array | None, axis: int, start: int, stop: int, keys: int) -> jax.Array | None:
-    """The part of a mask or bias for a chunk; what is shared by queries or keys stays whole."""
+    """The part of a mask or bias for a chunk: of the keys along `axis`, of the queries along the
+    last; what is shared by all of them stays whole."""
     if x is None:
         return None
-    if x.shape[axis] > 1:
-        x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
-    return x[..., :keys] if x.shape[-1] > 1 else x
+    if x.shape[-1] > 1:
+        x = x[..., start:stop]
+    return jax.lax.slice_in_dim(x, 0, keys, axis=axis) if x.shape[axis] > 1 else x
 
 
 def _like_cut(dscores: jax.Array, bias: jax.Array, keys: int, all_keys: int) -> jax.Array:
     """Gradient of the chunk's bias: summed over what the bias shares, zero for keys not seen."""
-    d_BNTS = rearrange(dscores, "b k g t s -> b (k g) t s")
+    d_BNTS = rearrange(dscores, "b k s g t -> b (k g) t s")
     shared = tuple(axis for axis in range(4) if bias.shape[axis] == 1 and d_BNTS.shape[axis] > 1)
     d_BNTS = jnp.sum(d_BNTS, axis=shared, keepdims=True)
     if bias.shape[-1] == 1 or keys == all_keys:
@@ -146,36 +150,44 @@ def _joined(parts: list[jax.Array], bias: jax.Array | None) -> jax.Array | None:
 # ---------------------------------------------------------------------------------- products
 
 
-def _grouped(x_BTNH: jax.Array, heads: int) -> jax.Array:
-    return rearrange(x_BTNH, "b t (k g) h -> b k g t h", k=heads)
+def _queries(x_BTNH: jax.Array, heads: int) -> jax.Array:
+    return rearrange(x_BTNH, "b t (k g) h -> b k h g t", k=heads)
 
 
-def _ungrouped(x_BKGTH: jax.Array) -> jax.Array:
-    return rearrange(x_BKGTH, "b k g t h -> b t (k g) h")
+def _from_queries(x_BKHGT: jax.Array) -> jax.Array:
+    return rearrange(x_BKHGT, "b k h g t -> b t (k g) h")
 
 
-def _scores(scale, q_BKGTH, k_BKSH, mask_BTS, bias_BNTS) -> jax.Array:
-    scores = scale * _product(q_BKGTH, jnp.swapaxes(k_BKSH, 2, 3))
-    if bias_BNTS is not None:
-        bias = bias_BNTS.astype(jnp.float32)
-        scores += rearrange(bias, "b (k g) t s -> b k g t s", k=q_BKGTH.shape[1])
+def _by_key(mask_BTS, bias_BNTS, heads: int):
+    """(mask [B,S,T], bias [B,K,S,G,T] float32) as transposed scores want them."""
     if mask_BTS is not None:
-        scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    return scores
+        mask_BTS = jnp.swapaxes(mask_BTS, 1, 2)
+    if bias_BNTS is not None:
+        bias_BNTS = rearrange(bias_BNTS, "b (k g) t s -> b k s g t", k=heads).astype(jnp.float32)
+    return mask_BTS, bias_BNTS
 
 
-def _product(x_BKGTI: jax.Array, y_BKIO: jax.Array) -> jax.Array:
-    """x y for every batch row and key head, all its query heads at once: float32 [B,K,G,T,O]."""
-    *lead, group, length, inner = x_BKGTI.shape
+def _over_heads(mask_BST: jax.Array) -> jax.Array:
+    return mask_BST[:, None, :, None, :]
+
+
+def _scores(scale, q_BKHGT, k_BKSH, mask_BST, bias_BKSGT) -> jax.Array:
+    scores = scale * _product(k_BKSH, q_BKHGT)
+    if bias_BKSGT is not None:
+        scores += bias_BKSGT
+    return scores if mask_BST is None else jnp.where(_over_heads(mask_BST), scores, MASKED)
+
+
+def _product(x_BKOI: jax.Array, y_BKIGT: jax.Array) -> jax.Array:
+    """x y for every batch row and key head, all its query heads at once: float32 [B,K,O,G,T]."""
+    *lead, group, length = y_BKIGT.shape
     y = jnp.matmul(
-        x_BKGTI.reshape(*lead, group * length, inner), y_BKIO, preferred_element_type=jnp.float32
+        x_BKOI, y_BKIGT.reshape(*lead, group * length), preferred_element_type=jnp.float32
     )
-    return y.reshape(*lead, group, length, -1)
+    return y.reshape(*x_BKOI.shape[:-1], group, length)
 
 
-def _transposed_product(x_BKGTS: jax.Array, y_BKGTO: jax.Array) -> jax.Array:
-    """xᵀ y, summed over query heads and queries: float32 [B,K,S,O].
-
-    Written as (yᵀ x)ᵀ: some backends copy the transposed operand, and y is the small one.
-    """
-    return jnp.einsum("bkgts,bkgto->bkso", x_BKGTS, y_BKGTO, preferred_element_type=jnp.float32)
+def _times_queries(x_BKSGT: jax.Array, y_BKHGT: jax.Array) -> jax.Array:
+    """x yᵀ, summed over query heads and queries: float32 [B,K,S,H]."""
+    x, y = (a.reshape(*a.shape[:3], -1) for a in (x_BKSGT, y_BKHGT))
+    return jnp.matmul(x, jnp.swapaxes(y, 2, 3), preferred_element_type=jnp.float32)

@@ -42,26 +42,34 @@ class ExpertFunction:
         """Logical axes (input, output) of every linear layer, in order."""
         raise NotImplementedError
 
-    def hidden(
-        self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
-    ) -> jax.Array:
-        """What the last linear layer reads, [R,F]."""
+    def first(self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array) -> Any:
+        """What the layers that read x make of it, before any activation: a tuple of [R,F]."""
+        raise NotImplementedError
+
+    def hidden(self, weights: Weights, first: Any, row_R: jax.Array, seed: jax.Array) -> jax.Array:
+        """What the last linear layer reads, [R,F], from what `first` gave."""
         raise NotImplementedError
 
     def __call__(
+        self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
+    ) -> jax.Array:
+        """The expert on rows."""
+        return self.rest(weights, self.first(weights, x_RD, row_R, seed), row_R, seed)
+
+    def rest(
         self,
         weights: Weights,
-        x_RD: jax.Array,
+        first: Any,
         row_R: jax.Array,
         seed: jax.Array,
         scale_R: jax.Array | None = None,
     ) -> jax.Array:
-        """The expert on rows; with `scale_R` (float32) times that.
+        """The expert from what `first` gave; with `scale_R` (float32) times that.
 
         The factor enters before the last layer, so that its gradient needs no result of that layer:
         ⟨g, W h⟩ = ⟨Wᵀ g, h⟩ (SonicMoE, arXiv 2512.14080).
         """
-        h = self.hidden(weights, x_RD, row_R, seed)
+        h = self.hidden(weights, first, row_R, seed)
         if scale_R is not None:
             h = (h.astype(jnp.float32) * scale_R[:, None]).astype(h.dtype)
         last = list(self.axes())[-1]
@@ -111,11 +119,15 @@ class SwiGLUExpert(ExpertFunction):
             "down_proj": ("mlp", "embed"),
         }
 
-    def hidden(
-        self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
-    ) -> jax.Array:
-        gate = self.linear("gate_proj", weights, x_RD, row_R, seed).astype(self.dtype)
-        up = self.linear("up_proj", weights, x_RD, row_R, seed).astype(self.dtype)
+    def first(self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array) -> Any:
+        return tuple(
+            self.linear(name, weights, x_RD, row_R, seed).astype(self.dtype)
+            for name in ("gate_proj", "up_proj")
+        )
+
+    def hidden(self, weights: Weights, first: Any, row_R: jax.Array, seed: jax.Array) -> jax.Array:
+        del weights, row_R, seed
+        gate, up = first
         return jax.nn.silu(gate) * up
 
 
@@ -130,11 +142,12 @@ class MlpExpert(ExpertFunction):
         both = (("embed", "mlp"), ("mlp", "embed"))
         return {f"fc{layer + 1}": both[layer % 2] for layer in range(self.depth)}
 
-    def hidden(
-        self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array
-    ) -> jax.Array:
-        h = x_RD
-        for layer in range(1, self.depth):
+    def first(self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array) -> Any:
+        return (self.linear("fc1", weights, x_RD, row_R, seed).astype(self.dtype),)
+
+    def hidden(self, weights: Weights, first: Any, row_R: jax.Array, seed: jax.Array) -> jax.Array:
+        h = self.activation(first[0])
+        for layer in range(2, self.depth):
             h = self.linear(f"fc{layer}", weights, h, row_R, seed).astype(self.dtype)
             h = self.activation(h)
         return h

@@ -2,13 +2,15 @@
 
 Slots (a token's choice of an expert) are sorted by expert, and each expert's rows are walked in
 large blocks with a tail of smaller ones, so that the rows multiplied are the rows routed but for a
-few. Forward and backward are plain functions; dispatch.py joins them in one custom gradient, which
-recomputes every block: neither the permuted tokens nor the experts' outputs are kept.
+few. Forward and backward are plain functions; dispatch.py joins them in one custom gradient.
+Neither the permuted tokens nor the experts' outputs are kept; what the first layers computed is
+kept on demand, else every block is computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +117,10 @@ def forward(
     rows: Routed,
     seed: jax.Array,
     sizes: tuple[int, ...],
-) -> jax.Array:
-    """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x.
+    keep: bool = False,
+) -> tuple[jax.Array, Any]:
+    """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x, and
+    what `backward` may be given, None without `keep`: `expert_fn.first` of every slot, sorted.
 
     weights: pytree with a leading axis of E experts. sizes: of blocks, see `block_sizes`.
     """
@@ -124,23 +128,29 @@ def forward(
     experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
     order = _sort_slots(expert_XK, experts, sizes[0])
 
-    def one_expert(y_sorted, expert):
+    def compute(w, x, row):
+        first = expert_fn.first(w, x, row, seed)
+        return expert_fn.rest(w, first, row, seed), first if keep else None
+
+    def one_expert(out, expert):
         w, start, count = expert
 
-        def block(y_sorted, offset, size):
+        def block(out, offset, size):
             token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
-            y = expert_fn(w, x_XD[token], row_X[token], seed)
             # A tail block may write into the next expert's rows; that expert overwrites them.
-            return jax.lax.dynamic_update_slice_in_dim(y_sorted, y, offset, axis=0)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
+            return jax.tree.map(write, out, compute(w, x_XD[token], row_X[token]))
 
-        return _over_blocks(sizes, start, count, block, y_sorted), None
+        return _over_blocks(sizes, start, count, block, out), None
 
-    width = expert_fn.features or x_XD.shape[1]
-    y_sorted = jnp.zeros((order.slot_of.shape[0], width), x_XD.dtype)
-    y_sorted, _ = jax.lax.scan(one_expert, y_sorted, (weights, order.start, order.count))
+    one = jax.tree.map(lambda w: w[0], weights)
+    shapes = jax.eval_shape(compute, one, x_XD[:1], row_X[:1])
+    positions = order.slot_of.shape[0]
+    empty = jax.tree.map(lambda s: jnp.zeros((positions, *s.shape[1:]), s.dtype), shapes)
+    (y_sorted, first), _ = jax.lax.scan(one_expert, empty, (weights, order.start, order.count))
     # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
     at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
-    return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype)
+    return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype), first
 
 
 def selected(items: Sequence, flags: Sequence[bool]) -> list:
@@ -165,11 +175,13 @@ def backward(
     sizes: tuple[int, ...],
     g_XD: jax.Array,
     dtrained: list[jax.Array],
+    first: Any = None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """(gradient of the trained weights added to `dtrained`, of x, and of weight_XK).
 
     trained: one flag per array of `weights`, in the order of `jax.tree.leaves`. dtrained: float32,
-    shaped like the arrays flagged. g_XD is the gradient of what `forward` returns.
+    shaped like the arrays flagged. g_XD is the gradient of what `forward` returns, `first` what it
+    kept, None if nothing.
     """
     x_XD, expert_XK, weight_XK, row_X = rows
     experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
@@ -183,17 +195,29 @@ def backward(
             dx_sorted, dweight_sorted, dw = carry
             slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
             token = slot // k
+            cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
             mine = (offset + jnp.arange(size) < start + count)[:, None]
             g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
 
-            def function(some, x, scale):
-                return expert_fn(_replaced(w, trained, some), x, row_X[token], seed, scale)
+            def read(some, x):
+                return expert_fn.first(_replaced(w, trained, some), x, row_X[token], seed)
+
+            def finish(some, first, scale):
+                some = _replaced(w, trained, some)
+                return expert_fn.rest(some, first, row_X[token], seed, scale)
 
             some = selected(jax.tree.leaves(w), trained)
-            _, pull = jax.vjp(function, some, x_XD[token], slot_weight[slot])
-            dw_block, dx, dweight = pull(g)
+            # The compiler drops the products of what is kept: nothing else asks for them.
+            computed, pull_read = jax.vjp(read, some, x_XD[token])
+            found = computed if first is None else jax.tree.map(cut, first)
+            _, pull_finish = jax.vjp(finish, some, found, slot_weight[slot])
+            dw_last, dfound, dweight = pull_finish(g)
+            dw_first, dx = pull_read(dfound)
             dweight = dweight.astype(jnp.float32)
-            dw = [a + b.astype(a.dtype) for a, b in zip(dw, dw_block, strict=True)]
+            dw = [
+                total + (a + b).astype(total.dtype)
+                for total, a, b in zip(dw, dw_first, dw_last, strict=True)
+            ]
             dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
             dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
             return dx_sorted, dweight_sorted, dw

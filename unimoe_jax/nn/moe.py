@@ -156,7 +156,7 @@ class MoE(nn.Module):
             expert_BTK, weight_BTK, dropped = limit_load(
                 expert_BTK, weight_BTK, config.num_experts, config.capacity_factor
             )
-        way = (config.dispatch, config.exchange)
+        way = (config.dispatch, config.exchange, options.keep_hidden)
         y = moe_ffn(expert_fn, weights, x_BTD, expert_BTK, weight_BTK, seed, *way)
         aux = _statistics(routing, modality_BT, valid_BT, row_weight_B)
         return y, aux._replace(dropped=dropped)

@@ -8,10 +8,12 @@ layer's parameters lie, for conversion, upcycling and inspection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
+
+from unimoe_jax.nn.linear import LayerOptions
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,17 @@ def where_is(kinds: Sequence[bool]) -> tuple[Place, ...]:
 
 
 def scan_layers(
-    block: type[nn.Module], length: int, remat: bool, name: str, **fields: Any
+    block: type[nn.Module],
+    length: int,
+    remat: bool,
+    name: str,
+    *,
+    options: LayerOptions,
+    **fields: Any,
 ) -> nn.Module:
-    """`length` copies of `block(**fields)` with parameters stacked under `name`.
+    """`length` copies of `block(options=…, **fields)` with parameters stacked under `name`.
+
+    remat: the backward pass computes each layer again.
 
     `block.__call__(carry, layer_input, *shared) -> (carry, output)`: `layer_input` is scanned over
     its leading axis (or None), `shared` goes to every layer, outputs are stacked.
@@ -87,4 +97,4 @@ def scan_layers(
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(**fields, name=name)
+    return scanned(options=replace(options, keep_hidden=not remat), **fields, name=name)
