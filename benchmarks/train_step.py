@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import common
 import numpy as np
+
+from unimoe_jax.host_memory import HUGE_PAGES
 
 SIDES = ("jax", "torch", "torch_kept")
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
@@ -238,9 +241,10 @@ class Side:
     def __init__(self, side: str, folder: Path, size: str, stage: str, attention: str):
         command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
         command += ["--sizes", size, "--stages", stage, "--attention", attention]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        # What `unimoe_jax.train` sets for itself can only be set before a process starts.
+        huge = {} if side == "torch" else HUGE_PAGES
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | huge, **pipes)
         self.first = self.read()
 
     def read(self) -> dict:

@@ -10,6 +10,11 @@ set, for a launcher that starts it again); 1 training stopped; 2 bad settings.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from unimoe_jax.host_memory import restart_with_huge_pages
+
+    restart_with_huge_pages()
+
 import argparse
 import json
 import os
