@@ -11,13 +11,13 @@ import pytest
 
 from tests.close import assert_close, relative_error
 from tests.models.tiny import MOE, WIDTH, decoder_config, random_params
+from tests.sources import array_source, gather
 from unimoe_jax.config import Take
 from unimoe_jax.models.decoder import Block, Context, Decoder, KVCache, causal_mask
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import layer_runs, where_is
 from unimoe_jax.params import nest
-from unimoe_jax.upcycle import Source, gather
 
 OPTIONS = LayerOptions()
 DENSE_DISPATCH = MOE.model_copy(update={"dispatch": "dense"})
@@ -141,8 +141,7 @@ def test_equal_experts_are_a_dense_layer(mixed):
     sparse, sparse_params = mixed
     dense, dense_params = build(moe=None)
     there = {f"decoder/{path}": np.asarray(leaf) for path, leaf in dense_params.items()}
-    shapes = {path: leaf.shape for path, leaf in there.items()}
-    sources = {"dense": Source("dense", shapes, there.__getitem__, (False,) * 3)}
+    sources = {"dense": array_source("dense", there, (False,) * 3)}
     copies = Take(match=".*/moe/experts/.*", experts=("dense",) * MOE.num_experts)
     params = {}
     for path, leaf in sparse_params.items():
