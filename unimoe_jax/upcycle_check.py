@@ -138,7 +138,6 @@ def _dense_layers(
             take, dtype = wanted[replaced[0]]
             source = Take(match=".*", source=take.upcycle)
             start = start_of(path, shape, source, sources, kinds)
-            axes = tuple(axes) + (None,) * (len(shape) - len(axes))
             layers[path] = read_start(start, dtype, param_sharding(mesh, path, shape, axes))
     return layers
 
