@@ -34,7 +34,7 @@ from unimoe_jax.upcycle import Index, Source
 
 SUMS = "XXH3SUMS.json"
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
 
 
 new_sum = xxhash.xxh3_128
