@@ -66,8 +66,10 @@ def small_exchanges():
 
 
 def run_config(form: str, additive: bool = False) -> tuple[RunConfig, StageConfig]:
-    """`additive`: without dropout and balance loss, which depend on how rows fall into batches."""
-    moe = MoEConfig(num_experts=EXPERTS, top_k=2, exchange=form)
+    """`additive`: without dropout and balance loss, which depend on how rows fall into batches, and
+    with a capacity, which does not."""
+    limit = 0.5 if additive else None
+    moe = MoEConfig(num_experts=EXPERTS, top_k=2, exchange=form, capacity_factor=limit)
     decoder = decoder_config(
         num_layers=2, num_kv_heads=2, mlp_dim=16, moe=moe, remat=True, head_dim=4
     )
@@ -198,6 +200,7 @@ def test_micro_batches_on_an_expert_mesh(devices):
     counts = batch().weight_BT.reshape(GROUPS, ACCUMULATE, -1).sum((0, 2))
     assert counts[0] != counts[1]
     found = one(devices[:GROUPS], (1, 2, 2, 1), ACCUMULATE)
+    assert min(found[0][name] for name in ("dropped", "encoder_dropped", "connector_dropped")) > 0
     assert_same(found, one(devices[:1], (1, 1, 1, 1), ACCUMULATE))
     joined = one(devices[:1], (1, 1, 1, 1), 1)
     # These are means over micro-batches of what no sum over tokens is.
