@@ -25,10 +25,17 @@ import sentencepiece
 from PIL import Image
 
 from unimoe_jax.checkpoint import load_final, verify
-from unimoe_jax.distributed import DistributedError, Processes, find_processes, settle_cpu
+from unimoe_jax.distributed import (
+    DistributedError,
+    Processes,
+    find_processes,
+    lost_peer,
+    settle_cpu,
+)
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 120, 20
+BAD_SAMPLE = "`conversations` is missing or empty (bad: malformed_record)"
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
 
 
@@ -52,6 +59,8 @@ def place(tmp_path_factory) -> Path:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             media = {"image": f"{name}{number}.png"} if number % 4 else {}
             records.append({**media, "conversations": turns})
+        if name == "heldout":
+            records.append({"image": "heldout0.png", "conversations": []})
         (folder / f"{name}.json").write_text(json.dumps(records))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -230,6 +239,7 @@ def test_all_save_the_same_step_when_one_is_told_to_stop(place, stopped):
 
 def test_only_process_0_prints(stopped, four):
     assert stopped.printed[0].count("saved; the same command continues") == 1
+    assert four.printed[0].count(BAD_SAMPLE) == 1
     for text in four.printed[1:]:
         lines = [line for line in text.splitlines() if "[Gloo]" not in line]  # from C++
         assert lines == []
@@ -268,6 +278,20 @@ def test_failures_of_all_are_told_once(place):
     told = [text for text in outcome.printed if "error: mesh.data=3" in text]
     assert len(told) == 1
     assert "Traceback" not in "".join(outcome.printed)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo: Connection closed by peer"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_a_fault_of_its_own_is_no_lost_peer(error, lost, monkeypatch):
+    assert not lost_peer(error)  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert lost_peer(error) == lost
 
 
 # -------------------------------------------------------------------------- finding each other

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -109,4 +111,9 @@ def test_declared_takes_shape_structs():
         ("layers", "expert", "mlp", "embed"),
     )
     assert shapes["embed/embedding"] == ((16, 8), ("vocab", "embed"))
-    assert all(len(shape) == len(axes) for shape, axes in shapes.values())
+
+
+def test_parameters_without_logical_axes_are_refused():
+    """flax would hold them whole on every device, and say nothing."""
+    with pytest.raises(ParamError, match=r"'(kernel|bias)': shape .* but logical axes \(\)"):
+        declared(nn.Dense(4), jnp.zeros((1, 2)))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from tests.sources import array_source, gather
 from unimoe_jax.config import MoEConfig, Take
 from unimoe_jax.nn.stack import layer_runs, where_is
 from unimoe_jax.params import ParamError
 from unimoe_jax.upcycle import (
     Member,
     Source,
-    gather,
     members,
     needed_sources,
     origin_of,
     place,
+    start_of,
 )
 
 LAYERS = 5
@@ -41,8 +44,7 @@ def source(name: str, mark: float, kinds=DENSE, rest: str = "mlp/up_proj/kernel"
             ]
             stack = np.stack([np.full((2, 4), 100 * mark + layer) for layer in layers])
             arrays[f"decoder/run_{run_number}/block_{block}/{rest}"] = stack
-    shapes = {path: array.shape for path, array in arrays.items()}
-    return Source(name, shapes, arrays.__getitem__, kinds)
+    return array_source(name, arrays, kinds)
 
 
 def collect(
@@ -158,15 +160,14 @@ def test_what_does_not_fit_is_named(path: str, shape, take, message: str):
 
 def with_vision(name: str, mark: float) -> Source:
     """`source`, an encoder of two layers that hold 100·mark + 10 + n, and a connector."""
-    base = source(name, mark)
-    arrays = {
+    layers = source(name, mark)
+    arrays = {path: layers.load(path, ()) for path in layers.shapes} | {
         "vision/encoder/layers/mlp/fc1/kernel": np.stack(
             [np.full((2, 4), 100 * mark + 10 + layer) for layer in range(2)]
         ),
         "vision/connector/fc2/bias": np.full(3, 100 * mark + 20),
     }
-    shapes = dict(base.shapes) | {path: array.shape for path, array in arrays.items()}
-    return Source(name, shapes, lambda p: arrays[p] if p in arrays else base.load(p), DENSE)
+    return array_source(name, arrays, DENSE)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,37 @@ def test_every_expert_starts_as_the_dense_layer(path, shape, expected):
     marks = np.asarray(expected, float)
     expanded = marks.reshape(marks.shape + (1,) * (len(shape) - marks.ndim))
     np.testing.assert_array_equal(value, np.broadcast_to(expanded, shape))
+
+
+@pytest.mark.parametrize(
+    ("take", "reads"),
+    [
+        # Expert 1 of layer 3 alone, and where all experts are copies, each layer once.
+        ({"experts": ("b", "a", "c")}, [("a", 3)]),
+        ({"upcycle": "a"}, [("a", 3)]),
+    ],
+)
+def test_only_what_is_asked_for_is_read(take, reads):
+    asked = []
+
+    def watched(name: str, mark: float) -> Source:
+        plain = source(name, mark)
+
+        def load(path: str, index) -> np.ndarray:
+            asked.append((name, *index))
+            return plain.load(path, index)
+
+        return replace(plain, load=load)
+
+    sources = {name: watched(name, mark) for mark, name in enumerate("abc", start=1)}
+    path, shape = "decoder/run_0/block_0/moe/experts/up_proj/kernel", (5, 3, 2, 4)
+    start = start_of(path, shape, Take(match=".*", **take), sources, (True,) * 5)
+    assert asked == []
+    index = (slice(3, 4), slice(1, 3) if "upcycle" in take else slice(1, 2), slice(1, 2), slice(4))
+    part = start.read(index, np.dtype("f4"))
+    assert part.dtype == np.float32
+    assert (part == 103).all() and part.shape == (1, index[1].stop - 1, 1, 4)
+    assert asked == [(*read, slice(1, 2), slice(4)) for read in reads]
 
 
 def test_named_experts_of_a_connector():

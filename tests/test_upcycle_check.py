@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.sources import array_source
 from unimoe_jax import config_io
 from unimoe_jax.config import MeshConfig, RunConfig, StageConfig, Take
 from unimoe_jax.params import ParamError
@@ -34,9 +35,7 @@ def random_source(run: RunConfig, stage: StageConfig) -> Source:
         path: (0.2 * generator.standard_normal(info.shape) + path.endswith("scale")).astype("f4")
         for path, info in parameter_table(run, stage).items()
     }
-    shapes = {path: array.shape for path, array in arrays.items()}
-    kinds = run.stage_model(stage).decoder.moe_layers()
-    return Source(stage.name, shapes, arrays.__getitem__, kinds)
+    return array_source(stage.name, arrays, run.stage_model(stage).decoder.moe_layers())
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ parameters are not repeated in every step: a resume takes them from where the st
 
 Orbax restores a flipped bit without an error, so every finished directory carries checksums that
 are checked before it is read. They are against accidents, so XXH3, which is fast, will do. Several
-processes write and check their shares side by side, in one folder that all of them see.
+processes write and check their shares side by side, in one folder that all of them see, and where a
+stage starts from a result, each reads only what its devices hold (`stage.read_start`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,14 +26,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 import xxhash
 
 from unimoe_jax.distributed import all_texts, is_writer, lost_peer, wait_for_all
-from unimoe_jax.upcycle import Source
+from unimoe_jax.upcycle import Index, Source
 
 SUMS = "XXH3SUMS.json"
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
 
 
 new_sum = xxhash.xxh3_128
@@ -214,25 +217,47 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {MANIFEST}; not a finished stage") from None
 
 
-def load_final(folder: Path) -> dict[str, np.ndarray]:
-    """All parameters of a finished stage on the host, {path: array}, after checking the sums."""
-    folder = folder.absolute()
-    verify(folder)
-    with ocp.StandardCheckpointer() as checkpointer:
-        meta = checkpointer.metadata(folder / "params").item_metadata.tree
-        template = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in meta.items()}
-        return checkpointer.restore(folder / "params", template)
+def open_array(folder: Path, path: str) -> ts.TensorStore:
+    """Parameter `path` of a finished stage or an import; what is read of it is read when asked for.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    base = folder.absolute() / "params"
+    store: dict[str, Any] = {"driver": "file", "path": f"{base / path}/"}
+    if (base / "manifest.ocdbt").is_file():
+        store = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{path}/"}
+    try:
+        return ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {path!r} cannot be read: {error}") from error
+
+
+def read_part(array: ts.TensorStore, index: Index) -> np.ndarray:
+    """`array[index]`; the chunks that it touches are read."""
+    return np.asarray((array[index] if index else array).read().result())
 
 
 def open_source(name: str, folder: Path) -> Source:
-    """A finished stage as a source of parameters; read when first needed."""
-    manifest = read_manifest(folder)
-    cache: dict[str, np.ndarray] = {}
+    """A finished stage as a source of parameters, of which any part can be read.
 
-    def load(path: str) -> np.ndarray:
-        if not cache:
-            cache.update(load_final(folder))
-        return cache[path]
+    Raises:
+        CheckpointError: it is not there or not finished.
+    """
+    manifest = read_manifest(folder)
+    opened = cache(partial(open_array, folder))
+
+    def load(path: str, index: Index) -> np.ndarray:
+        return read_part(opened(path), index)
 
     shapes = {path: tuple(shape) for path, shape in manifest["shapes"].items()}
-    return Source(name, shapes, load, tuple(manifest["moe_layers"]))
+    return Source(name, shapes, load, tuple(manifest["moe_layers"]), partial(verify, folder))
+
+
+def load_final(folder: Path) -> dict[str, np.ndarray]:
+    """All parameters of a finished stage on the host, {path: array}, after checking the sums."""
+    source = open_source(folder.name, folder)
+    source.check()
+    with ThreadPoolExecutor() as pool:
+        values = pool.map(lambda path: source.load(path, ()), source.shapes)
+        return dict(zip(source.shapes, values, strict=True))

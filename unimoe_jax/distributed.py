@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import logging
 import os
 import re
 import socket
@@ -35,6 +36,10 @@ WAIT_SECONDS = 24 * 3600
 LEAVE_SECONDS = 5
 """How long a process that failed waits to see whether all others failed as well."""
 PORT = 8476
+ALIKE_LOG = "unimoe_jax.data.index"
+"""Logs what all processes find in the same files; process 0 tells it."""
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""How jax begins its report of what a process cannot do, whatever the others do."""
 PEER_LOST = (
     "stopped: another process is gone or out of reach ({}). The same command, started again on "
     "all, continues from the last checkpoint."
@@ -174,6 +179,8 @@ def initialize(args: argparse.Namespace) -> None:
         where = found.coordinator or f"found by {found.method}"
         reason = _first_line(error)
         raise DistributedError(f"process 0 ({where}) is not reached: {reason}") from error
+    if not is_writer():
+        logging.getLogger(ALIKE_LOG).setLevel(logging.ERROR)
 
 
 # ------------------------------------------------------------------------ collectives on CPUs
@@ -299,7 +306,9 @@ def require_all(what: str, error: str) -> None:
 
 def lost_peer(error: Exception) -> bool:
     """Whether `error` is how jax reports that another process has gone."""
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    return not str(error).startswith(OWN_FAULTS)
 
 
 def guard(body: Callable[[], int]) -> int:

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unimoe_jax import config_io, distributed
-from unimoe_jax.checkpoint import CheckpointError, load_final
-from unimoe_jax.config import RunConfig, StageConfig
+from unimoe_jax.checkpoint import CheckpointError, open_source
+from unimoe_jax.config import RunConfig, StageConfig, Take
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.batch import Batch, Signature
 from unimoe_jax.data.pipeline import Pipeline
@@ -45,7 +45,7 @@ from unimoe_jax.sharding import (
     own_data_shards,
     use_mesh,
 )
-from unimoe_jax.stage import build_stage, place
+from unimoe_jax.stage import build_stage, read_params
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
@@ -113,11 +113,9 @@ def score_stage(
         groups = pool_groups(run, stage, data_shards(mesh))
         pipeline = heldout_pipeline(run, stage, data, tokenizer, groups)
         ready = build_stage(run, stage, mesh, steps=1)
-        host = load_final(folder / "checkpoints" / stage.name / "final")
-        params = {
-            path: place(host[path].astype(info.dtype), ready.shardings[path])
-            for path, info in ready.infos.items()
-        }
+        left = open_source(stage.name, folder / "checkpoints" / stage.name / "final")
+        itself = Take(match=".*", source=stage.name)
+        params = read_params(ready, dict.fromkeys(ready.infos, itself), {stage.name: left})
         compiled = {
             name: lower_score(ready, mesh, pipeline.spec(name)).compile()
             for name in pipeline.signatures

@@ -73,11 +73,17 @@ def declared(model: nn.Module, batch: Any) -> dict[str, tuple[tuple[int, ...], t
     """{path: (shape, logical axes)} of every parameter, without computing anything.
 
     `batch` holds arrays or shape structs for every pool, so that every encoder is declared.
+
+    Raises:
+        ParamError: a parameter without a logical axis for every dimension; flax would replicate it.
     """
     keys = {name: jax.random.key(0) for name in ("params", "dropout", "router")}
     boxed = jax.eval_shape(model.init, keys, batch)["params"]
     specs = flatten(nn.get_partition_spec(boxed))
     shapes = flatten(nn.meta.unbox(boxed))
+    for path, leaf in shapes.items():
+        if len(specs[path]) != leaf.ndim:
+            raise ParamError(f"{path!r}: shape {leaf.shape}, but logical axes {tuple(specs[path])}")
     return {path: (leaf.shape, tuple(specs[path])) for path, leaf in shapes.items()}
 
 
@@ -100,8 +106,7 @@ def table(
         used.add(index)
         rule = rules[index]
         dtype = precision.frozen if rule.lr is None else precision.trained
-        padded = tuple(axes) + (None,) * (len(shape) - len(axes))
-        infos[path] = ParamInfo(path, shape, padded, rule.lr, rule.weight_decay, dtype)
+        infos[path] = ParamInfo(path, shape, tuple(axes), rule.lr, rule.weight_decay, dtype)
     idle = [rule.match for index, rule in enumerate(rules) if index not in used]
     if idle:
         raise ParamError(f"train: rules {idle} are the first match of no parameter")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from unimoe_jax import lora
 from unimoe_jax.checkpoint import open_source
-from unimoe_jax.config import ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config import ModelConfig, RunConfig, StageConfig, Take
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -25,7 +25,7 @@ from unimoe_jax.optim import Schedule, learning_rate, make_optimizer
 from unimoe_jax.params import Flat, ParamInfo, declared, flatten, split, table
 from unimoe_jax.sharding import current_mesh, data_shards, param_sharding, replicated
 from unimoe_jax.train_step import TrainState, init_state
-from unimoe_jax.upcycle import Source, gather, needed_sources, origin_of
+from unimoe_jax.upcycle import Source, Start, needed_sources, origin_of, start_of
 
 
 def structs(spec: Any, sharding: Callable[[int], Any] = lambda rank: None) -> Any:
@@ -157,16 +157,46 @@ def initial_params(
     sharding of the table."""
     wanted = [path for path in stage.infos if only is None or path in only]
     takes = {path: origin_of(path, stage.config.init) for path in wanted}
-    fresh = [path for path in wanted if takes[path].source == "fresh"]
+    fresh = [path for path, take in takes.items() if take.source == "fresh"]
+    taken = {path: take for path, take in takes.items() if path not in fresh}
     params = _fresh(stage, fresh, mesh, seed) if fresh else {}
+    return params | read_params(stage, taken, sources)
+
+
+def read_params(stage: Stage, takes: Mapping[str, Take], sources: Mapping[str, Source]) -> Flat:
+    """The parameters of `takes` as they lie in the sources, on the mesh as the table says.
+
+    Raises:
+        ParamError: a source lacks a parameter or holds another shape.
+        CheckpointError: a source is damaged.
+    """
     moe_layers = stage.model_config.decoder.moe_layers()
-    for path in wanted:
-        if path in params:
-            continue
-        info = stage.infos[path]
-        value = gather(path, info.shape, takes[path], sources, moe_layers)
-        params[path] = place(value.astype(jnp.dtype(info.dtype)), stage.shardings[path])
-    return params
+    # Everything is found before anything is read, and nothing is read that is damaged.
+    starts = {
+        path: start_of(path, stage.infos[path].shape, take, sources, moe_layers)
+        for path, take in takes.items()
+    }
+    for name in needed_sources(list(takes.values())):
+        sources[name].check()
+    return {
+        path: read_start(start, stage.infos[path].dtype, stage.shardings[path])
+        for path, start in starts.items()
+    }
+
+
+def read_start(start: Start, dtype: str, sharding: NamedSharding) -> jax.Array:
+    """A parameter read onto the mesh: a process reads what its own devices hold, each part once,
+    and keeps one part at a time in its memory."""
+    parts: dict[tuple, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(start.shape).items():
+        key = tuple(at.indices(n)[:2] for at, n in zip(index, start.shape, strict=True))
+        parts.setdefault(key, []).append(device)
+    arrays = []
+    for key, devices in parts.items():
+        value = start.read(tuple(slice(*ends) for ends in key), jnp.dtype(dtype))
+        # Waiting for the copy, so that no two parts are in memory.
+        arrays += jax.block_until_ready([jax.device_put(value, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(start.shape, sharding, arrays)
 
 
 def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:

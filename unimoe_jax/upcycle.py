@@ -2,13 +2,16 @@
 
 Sources may stack their layers elsewhere than the target (a dense decoder hands over to one with
 experts in every second layer), so layers are matched by module and number, not by stacked path.
-`members` and `place` translate between the two.
+`members` and `place` translate between the two. Nothing is read to find out where a parameter
+starts; then any part of it can be read without the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +23,9 @@ from unimoe_jax.params import ParamError, first_match
 
 EXPERTS = "moe/experts/"
 ROUTER = "moe/router/"
+READERS = 8
+"""Threads that read the layers and experts of one parameter side by side."""
+Index = tuple[int | slice, ...]
 _DECODER = re.compile(r"decoder/run_(\d+)/block_(\d+)/(.+)")
 _ENCODER = re.compile(r"vision/encoder/(layers|unread_layers)/(.+)")
 _CONNECTOR = re.compile(r"vision/connector/(.+)")
@@ -112,21 +118,24 @@ def place(member: Member, moe_layers: Sequence[bool]) -> tuple[str, tuple[int, .
     return member.rest, ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Parameters to take from.
 
     Attributes:
         name: for messages.
         shapes: path -> shape of everything there is.
-        load: path -> array.
+        load: (path, index) -> that part of the array; nothing else need be read.
         moe_layers: which decoder layers carry experts there.
+        check: raises where the source is damaged. All processes call it, before anything is read:
+            they share the work.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
-    load: Callable[[str], np.ndarray]
+    load: Callable[[str, Index], np.ndarray]
     moe_layers: tuple[bool, ...]
+    check: Callable[[], None] = lambda: None
 
     def find(self, member: Member) -> tuple[str, tuple[int, ...]]:
         """(path, leading index) of `member`.
@@ -148,10 +157,9 @@ class Source:
             )
         return path, index
 
-    def read(self, member: Member) -> np.ndarray:
-        """The value of `member`. Raises ParamError as `find` does."""
-        path, index = self.find(member)
-        return np.asarray(self.load(path))[index]
+    def piece(self, member: Member) -> Piece:
+        """`member` as a part of a parameter here. Raises ParamError as `find` does."""
+        return Piece(self, *self.find(member))
 
     def modules(self) -> set[ModuleName]:
         """The modules that carry experts there."""
@@ -160,6 +168,53 @@ class Source:
             if EXPERTS in path:
                 found |= {member.module for _, member in members(path, shape, self.moe_layers)}
         return found - {None}
+
+
+class Piece(NamedTuple):
+    """What parameter `path` of `source` holds at leading index `index`."""
+
+    source: Source
+    path: str
+    index: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shapes[self.path][len(self.index) :])
+
+    def read(self, inner: Index) -> np.ndarray:
+        """A part of it."""
+        return self.source.load(self.path, (*self.index, *inner))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a parameter starts: `pieces` holds what lies at every index of its leading axes (of
+    layers, experts, both or none)."""
+
+    shape: tuple[int, ...]
+    pieces: Mapping[tuple[int, ...], Piece]
+
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The part of the parameter at `index`, one slice per axis.
+
+        Every place in a source is read once, however many entries start there.
+        """
+        ranges = [range(*at.indices(n)) for at, n in zip(index, self.shape, strict=True)]
+        lead = len(next(iter(self.pieces)))
+        part = np.empty([len(of) for of in ranges], dtype)
+        entries: dict[Piece, list[tuple[int, ...]]] = {}
+        for places in itertools.product(*map(enumerate, ranges[:lead])):
+            piece = self.pieces[tuple(entry for _, entry in places)]
+            entries.setdefault(piece, []).append(tuple(at for at, _ in places))
+
+        def fill(piece: Piece) -> None:
+            value = piece.read(index[lead:])
+            for at in entries[piece]:
+                part[at] = value
+
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(fill, entries))  # the list raises what a thread has raised
+        return part
 
 
 def origin_of(path: str, takes: Sequence[Take]) -> Take:
@@ -174,41 +229,43 @@ def origin_of(path: str, takes: Sequence[Take]) -> Take:
     return takes[index]
 
 
-def gather(
+def start_of(
     path: str,
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     take: Take,
     sources: Mapping[str, Source],
     moe_layers: tuple[bool, ...],
-) -> np.ndarray:
-    """The value of target parameter `path` from `take`, which is not `fresh`.
+) -> Start:
+    """Where target parameter `path` starts according to `take`, which is not `fresh`.
 
     Raises:
         ParamError: the source lacks it or holds another shape; both are named.
     """
-    parts = members(path, shape, moe_layers)
+    shape, pieces = tuple(shape), {}
     try:
-        values = [_member(member, shape[len(at) :], take, sources) for at, member in parts]
+        for at, member in members(path, shape, moe_layers):
+            for inner, piece in _pieces(member, shape[len(at) :], take, sources).items():
+                pieces[(*at, *inner)] = piece
     except ParamError as error:
         raise ParamError(f"init: {path!r}: {error}") from None
-    value = np.stack(values) if parts[0][0] else values[0]
-    if value.shape != tuple(shape):
-        found = " ".join(take.origins)
-        raise ParamError(f"init: {path!r} needs shape {tuple(shape)}, {found} has {value.shape}")
-    return value
+    lead = [1 + max(axis) for axis in zip(*pieces, strict=True)]
+    for piece in pieces.values():
+        if (*lead, *piece.shape) != shape:
+            found = f"{' '.join(take.origins)} has {(*lead, *piece.shape)}"
+            raise ParamError(f"init: {path!r} needs shape {shape}, {found}")
+    return Start(shape, pieces)
 
 
-def _member(
+def _pieces(
     member: Member, shape: tuple[int, ...], take: Take, sources: Mapping[str, Source]
-) -> np.ndarray:
+) -> dict[tuple[int, ...], Piece]:
     if take.source:
-        return sources[take.source].read(member)
+        return {(): sources[take.source].piece(member)}
     if member.expert is None:
         raise ParamError(f"{take.match!r} makes experts, but matches what is none")
     # Copies of one layer are as many as the model has experts; named ones are as many as there are.
     names = take.experts or (take.upcycle,) * shape[0]
-    values = {name: sources[name].read(member.dense) for name in set(names)}
-    return np.stack([values[name] for name in names])
+    return {(e,): sources[name].piece(member.dense) for e, name in enumerate(names)}
 
 
 def needed_sources(takes: Sequence[Take]) -> list[str]:

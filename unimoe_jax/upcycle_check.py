@@ -22,8 +22,8 @@ from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.params import Flat, ParamError, declared, nest
 from unimoe_jax.sharding import batch_sharding, data_shards, param_sharding, replicated
-from unimoe_jax.stage import Stage, full_batch, place
-from unimoe_jax.upcycle import Source, gather, members, origin_of
+from unimoe_jax.stage import Stage, full_batch, place, read_start
+from unimoe_jax.upcycle import Source, members, origin_of, start_of
 from unimoe_jax.upcycle import place as place_of
 
 ROUNDING = 1e-4
@@ -137,9 +137,8 @@ def _dense_layers(
         if replaced:
             take, dtype = wanted[replaced[0]]
             source = Take(match=".*", source=take.upcycle)
-            value = gather(path, shape, source, sources, kinds).astype(jnp.dtype(dtype))
-            axes = tuple(axes) + (None,) * (len(shape) - len(axes))
-            layers[path] = place(value, param_sharding(mesh, path, shape, axes))
+            start = start_of(path, shape, source, sources, kinds)
+            layers[path] = read_start(start, dtype, param_sharding(mesh, path, shape, axes))
     return layers
 
 

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unimoe_jax.checkpoint import new_sum
+from unimoe_jax.checkpoint import new_sum, open_source
 from unimoe_jax.convert import writer
-from unimoe_jax.convert.writer import Leaf, write_chunk
+from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint, write_chunk
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((150, 70)).astype(np.float32)
@@ -40,6 +40,34 @@ def test_a_chunk_is_the_value_in_c_order(tmp_path: Path, monkeypatch, name, dtyp
     assert digest == new_sum(content).hexdigest()
 
 
-def test_names_of_chunks():
-    assert Leaf((2, 4, 5, 6), np.dtype(np.float32), 2).chunk_name((1, 3)) == "1.3.0.0"
-    assert Leaf((), np.dtype(np.float32), 0).chunk_name(()) == "0"
+def test_files_of_chunks(monkeypatch):
+    leaf = Leaf((2, 4, 5, 6), np.dtype(np.float32), 2)
+    assert list(leaf.files((1, 3))) == [("1.3.0.0", (slice(0, 5), slice(0, 6)))]
+    assert list(Leaf((), np.dtype(np.float32), 0).files(())) == [("0", ())]
+    assert [name for name, _ in Leaf((0, 3), np.dtype(np.float32), 0).files(())] == ["0.0"]
+    monkeypatch.setattr(writer, "PIECE_BYTES", 48)  # twelve numbers
+    assert list(leaf.files((0, 2))) == [  # 5 cannot be halved
+        ("0.2.0.0", (slice(0, 5), slice(0, 3))),
+        ("0.2.0.1", (slice(0, 5), slice(3, 6))),
+    ]
+    assert Leaf((7, 8, 12), np.dtype(np.float16), 1).piece == (4, 6)
+
+
+def test_a_part_of_a_matrix_is_read_from_its_files_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE_BYTES", 100)
+    value = RNG.standard_normal((2, 8, 12)).astype(np.float32)
+    leaf = Leaf(value.shape, value.dtype, 1)
+    work = [Chunk("a/b", (n,), lambda n=n: value[n], lambda: None) for n in range(2)]
+    manifest = {"shapes": {"a/b": list(value.shape)}, "moe_layers": []}
+    folder = tmp_path / "out"
+    write_checkpoint(folder, {"a/b": leaf}, work, lambda folder: manifest)
+    source = open_source("out", folder)
+    source.check()
+    np.testing.assert_array_equal(source.load("a/b", ()), value)
+    assert leaf.piece == (4, 6)
+    for file in (folder / "params/a/b").glob("1.*"):
+        if file.name != "1.1.0":
+            file.unlink()  # zarr takes what is not there for zeros
+    found = source.load("a/b", (1, slice(4, 8)))
+    np.testing.assert_array_equal(found[:, :6], value[1, 4:, :6])
+    assert not found[:, 6:].any()

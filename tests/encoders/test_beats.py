@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.close import assert_close
 from unimoe_jax.config import BeatsConfig
 from unimoe_jax.encoders.beats import (
     QUERY_CHUNK,
     BeatsEncoder,
     attend_biased,
+    grouped_conv,
     relative_bias,
     relative_buckets,
     visible_tokens,
@@ -126,6 +128,27 @@ def run(module: BeatsEncoder, variables, fbank: jax.Array, length: jax.Array) ->
 @partial(jax.grad, argnums=(1, 2))
 def gradients(module: BeatsEncoder, variables, fbank: jax.Array, length: jax.Array):
     return jnp.sum(jnp.sin(module.apply(variables, fbank, length, SAMPLES)))
+
+
+@pytest.mark.parametrize(("taps", "groups"), [(6, 2), (5, 1)])
+def test_gradients_of_the_grouped_convolution(taps: int, groups: int):
+    """They are those of the same sum, written out tap by tap."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 9, 4)), rng.standard_normal((taps, 4 // groups, 4))
+
+    def written_out(x, w):
+        padded = jnp.pad(x, ((0, 0), (taps // 2, (taps - 1) // 2), (0, 0)))
+        x_BTGI = padded.reshape(2, -1, groups, 4 // groups)
+        w_KIGO = w.reshape(taps, 4 // groups, groups, -1)
+        terms = [jnp.einsum("btgi,igo->btgo", x_BTGI[:, k : k + 9], w_KIGO[k]) for k in range(taps)]
+        return sum(terms).reshape(2, 9, 4)
+
+    def both(x, w):
+        out, pull = jax.vjp(lambda x, w: grouped_conv(x, w, groups), x, w)
+        right, right_pull = jax.vjp(written_out, x, w)
+        return (out, *pull(jnp.sin(right))), (right, *right_pull(jnp.sin(right)))
+
+    assert_close(*jax.jit(both)(x.astype("f4"), w.astype("f4")), 1e-6)
 
 
 def test_padding_reaches_nothing(encoder):

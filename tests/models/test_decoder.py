@@ -1,4 +1,4 @@
-"""The decoder: who sees whom, packing, placements of experts, cached decoding."""
+"""The decoder: who sees whom, packing, placements of experts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from tests.close import assert_close, relative_error
 from tests.models.tiny import MOE, WIDTH, decoder_config, random_params
+from tests.sources import array_source, gather
 from unimoe_jax.config import Take
-from unimoe_jax.models.decoder import Block, Context, Decoder, KVCache, causal_mask
+from unimoe_jax.models.decoder import Block, Context, Decoder, causal_mask
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.rope import rope_tables
-from unimoe_jax.nn.stack import layer_runs, where_is
+from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
-from unimoe_jax.upcycle import Source, gather
 
 OPTIONS = LayerOptions()
 DENSE_DISPATCH = MOE.model_copy(update={"dispatch": "dense"})
@@ -101,8 +101,7 @@ def test_who_sees_whom():
 
 @partial(jax.jit, static_argnums=(0, 1))
 def one_block(config, is_moe: bool, params, x, context):
-    x, aux, _ = Block(config, is_moe, OPTIONS).apply({"params": nest(params)}, x, context, None)
-    return x, aux
+    return Block(config, is_moe, OPTIONS).apply({"params": nest(params)}, x, context)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +140,7 @@ def test_equal_experts_are_a_dense_layer(mixed):
     sparse, sparse_params = mixed
     dense, dense_params = build(moe=None)
     there = {f"decoder/{path}": np.asarray(leaf) for path, leaf in dense_params.items()}
-    shapes = {path: leaf.shape for path, leaf in there.items()}
-    sources = {"dense": Source("dense", shapes, there.__getitem__, (False,) * 3)}
+    sources = {"dense": array_source("dense", there, (False,) * 3)}
     copies = Take(match=".*/moe/experts/.*", experts=("dense",) * MOE.num_experts)
     params = {}
     for path, leaf in sparse_params.items():
@@ -169,37 +167,3 @@ def test_remat_changes_nothing(mixed):
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=2)
     assert_close(gradient(params, stream(), again), gradient(params, stream(), decoder), 1e-5)
-
-
-# ------------------------------------------------------------------------ cached decoding
-
-
-def test_token_by_token_equals_all_at_once(mixed):
-    decoder, params = mixed
-    config, length = decoder.config, 6
-    x = stream()[:, :length]
-    positions = np.arange(length)[None]
-    whole = run(decoder, params, x, np.ones((1, length), int), positions)
-
-    stepper = Decoder(config, OPTIONS, keep=frozenset({"cache"}))
-
-    @jax.jit
-    def step(caches, x_1D, at):
-        visible = (jnp.arange(LENGTH) <= at)[None, None]
-        position = jnp.reshape(at, (1, 1))
-        ones = jnp.ones((1, 1), bool)
-        out = stepper.apply(
-            {"params": nest(params)}, x_1D, position, visible, position * 0, ones, caches, at
-        )
-        return tuple(tuple(o.cache for o in outputs) for outputs in out.layers), out.hidden_BTD
-
-    def empty(repeats: int) -> KVCache:
-        shape = (repeats, 1, LENGTH, config.num_kv_heads, config.head_size)
-        return KVCache(jnp.zeros(shape), jnp.zeros(shape))
-
-    caches = tuple(
-        tuple(empty(r.repeats) for _ in r.period) for r in layer_runs(config.moe_layers())
-    )
-    for at in range(length):
-        caches, hidden = step(caches, x[:, at : at + 1], jnp.int32(at))
-        assert relative_error(hidden[0, 0], whole.hidden_BTD[0, at]) < 5e-6, f"position {at}"

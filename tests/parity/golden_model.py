@@ -248,7 +248,7 @@ class Golden:
                 mutable=["intermediates"],
             )
             with patch(noise.get(layer)):
-                (x, aux, _), seen = jax.jit(run)({"params": params}, x, context, None)
+                (x, aux), seen = jax.jit(run)({"params": params}, x, context)
             steps.append((x, aux, seen["intermediates"]))
         return steps
 

@@ -147,7 +147,7 @@ def test_attention(pair: Pair):
     mask = causal_mask(jnp.asarray(batch.segment_BT), jnp.asarray(batch.position_BT))
     context = Context(cos, sin, mask, batch.modality_BT, batch.segment_BT > 0)
     params = {"params": pair.layer(1)["attention"]}
-    actual, _ = Attention(config, pair.options).apply(params, x, context, None)
+    actual = Attention(config, pair.options).apply(params, x, context)
     given, position = torch.from_numpy(x), torch.from_numpy(batch.position_BT.copy())
     tables = pair.torch.model.rotary_emb(given, position.long())
     hidden = torch.full((17, 17), float("-inf")).triu(1)[None, None]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import yaml
 from pydantic import ValidationError
 
-from unimoe_jax.checkpoint import MANIFEST, CheckpointError, read_manifest, verify
+from unimoe_jax.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    open_array,
+    read_manifest,
+    read_part,
+    verify,
+)
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import recognise
@@ -94,36 +101,20 @@ def _ours(path: Path, model_file: Path | None) -> Checkpoint:
     try:
         verify(path)
         manifest = read_manifest(path)
+        arrays = {name: open_array(path, name) for name in sorted(manifest["shapes"])}
     except CheckpointError as error:
         raise ConvertError(str(error)) from error
     file = model_file or path / MODEL_FILE
     config = yaml.safe_load(file.read_text()) if file.is_file() else {}
     params = {}
-    for name, shape in sorted(manifest["shapes"].items()):
-        array = _open_array(path, name)
-        if list(array.shape) != list(shape):
+    for name, array in arrays.items():
+        shape = tuple(manifest["shapes"][name])
+        if array.shape != shape:
             raise ConvertError(
                 f"{path}: {name!r} has shape {array.shape}, the manifest says {shape}"
             )
-        params[name] = Parameter(tuple(shape), array.dtype.name, _array_reader(array))
+        params[name] = Parameter(shape, array.dtype.name, partial(read_part, array))
     return Checkpoint(path, params, config.get("model", config), manifest)
-
-
-def _open_array(path: Path, name: str) -> Any:
-    base = path / "params"
-    store: dict[str, Any] = {"driver": "file", "path": f"{base / name}/"}
-    if (base / "manifest.ocdbt").is_file():
-        store = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{name}/"}
-    try:
-        return ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
-    except ValueError as error:
-        raise ConvertError(f"{path}: {name!r} cannot be read: {error}") from error
-
-
-def _array_reader(array: Any) -> Callable[[tuple[int, ...]], np.ndarray]:
-    return lambda index: np.asarray(
-        array[index].read().result() if index else array.read().result()
-    )
 
 
 def _source(path: Path, options: Options, dtype: str) -> Checkpoint:

@@ -2,15 +2,18 @@
 
 Orbax makes the folder, its metadata and an empty zarr array for every parameter. An uncompressed
 zarr chunk is a file with the chunk's bytes, so the slices are then written straight into place by a
-few threads: transposed in pieces that fit a cache, summed for the seal while they are there, and
-never read again. What results is an ordinary checkpoint of numpy arrays, with the layout of
-`checkpoint.save_final`: `params`, `manifest.json`, checksums, renamed into place when complete.
+few threads: transposed in tiles that fit a cache, summed for the seal while they are there, and
+never read again. Large slices lie in several files, so that a host can read its part of a matrix.
+What results is an ordinary checkpoint of numpy arrays, with the layout of `checkpoint.save_final`:
+`params`, `manifest.json`, checksums, renamed into place when complete.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +35,7 @@ from unimoe_jax.convert.reader import ConvertError
 WORKERS = min(6, (os.cpu_count() or 1) + 1)
 BLOCK_BYTES = 4 << 20  # one large buffer that is used again: fresh pages cost more than the copy
 TILE = 64  # columns transposed at a time
+PIECE_BYTES = 8 << 20  # of a file: a host of eight reads a fourth of a large matrix for an eighth
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,25 @@ class Leaf:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
-    def chunk_name(self, index: tuple[int, ...]) -> str:
-        """File of a chunk in a zarr array: its place along every axis, joined by dots."""
-        return ".".join(map(str, (*index, *(0 for _ in self.shape[self.lead :])))) or "0"
+    @property
+    def piece(self) -> tuple[int, ...]:
+        """Shape of the files of a chunk: its largest even axis is halved until they are small."""
+        sizes = [max(1, size) for size in self.shape[self.lead :]]
+        while math.prod(sizes) * self.dtype.itemsize > PIECE_BYTES:
+            even = [axis for axis, size in enumerate(sizes) if size % 2 == 0]
+            if not even:  # zarr would fill up a last, smaller piece
+                break
+            sizes[max(even, key=sizes.__getitem__)] //= 2
+        return tuple(sizes)
+
+    def files(self, index: tuple[int, ...]) -> Iterator[tuple[str, tuple[slice, ...]]]:
+        """(name, part of the chunk at `index`) of its files in a zarr array: a name is the place
+        along every axis, joined by dots."""
+        sizes = self.shape[self.lead :]
+        counts = [max(1, size) // part for size, part in zip(sizes, self.piece, strict=True)]
+        for at in itertools.product(*map(range, counts)):
+            part = (slice(i * n, (i + 1) * n) for i, n in zip(at, self.piece, strict=True))
+            yield ".".join(map(str, (*index, *at))) or "0", tuple(part)
 
 
 Work = Chunk | Callable[[], None]
@@ -86,7 +106,7 @@ class EmptyArrays(ocp.type_handlers.NumpyHandler):
         self, value: Leaf, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
         spec = tspec["base"] if tspec.get("driver") == "cast" else tspec
-        chunks = [*(1 for _ in range(value.lead)), *(max(1, n) for n in value.shape[value.lead :])]
+        chunks = [1] * value.lead + list(value.piece)
         # Uncompressed: trained weights hardly compress.
         spec["metadata"] |= {"chunks": chunks, "compressor": None}
         await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
@@ -155,25 +175,27 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 def run(work: Iterable[Work], params: Path, leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """Do all work in a few threads; {chunk file below `params`: checksum}.
+    """Do all work in a few threads; {file of a chunk below `params`: checksum}.
 
     Raises:
         whatever the first failing piece of work raises; the rest is not begun then.
     """
 
-    def do(item: Work) -> tuple[str, str] | None:
+    def do(item: Work) -> dict[str, str]:
         if not isinstance(item, Chunk):
-            return item()
-        leaf = leaves[item.path]
-        name = f"{item.path}/{leaf.chunk_name(item.index)}"
-        digest = write_chunk(params / name, item.read(), leaf.dtype)
+            item()
+            return {}
+        leaf, value, sums = leaves[item.path], item.read(), {}
+        for file, part in leaf.files(item.index):
+            name = f"{item.path}/{file}"
+            sums[name] = write_chunk(params / name, value[part], leaf.dtype)
         item.release()
-        return name, digest
+        return sums
 
     with ThreadPoolExecutor(WORKERS) as pool:
         futures: list[Future] = [pool.submit(do, item) for item in work]
         try:
-            return dict(result for future in futures if (result := future.result()))
+            return {name: digest for future in futures for name, digest in future.result().items()}
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

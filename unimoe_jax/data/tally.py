@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 
 log = logging.getLogger("unimoe_jax.data")
+# What every process of a run meets alike; one of them tells (see `distributed.initialize`).
+index_log = logging.getLogger("unimoe_jax.data.index")
 
 MIN_SEEN = 1000
 """The bad share is judged over at least so many samples (or all there are)."""
@@ -92,7 +94,8 @@ class Tally:
             where = f"{event.file}:{event.line}"
             self.examples.setdefault(event.reason, f"{where}: {event.message}")
             level = logging.WARNING if event.kind == "bad" else logging.INFO
-            log.log(level, "%s: %s (%s: %s)", where, event.message, event.kind, event.reason)
+            teller = log if loaded else index_log
+            teller.log(level, "%s: %s (%s: %s)", where, event.message, event.kind, event.reason)
             if event.kind == "bad":
                 self._bad_loads += loaded > 0
                 if self.strict:

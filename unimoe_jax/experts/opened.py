@@ -52,7 +52,9 @@ class Opened:
         """Shapes and places; reading goes through `part`."""
         params = self.checkpoint.params
         shapes = {path: param.shape for path, param in params.items()}
-        return Source(self.where, shapes, lambda path: params[path].read(()), self.moe_layers)
+        return Source(
+            self.where, shapes, lambda path, index: params[path].read(index), self.moe_layers
+        )
 
     @cached_property
     def members(self) -> list[Member]:
@@ -155,7 +157,9 @@ def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
     model = ModelConfig.model_validate(run["model"])
     shapes = {path: param.shape for path, param in checkpoint.params.items()}
     moe_layers = tuple(checkpoint.manifest["moe_layers"])
-    found = Source(name, shapes, lambda path: checkpoint.params[path].read(()), moe_layers)
+    found = Source(
+        name, shapes, lambda path, index: checkpoint.params[path].read(index), moe_layers
+    )
     config = model.with_experts(found.modules()).model_dump(mode="json", exclude_defaults=True)
     adapters = any(path.endswith("/lora_a") for path in shapes)
     return config | ({"lora": stage["lora"]} if adapters else {})

@@ -236,11 +236,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _declared(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple]]:
     """{path: (shape, logical axes)} of the model, its adapters merged."""
     bare = config.model_copy(update={"lora": ()})
-    shapes = declared(UniMoE(bare, LayerOptions()), full_batch(bare))
-    return {
-        path: (shape, tuple(names) + (None,) * (len(shape) - len(names)))
-        for path, (shape, names) in shapes.items()
-    }
+    return declared(UniMoE(bare, LayerOptions()), full_batch(bare))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:

@@ -26,21 +26,13 @@ from unimoe_jax.sharding import shard
 
 
 class Context(NamedTuple):
-    """What every layer shares: rotary tables, visibility, modality, validity, cache position."""
+    """What every layer shares: rotary tables, visibility, modality, validity."""
 
     cos: jax.Array
     sin: jax.Array
     mask_BTS: jax.Array
     modality_BT: jax.Array
     valid_BT: jax.Array
-    write_at: jax.Array | None = None
-
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer, [B,S,K,H] each; the stack adds a leading layers axis."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 class Attention(nn.Module):
@@ -50,9 +42,7 @@ class Attention(nn.Module):
     options: LayerOptions
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         config, size = self.config, self.config.head_size
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
@@ -62,14 +52,10 @@ class Attention(nn.Module):
         q = apply_rope(project("q_proj", config.num_heads, "heads"), context.cos, context.sin)
         k = apply_rope(project("k_proj", config.num_kv_heads, "kv_heads"), context.cos, context.sin)
         v = project("v_proj", config.num_kv_heads, "kv_heads")
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache.k, k, (0, context.write_at, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache.v, v, (0, context.write_at, 0, 0))
-        # Without a cache the keys are the rows themselves, in the order of their positions.
-        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS, causal=cache is None)
+        # The keys are the rows themselves, in the order of their positions.
+        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS, causal=True)
         y = rearrange(y, "b t n h -> b t (n h)")
-        out = Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
-        return out, KVCache(k, v)
+        return Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
 
 
 class Block(nn.Module):
@@ -80,11 +66,10 @@ class Block(nn.Module):
     options: LayerOptions
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context, cache: KVCache | None):
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
         h = RMSNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
-        h, cache = Attention(config, options, name="attention")(h, context, cache)
-        x_BTD = x_BTD + h
+        x_BTD = x_BTD + Attention(config, options, name="attention")(h, context)
         h = RMSNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
         aux = None
         if self.is_moe:
@@ -92,16 +77,14 @@ class Block(nn.Module):
             h, aux = moe(h, context.modality_BT, context.valid_BT)
         else:
             h = SwiGLU(config.mlp_dim, options, name="mlp")(h)
-        return shard(x_BTD + h, "batch", "tokens", None), aux, cache
+        return shard(x_BTD + h, "batch", "tokens", None), aux
 
 
 class LayerOutput(NamedTuple):
-    """Per layer: router statistics (MoE only), and when asked for, the residual stream after it,
-    and its keys and values."""
+    """Per layer: router statistics (MoE only), and when asked for, the residual stream after it."""
 
     aux: MoEAux | None
     hidden: jax.Array | None
-    cache: KVCache | None
 
 
 class Period(nn.Module):
@@ -113,20 +96,18 @@ class Period(nn.Module):
     keep: frozenset[str]
 
     @nn.compact
-    def __call__(self, x_BTD, caches, context: Context):
+    def __call__(self, x_BTD: jax.Array, layer_input: None, context: Context):
         outputs = []
         for number, is_moe in enumerate(self.period):
             block = Block(self.config, is_moe, self.options, name=f"block_{number}")
-            cache = None if caches is None else caches[number]
-            x_BTD, aux, cache = block(x_BTD, context, cache)
-            hidden = x_BTD if "hidden" in self.keep else None
-            outputs.append(LayerOutput(aux, hidden, cache if "cache" in self.keep else None))
+            x_BTD, aux = block(x_BTD, context)
+            outputs.append(LayerOutput(aux, x_BTD if "hidden" in self.keep else None))
         return x_BTD, tuple(outputs)
 
 
 class DecoderOutput(NamedTuple):
     """hidden_BTD after the final norm; aux stacked over MoE layers in layer order (or None);
-    layers: hidden states and caches stacked per run and block, for inspection and decoding."""
+    layers: hidden states stacked per run and block, for inspection."""
 
     hidden_BTD: jax.Array
     aux: MoEAux | None
@@ -142,7 +123,7 @@ def causal_mask(segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
 class Decoder(nn.Module):
     """Embedded token stream -> hidden states. Embedding and head belong to the model.
 
-    `keep` may hold "hidden" and "cache": what `DecoderOutput.layers` carries per layer.
+    `keep` may hold "hidden": what `DecoderOutput.layers` carries per layer.
     """
 
     config: DecoderConfig
@@ -157,14 +138,12 @@ class Decoder(nn.Module):
         mask_BTS: jax.Array,
         modality_BT: jax.Array,
         valid_BT: jax.Array,
-        caches: Any = None,
-        write_at: jax.Array | None = None,
     ) -> DecoderOutput:
         config = self.config
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT, write_at)
+        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT)
         aux, layers = [], []
         for number, run in enumerate(layer_runs(config.moe_layers())):
             stack = scan_layers(
@@ -177,8 +156,7 @@ class Decoder(nn.Module):
                 options=self.options,
                 keep=self.keep,
             )
-            cache = None if caches is None else caches[number]
-            x_BTD, outputs = stack(x_BTD, cache, context)
+            x_BTD, outputs = stack(x_BTD, None, context)
             layers.append(outputs)
             moe = [output.aux for output in outputs if output.aux is not None]
             if moe:

@@ -1,0 +1,28 @@
+"""Sources of parameters that lie in memory, and whole parameters that start from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from unimoe_jax.config import Take
+from unimoe_jax.upcycle import Source, start_of
+
+
+def array_source(name: str, arrays: Mapping[str, np.ndarray], kinds: tuple[bool, ...]) -> Source:
+    """A source of `arrays`; `kinds`: which decoder layers carry experts."""
+    shapes = {path: array.shape for path, array in arrays.items()}
+    return Source(name, shapes, lambda path, index: arrays[path][index], kinds)
+
+
+def gather(
+    path: str,
+    shape: tuple[int, ...],
+    take: Take,
+    sources: Mapping[str, Source],
+    kinds: tuple[bool, ...],
+) -> np.ndarray:
+    """All of a parameter at its start, in float32."""
+    start = start_of(path, shape, take, sources, kinds)
+    return start.read((slice(None),) * len(shape), np.dtype(np.float32))
