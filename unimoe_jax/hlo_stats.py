@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
     r"collective-broadcast)(-start)?$"
@@ -25,10 +25,11 @@ _BRANCHES = re.compile(
 
 @dataclass(frozen=True)
 class Array:
-    """dtype and shape of an HLO value."""
+    """dtype, shape and layout of an HLO value, as `1,0:T(8,128)`: dimensions from the fastest."""
 
     dtype: str
     shape: tuple[int, ...]
+    layout: str = field(default="", compare=False)
 
     @property
     def bytes(self) -> float:
@@ -96,13 +97,14 @@ class Stats:
 
 def read(text: str) -> Stats:
     """Statistics of the HLO module `text`, as `compiled.as_text()` gives it."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     reader = _Reader(computations, Stats())
     reader.walk(entry, 1.0, set(), known=True, conditional=False)
     return reader.stats
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """({computation: {instruction: …}} in the order they run, the name of the first to run)."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -121,8 +123,8 @@ def _instruction(line: str) -> Instruction:
     shape = _balanced(right) if right.startswith("(") else right.split(" ", 1)[0]
     op, _, rest = right[len(shape) :].strip().partition("(")
     arrays = tuple(
-        Array(dtype, tuple(int(n.strip("<=")) for n in sizes.split(",") if n))
-        for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+        Array(dtype, tuple(int(n.strip("<=")) for n in sizes.split(",") if n), layout)
+        for dtype, sizes, layout in _SHAPE.findall(shape)
     )
     return Instruction(left.replace("ROOT", "").strip(" %"), op, arrays, rest)
 
@@ -164,7 +166,7 @@ class _Reader:
         """
         inside = self.computations[name]
         for one in inside.values():
-            flops = count * _flops(one, inside)
+            flops = count * product_flops(one, inside)
             if known:
                 self.stats.flops += flops
             else:
@@ -244,7 +246,8 @@ def _group_size(rest: str) -> int:
 # -------------------------------------------------------------------------------- products
 
 
-def _flops(one: Instruction, inside: dict[str, Instruction]) -> float:
+def product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
+    """Of one instruction, if it is a matrix product or a convolution; else 0."""
     if one.op not in ("dot", "convolution"):
         return 0.0
     left, right = (inside[name].arrays[0].shape for name in one.operands[:2])
