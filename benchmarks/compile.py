@@ -1,19 +1,29 @@
 """All run files at published size through `unimoe_jax.compile`, each for a TPU slice that suits it.
 
 python benchmarks/compile.py [NAME …] [--effort full]   compile (extra [tpu], no TPU; minutes each)
-python benchmarks/compile.py --table                    the table of the results that are there
+python benchmarks/compile.py --table                    the tables of the results that are there
+
+To what the program reports, `expert_products` is added: FLOPs of one trip of every loop over the
+rows of an expert, by module and pass. Backward divided by forward is 1 for gradients of inputs and
+1 for those of weights, where experts train, and what is multiplied again instead of being kept: 1
+of the 2 matrices of an encoder's or connector's expert, 2 of the 3 of the decoder's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from common import ROOT
+
+from unimoe_jax.hlo_stats import parse, product_flops, trips
 
 RESULTS = ROOT / "benchmarks/results/compile"
 GIB = 2**30
@@ -49,15 +59,50 @@ def compile_case(case: Case, more: list[str]) -> int:
     """Write the JSON of a case; `more` goes to the program, whose exit code this returns."""
     mesh = yaml.safe_load((ROOT / "configs/mesh" / f"{case.mesh}.yaml").read_text())["mesh"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
-        *("--config", f"configs/run/{case.run}.yaml", "--json", str(RESULTS / f"{case.name}.json")),
-        *(["--media", case.media] if case.media else []),
-        *more,
-        *(f"mesh={json.dumps(mesh)}", *case.overrides),
-    ]
-    print("+", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT).returncode
+    path = RESULTS / f"{case.name}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        hlo = Path(folder) / "program.hlo"
+        command = [
+            *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
+            *("--config", f"configs/run/{case.run}.yaml", "--json", str(path), "--hlo", str(hlo)),
+            *(["--media", case.media] if case.media else []),
+            *more,
+            *(f"mesh={json.dumps(mesh)}", *case.overrides),
+        ]
+        print("+", " ".join(command), flush=True)
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if hlo.exists():
+            report = json.loads(path.read_text())
+            report["expert_products"] = expert_products(hlo.read_text())
+            path.write_text(json.dumps(report, indent=2) + "\n")
+    return code
+
+
+def expert_products(text: str) -> dict[str, dict[str, float]]:
+    """{module: {forward, backward}} FLOPs of a trip of loops whose length depends on the data."""
+    computations, entry = parse(text)
+    found: dict[str, dict[str, float]] = {}
+
+    def walk(name: str, count: float, in_loop: bool) -> None:
+        for one in computations[name].values():
+            flops = count * product_flops(one, computations[name])
+            if flops and in_loop:
+                source = re.search(r'op_name="([^"]*)"', one.rest)[1]
+                module = re.search(r"encoder(?=/)|connector|decoder", source)
+                key = "backward" if "transpose(" in source else "forward"
+                sums = found.setdefault(module[0], {"forward": 0.0, "backward": 0.0})
+                sums[key] += flops
+            if one.op == "while":
+                length = trips(one, computations)
+                walk(one.attribute("body"), count * (length or 1), in_loop or length is None)
+            elif one.op in ("fusion", "call", "async-start"):
+                for other in one.called():
+                    walk(other, count, in_loop)
+            for other in one.branches():
+                walk(other, count, in_loop)
+
+    walk(entry, 1.0, False)
+    return found
 
 
 def table() -> str:
@@ -83,6 +128,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def expert_table() -> str:
+    """Markdown, a line per result and module with experts."""
+    lines = [
+        "| run | module | kernels of experts | cut over | on a device "
+        "| backward ÷ forward products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        for module, sums in report["expert_products"].items():
+            kernels = {p: k for p, k in report["experts"].items() if module in p.split("/")}
+            one = next(iter(kernels.values()))
+            shape, part = ("×".join(map(str, one[key])) for key in ("shape", "per_device"))
+            cut = ", ".join(str(axis or "-") for axis in one["cut_over"])
+            ratio = sums["backward"] / sums["forward"]
+            lines.append(
+                f"| {report['config']} | {module} | {len(kernels)}, as {shape} | {cut} | {part} "
+                f"| {ratio:.3f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Returns 1 if a case does not fit or fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,6 +162,8 @@ def main() -> int:
             if not args.names or case.run in args.names:
                 failed |= compile_case(case, more) != 0
     print(table())
+    print()
+    print(expert_table())
     return failed
 
 

@@ -188,18 +188,18 @@ class _Reader:
                 self.walk(other, count, set(), known=known, conditional=True)
 
     def _loop(self, one: Instruction, count: float, *, known: bool, conditional: bool) -> None:
-        trips = _trips(one, self.computations)
-        self.stats.loops_unknown += trips is None
+        length = trips(one, self.computations)
+        self.stats.loops_unknown += length is None
         self.walk(
             one.attribute("body"),
-            count * (trips or 1),
+            count * (length or 1),
             set(),
-            known=known and trips is not None,
-            conditional=conditional or trips is None,
+            known=known and length is not None,
+            conditional=conditional or length is None,
         )
 
 
-def _trips(one: Instruction, computations: Computations) -> int | None:
+def trips(one: Instruction, computations: Computations) -> int | None:
     """How often a `while` runs; None where that depends on the data."""
     known = re.search(r"known_trip_count\D*(\d+)", one.rest)
     if known:
