@@ -195,6 +195,10 @@ def measure(args: argparse.Namespace, topology: str, shards: int, form: str, key
         "pass": key,
         "chosen_by_auto": cheapest_form(args.tokens, capacity) == form,
         "large_exchanges": sum(one.op != "all-reduce" for one in large),
+        "gathers_of_weights": sum(
+            one.op == "all-gather" and one.bytes >= args.width * args.hidden * ITEM
+            for one in exchanged
+        ),
         "sent_mib": round(moved / 2**20, 2),
         "minimum_mib": round(minimum / 2**20, 2),
         "sent_to_minimum": round(moved / minimum, 3),
@@ -226,15 +230,16 @@ def source() -> str:
 def table(programs: list[dict]) -> str:
     """Markdown, a line per program."""
     lines = [
-        "| topology | expert axis | form | pass | large exchanges | sent ÷ minimum "
-        "| products per row (of them for weights) | rows ÷ needed | temporaries |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| topology | expert axis | form | pass | large exchanges | gathers of weights "
+        "| sent ÷ minimum | products per row (of them for weights) | rows ÷ needed | temporaries |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in sorted(programs, key=_key):
         mark = " (auto)" if one["chosen_by_auto"] else ""
         lines.append(
             f"| {one['topology']} | {one['expert_axis']} | {one['form']}{mark} | {one['pass']} "
-            f"| {one['large_exchanges']} | {one['sent_to_minimum']:.3f} "
+            f"| {one['large_exchanges']} | {one['gathers_of_weights']} "
+            f"| {one['sent_to_minimum']:.3f} "
             f"| {one['products_per_row']:.2f} ({one['weight_products_per_row']:.2f}) "
             f"| {one['rows_to_needed']:.3f} | {one['temporary_mib']:.0f} MiB |"
         )

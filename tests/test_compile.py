@@ -131,6 +131,24 @@ def test_tpu_programs_are_read():
     assert (gather.op, gather.bytes, gather.group, gather.count) == ("all-gather", 4096, 2, 6)
 
 
+# As a GPU's compiler writes it: products are calls of a library, with its room as a second result.
+GPU = """HloModule jit_step
+
+ENTRY %main (a: bf16[16,64], b: bf16[64,32]) -> bf16[16,32] {
+  %a = bf16[16,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %gemm.1 = (bf16[16,32]{1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"alpha_real":1,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %c = bf16[16,32]{1,0} get-tuple-element(%gemm.1), index=0
+}
+"""
+
+
+def test_gpu_programs_are_read():
+    assert read(GPU).flops == 2 * 16 * 32 * 64
+
+
 # ---------------------------------------------------------------------------- memory in classes
 
 LAYERS, ROWS, WIDTH = 5, 16, 64

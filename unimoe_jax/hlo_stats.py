@@ -248,15 +248,16 @@ def _group_size(rest: str) -> int:
 
 def product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
     """Of one instruction, if it is a matrix product or a convolution; else 0."""
-    if one.op not in ("dot", "convolution"):
+    library = one.op == "custom-call" and "__cublas$" in one.rest  # a GPU's matrix products
+    if one.op not in ("dot", "convolution") and not library:
         return 0.0
     left, right = (inside[name].arrays[0].shape for name in one.operands[:2])
     result = one.arrays[0].shape
-    if one.op == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
-        depth = math.prod(left[int(n)] for n in contracted.split(",") if n)
-        return 2.0 * math.prod(result) * depth
-    return _convolution(left, right, result, one.rest)
+    if one.op == "convolution":
+        return _convolution(left, right, result, one.rest)
+    contracted = re.search(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)", one.rest)[1]
+    depth = math.prod(left[int(number)] for number in re.findall(r"\d+", contracted))
+    return 2.0 * math.prod(result) * depth
 
 
 def _convolution(left: tuple, right: tuple, result: tuple, rest: str) -> float:
