@@ -64,9 +64,9 @@ def compile_case(case: Case, more: list[str]) -> int:
         hlo = Path(folder) / "program.hlo"
         command = [
             *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
-            *("--config", f"configs/run/{case.run}.yaml", "--json", str(path), "--hlo", str(hlo)),
+            *("--config", f"configs/run/{case.run}.yaml", *more),
+            *("--json", str(path), "--hlo", str(hlo)),
             *(["--media", case.media] if case.media else []),
-            *more,
             *(f"mesh={json.dumps(mesh)}", *case.overrides),
         ]
         print("+", " ".join(command), flush=True)

@@ -192,6 +192,50 @@ def test_activations_of_micro_batches_are_those_of_one():
     assert LAYERS * ROWS * WIDTH * 4 <= found <= (LAYERS + 1) * ROWS * WIDTH * 4 + 64
 
 
+# Two loops as a TPU compiler writes them: room without a value, one constant for both passes, and a
+# combined collective that makes a forward operation depend on a backward one.
+LOOPS = """HloModule jit_step
+
+%fill.1 (a: f32[4,16]) -> f32[4,16] {
+  ROOT %a = f32[4,16]{1,0} parameter(0)
+}
+
+%body.1 (b: (f32[16], f32[4,16])) -> (f32[16], f32[4,16]) {
+  %b = (f32[16]{0}, f32[4,16]{1,0}) parameter(0)
+  %z = f32[] constant(0), metadata={op_name="jit(step)/transpose(jvp(M))/zeros"}
+  %x = f32[16]{0} get-tuple-element(%b), index=0
+  %s = f32[4,16]{1,0} get-tuple-element(%b), index=1
+  %f = f32[4,16]{1,0} fusion(%s), kind=kLoop, calls=%fill.1, metadata={op_name="jit(step)/jvp(M)/d"}
+  ROOT %t = (f32[16]{0}, f32[4,16]{1,0}) tuple(%x, %f)
+}
+
+%condition.1 (c: (f32[16], f32[4,16])) -> pred[] {
+  %c = (f32[16]{0}, f32[4,16]{1,0}) parameter(0)
+  ROOT %no = pred[] constant(false)
+}
+
+ENTRY %main (w: f32[16]) -> f32[16] {
+  %w = f32[16]{0} parameter(0)
+  %room = f32[4,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %sums = f32[64,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %early = f32[16]{0} negate(%w), metadata={op_name="jit(step)/transpose(jvp(M))/neg"}
+  %both = f32[16]{0} all-reduce(%early), metadata={op_name="jit(step)/jvp(M)/pmax"}
+  %t.1 = (f32[16]{0}, f32[4,16]{1,0}) tuple(%both, %room)
+  %w.1 = (f32[16]{0}, f32[4,16]{1,0}) while(%t.1), condition=%condition.1, body=%body.1, \
+metadata={op_name="jit(step)/jvp(M)/while"}
+  %kept = f32[4,16]{1,0} get-tuple-element(%w.1), index=1
+  %same = f32[16]{0} get-tuple-element(%w.1), index=0
+  %back = f32[64,64]{1,0} fusion(%kept, %sums, %w), kind=kLoop, calls=%fill.1, \
+metadata={op_name="jit(step)/transpose(jvp(M))/while"}
+  ROOT %out = f32[16]{0} add(%back, %w)
+}
+"""
+
+
+def test_activations_of_tpu_programs():
+    assert activation_bytes(LOOPS) == 4 * 16 * 4
+
+
 def test_no_activations_without_a_backward_pass():
     shapes = (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH)
     assert activations_of(lambda w_L, x: layers_loss(True, w_L, x), *shapes) == 0

@@ -21,6 +21,8 @@ _COPIES = ("copy", "copy-start", "copy-done")
 # Results that are the same in every run where operands are: room for sums, or what starts them.
 _FILLED = ("constant", "iota", "broadcast", "fusion", "convert", *_COPIES, *_NAMES)
 
+_HOLDERS = ("while", "call", "conditional")
+
 Value = tuple[str, int]  # an instruction, and which of its arrays
 
 
@@ -68,7 +70,7 @@ class _Reader:
                 filled.add(one.name)
                 continue
             held = self.passes(one)
-            if len(held) == 2 and not _pass_of(one):
+            if len(held) == 2 and one.op in _HOLDERS:
                 nested += sum(self.kept(other) for other in self.called(one))
             # A forward operation may depend on a backward one, where collectives were combined.
             if _BACKWARD not in held and (held or not backward.intersection(operands)):
@@ -85,12 +87,12 @@ class _Reader:
         return [name for name in names if name in self.computations]
 
     def passes(self, one: Instruction) -> frozenset[str]:
-        """Which of the two passes an instruction, and what it calls, belongs to."""
+        """Which of the two passes an instruction belongs to: by its name, else by what it calls.
+
+        A loop's own name goes first: constants in it may have been shared with the other pass.
+        """
         found = _pass_of(one)
-        for other in self.called(one):
-            found |= self.passes_inside(other)
-        # A kernel that fuses operations of both runs in the backward pass.
-        return found - {_FORWARD} if one.op == "fusion" and _BACKWARD in found else found
+        return found or frozenset().union(*(self.passes_inside(name) for name in self.called(one)))
 
     def passes_inside(self, name: str) -> frozenset[str]:
         """The same of a computation."""
