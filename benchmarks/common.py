@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def machine() -> dict:
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0].split(":")[1].strip() if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "grain")
+    packages = ("jax", "jaxlib", "libtpu", "flax", "optax", "torch", "numpy", "grain")
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
@@ -33,7 +33,7 @@ def machine() -> dict:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: installed(name) for name in packages},
         "commit": commit(),
         "allocator": {
             key: value
@@ -41,6 +41,14 @@ def machine() -> dict:
             if key.startswith(("MALLOC_", "LD_PRELOAD"))
         },
     }
+
+
+def installed(name: str) -> str | None:
+    """Its version; None: not there, as PyTorch where only TPU programs are compiled."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

@@ -1,19 +1,29 @@
 """All run files at published size through `unimoe_jax.compile`, each for a TPU slice that suits it.
 
-python benchmarks/compile.py [NAME …]      compile (needs the extra [tpu], no TPU; minutes each)
-python benchmarks/compile.py --table       the table of the results that are there
+python benchmarks/compile.py [NAME …] [--effort full]   compile (extra [tpu], no TPU; minutes each)
+python benchmarks/compile.py --table                    the tables of the results that are there
+
+To what the program reports, `expert_products` is added: FLOPs of one trip of every loop over the
+rows of an expert, by module and pass. Backward divided by forward is 1 for gradients of inputs and
+1 for those of weights, where experts train, and what is multiplied again instead of being kept: 1
+of the 2 matrices of an encoder's or connector's expert, 2 of the 3 of the decoder's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from common import ROOT
+
+from unimoe_jax.hlo_stats import parse, product_flops, trips
 
 RESULTS = ROOT / "benchmarks/results/compile"
 GIB = 2**30
@@ -35,49 +45,108 @@ class Case:
 
 
 CASES = (
+    Case("cumo_mistral_7b", "v5p:2x2x2", "tpu_v5p_16", media="image=5"),
+    Case("cumo_mixtral_8x7b", "v5p:2x2x4", "tpu_v5p_32", media="image=5"),
     Case("unimoe_8e", "v5p:2x2x2", "tpu_v5p_16"),
+    Case("unimoe_union", "v5p:2x2x2", "tpu_v5p_16"),
     Case("unimoe_speech", "v5p:2x2x1", "tpu_v5p_8", ("data.loader.rows=4",)),
     Case("unimoe_audio", "v5p:2x2x1", "tpu_v5p_8", ("data.loader.rows=4",)),
     Case("unimoe_speech_dp", "v6e:2x4", "tpu_v6e_8", ("data.loader.rows=8",)),
-    Case("cumo_mistral_7b", "v5p:2x2x2", "tpu_v5p_16", media="image=5"),
-    Case("cumo_mixtral_8x7b", "v5p:2x2x4", "tpu_v5p_32", media="image=5"),
 )
 
 
-def compile_case(case: Case) -> int:
-    """Write the JSON of a case; returns the program's exit code."""
+def compile_case(case: Case, more: list[str]) -> int:
+    """Write the JSON of a case; `more` goes to the program, whose exit code this returns."""
     mesh = yaml.safe_load((ROOT / "configs/mesh" / f"{case.mesh}.yaml").read_text())["mesh"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
-        *("--config", f"configs/run/{case.run}.yaml", "--json", str(RESULTS / f"{case.name}.json")),
-        *(["--media", case.media] if case.media else []),
-        *(f"mesh={json.dumps(mesh)}", *case.overrides),
-    ]
-    print("+", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT).returncode
+    path = RESULTS / f"{case.name}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        hlo = Path(folder) / "program.hlo"
+        command = [
+            *(sys.executable, "-m", "unimoe_jax.compile", "--topology", case.topology),
+            *("--config", f"configs/run/{case.run}.yaml", *more),
+            *("--json", str(path), "--hlo", str(hlo)),
+            *(["--media", case.media] if case.media else []),
+            *(f"mesh={json.dumps(mesh)}", *case.overrides),
+        ]
+        print("+", " ".join(command), flush=True)
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if hlo.exists():
+            report = json.loads(path.read_text())
+            report["expert_products"] = expert_products(hlo.read_text())
+            path.write_text(json.dumps(report, indent=2) + "\n")
+    return code
+
+
+def expert_products(text: str) -> dict[str, dict[str, float]]:
+    """{module: {forward, backward}} FLOPs of a trip of loops whose length depends on the data."""
+    computations, entry = parse(text)
+    found: dict[str, dict[str, float]] = {}
+
+    def walk(name: str, count: float, in_loop: bool) -> None:
+        for one in computations[name].values():
+            flops = count * product_flops(one, computations[name])
+            if flops and in_loop:
+                source = re.search(r'op_name="([^"]*)"', one.rest)[1]
+                module = re.search(r"encoder(?=/)|connector|decoder", source)
+                key = "backward" if "transpose(" in source else "forward"
+                sums = found.setdefault(module[0], {"forward": 0.0, "backward": 0.0})
+                sums[key] += flops
+            if one.op == "while":
+                length = trips(one, computations)
+                walk(one.attribute("body"), count * (length or 1), in_loop or length is None)
+            elif one.op in ("fusion", "call", "async-start"):
+                for other in one.called():
+                    walk(other, count, in_loop)
+            for other in one.branches():
+                walk(other, count, in_loop)
+
+    walk(entry, 1.0, False)
+    return found
 
 
 def table() -> str:
     """Markdown, a line per result."""
     lines = [
-        "| run, stage | slice, mesh | rows × length | parameters | optimizer | the rest | verdict "
-        "| FLOPs ÷ needed | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run, stage | slice, mesh | rows × length | parameters | optimizer | activations "
+        "| temporaries | verdict | FLOPs ÷ needed | processor time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
         sizes = {name: size / GIB for name, size in report["memory"].items()}
+        sizes["parameters"] = sizes["frozen parameters"] + sizes["trained parameters"]
+        columns = ("parameters", "optimizer", "activations", "temporaries")
         mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
-        parameters = sizes["frozen parameters"] + sizes["trained parameters"]
-        rest = sizes.get("activations and temporaries")
         lines.append(
             f"| {report['config']}, {report['stage']} | {report['topology']}, {mesh} "
-            f"| {report['rows']} × {report['row_length']} | {parameters:.1f} GiB "
-            f"| {sizes['optimizer']:.1f} GiB | {'' if rest is None else f'{rest:.1f} GiB'} "
-            f"| {report['verdict']} | {report.get('flops_ratio', float('nan')):.2f} "
-            f"| {report.get('compile_seconds', float('nan')):.0f} s |"
+            f"| {report['rows']} × {report['row_length']} | "
+            + " | ".join(f"{sizes[name]:.1f} GiB" if name in sizes else "" for name in columns)
+            + f" | {report['verdict']} | {report.get('flops_ratio', float('nan')):.2f} "
+            f"| {report.get('compile_processor_seconds', float('nan')):.0f} s |"
         )
+    return "\n".join(lines)
+
+
+def expert_table() -> str:
+    """Markdown, a line per result and module with experts."""
+    lines = [
+        "| run | module | kernels of experts | cut over | on a device "
+        "| backward ÷ forward products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        for module, sums in report["expert_products"].items():
+            kernels = {p: k for p, k in report["experts"].items() if module in p.split("/")}
+            one = next(iter(kernels.values()))
+            shape, part = ("×".join(map(str, one[key])) for key in ("shape", "per_device"))
+            cut = ", ".join(str(axis or "-") for axis in one["cut_over"])
+            ratio = sums["backward"] / sums["forward"]
+            lines.append(
+                f"| {report['config']} | {module} | {len(kernels)}, as {shape} | {cut} | {part} "
+                f"| {ratio:.3f} |"
+            )
     return "\n".join(lines)
 
 
@@ -86,13 +155,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="run names; default: all")
     parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()  # the rest goes to unimoe_jax.compile
     failed = 0
     if not args.table:
         for case in CASES:
             if not args.names or case.run in args.names:
-                failed |= compile_case(case) != 0
+                failed |= compile_case(case, more) != 0
     print(table())
+    print()
+    print(expert_table())
     return failed
 
 

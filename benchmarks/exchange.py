@@ -1,20 +1,27 @@
 """What the expert layer exchanges and multiplies on TPUs: their compiler's word, without one.
 
     pip install -e '.[tpu]'
-    python benchmarks/exchange.py [--topologies v5e:2x4 v5p:2x2x2 v6e:2x4] [--output FILE]
+    python benchmarks/exchange.py [--topologies v5e:2x4 v5p:2x2x2 v6e:2x4] [--output FILE] [--again]
+    python benchmarks/exchange.py --table
 
 For every topology, form of exchange and size of the expert axis, the layer is compiled ahead of
 time, forward and with all gradients. Bytes are what one device sends to others; the minimum is each
 token once to every other device that holds one of its experts, and its result back (and in training
 the gradients the same way). Padded buffers are counted whole; of ragged ones the rows that a random
 balanced router sends. Products per row: of the layer's three matrices, 3 are needed forward, and 6
-more for all gradients, while 2 are repeated backward instead of keeping their results.
+more for all gradients, while 2 are repeated backward instead of keeping their results. Of these,
+`weight_products_per_row` are the gradients of weights: 3 are needed. `rows_to_needed` is the mean
+over random balanced routers of the rows multiplied, the padding of an expert's last block among
+them, divided by the rows routed. Programs that FILE holds for the same sizes and the same source of
+the layer are not compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import json
 import math
 import re
 import time
@@ -26,9 +33,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimoe_jax.compile import target_devices
+from unimoe_jax.compile import EFFORT
+from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config import MeshConfig
-from unimoe_jax.hlo_stats import read
+from unimoe_jax.hlo_stats import parse as parse_hlo
+from unimoe_jax.hlo_stats import product_flops, read
 from unimoe_jax.nn import grouped
 from unimoe_jax.nn.dispatch import moe_ffn
 from unimoe_jax.nn.exchange import cheapest_form, pair_capacity
@@ -87,6 +96,39 @@ def sent_by_random_router(tokens: int, shards: int) -> float:
     return float(goes.sum() / shards)
 
 
+def rows_to_needed(loads: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """Rows of the blocks that cover the loads of experts, in relation to the rows routed.
+
+    The same arithmetic as `grouped._over_blocks`: whole blocks, and one that is seven eighths full.
+    """
+    left, multiplied = loads.astype(np.int64), 0
+    for size in sizes:
+        trips = (left + (size - 1 if size == sizes[-1] else size // 8)) // size
+        multiplied += int(np.sum(trips) * size)
+        left = np.maximum(left - trips * size, 0)
+    return multiplied / float(np.sum(loads))
+
+
+def random_loads(tokens: int, shards: int, draws: int = 20) -> np.ndarray:
+    """Rows of every expert, of the tokens of `shards` devices, under random balanced routers."""
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.random((draws, shards * tokens, EXPERTS)), axis=-1)[..., :TOP_K]
+    return (chosen[..., None] == np.arange(EXPERTS)).sum(axis=(1, 2))
+
+
+def weight_products(text: str, width: int, hidden: int) -> float:
+    """FLOPs of the products in an optimised program whose result has the shape of an expert's
+    matrix, one trip of every loop over rows."""
+    total = 0.0
+    for inside in parse_hlo(text)[0].values():
+        for one in inside.values():
+            if one.op in ("dot", "convolution") and sorted(
+                size for size in one.arrays[0].shape if size > 1
+            ) == sorted((width, hidden)):
+                total += product_flops(one, inside)
+    return total
+
+
 class Collective(NamedTuple):
     """One in the program of a device, with the bytes of its result and the size of its groups."""
 
@@ -136,6 +178,7 @@ def measure(args: argparse.Namespace, topology: str, shards: int, form: str, key
     here = EXPERTS // shards
     platform = "cpu" if topology.startswith("cpu") else "tpu"
     blocks = grouped.block_sizes(args.tokens * TOP_K // here, platform)
+    loads = random_loads(args.tokens, shards)
     once = here * sum(blocks) * 2 * args.width * args.hidden
     row = args.width * ITEM
     ragged = [one for one in exchanged if one.op == "ragged-all-to-all"]
@@ -152,19 +195,59 @@ def measure(args: argparse.Namespace, topology: str, shards: int, form: str, key
         "pass": key,
         "chosen_by_auto": cheapest_form(args.tokens, capacity) == form,
         "large_exchanges": sum(one.op != "all-reduce" for one in large),
+        "gathers_of_weights": sum(
+            one.op == "all-gather" and one.bytes >= args.width * args.hidden * ITEM
+            for one in exchanged
+        ),
         "sent_mib": round(moved / 2**20, 2),
         "minimum_mib": round(minimum / 2**20, 2),
         "sent_to_minimum": round(moved / minimum, 3),
         "products_per_row": round((stats.flops + stats.flops_unknown) / once, 3),
         "products_expected": PRODUCTS[key],
+        "weight_products_per_row": round(
+            weight_products(text, args.width, args.hidden) * here / once, 3
+        ),
+        "rows_to_needed": round(rows_to_needed(loads, blocks), 4),
         "blocks": blocks,
         "temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
         "compile_seconds": round(seconds, 1),
+        "effort": args.effort,
+        "source": source(),
+        "jax": jax.__version__,
         "collectives": [
             {"op": one.op, "mib": round(one.bytes / 2**20, 3), "group": one.group}
             for one in exchanged
         ],
     }
+
+
+def source() -> str:
+    """What the layer's program depends on here, as a short sum."""
+    files = sorted((common.ROOT / "unimoe_jax/nn").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def table(programs: list[dict]) -> str:
+    """Markdown, a line per program."""
+    lines = [
+        "| topology | expert axis | form | pass | large exchanges | gathers of weights "
+        "| sent ÷ minimum | products per row (of them for weights) | rows ÷ needed | temporaries |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(programs, key=_key):
+        mark = " (auto)" if one["chosen_by_auto"] else ""
+        lines.append(
+            f"| {one['topology']} | {one['expert_axis']} | {one['form']}{mark} | {one['pass']} "
+            f"| {one['large_exchanges']} | {one['gathers_of_weights']} "
+            f"| {one['sent_to_minimum']:.3f} "
+            f"| {one['products_per_row']:.2f} ({one['weight_products_per_row']:.2f}) "
+            f"| {one['rows_to_needed']:.3f} | {one['temporary_mib']:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def _key(one: dict) -> tuple:
+    return one["topology"], -one["expert_axis"], one["form"], one["pass"]
 
 
 def parse() -> argparse.Namespace:
@@ -184,18 +267,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=common.ROOT / "benchmarks/results/exchange.json"
     )
+    parser.add_argument("--effort", choices=EFFORT, default="quick", help="of the compiler")
+    parser.add_argument("--again", action="store_true", help="also what FILE holds already")
+    parser.add_argument("--table", action="store_true", help="print FILE as a table, no more")
     return parser.parse_args()
+
+
+def already(args: argparse.Namespace, sizes: dict) -> list[dict]:
+    """Programs in the output file that need not be compiled again."""
+    if args.again or not args.output.exists():
+        return []
+    result = json.loads(args.output.read_text())
+    same = {"source": source(), "jax": jax.__version__, "effort": args.effort}
+    programs = result["programs"] if result["sizes"] == sizes else []
+    return [one for one in programs if all(one.get(key) == same[key] for key in same)]
 
 
 def main() -> None:
     args = parse()
+    if args.table:
+        print(table(json.loads(args.output.read_text())["programs"]))
+        return
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT[args.effort])
     sizes = {"experts": EXPERTS, "top_k": TOP_K, "dtype": "bfloat16"}
     sizes |= {"width": args.width, "hidden": args.hidden, "tokens_per_device": args.tokens}
-    result = {"machine": common.machine(), "sizes": sizes, "programs": []}
+    programs = already(args, sizes)
+    result = {"machine": common.machine(), "sizes": sizes, "programs": programs}
     cases = itertools.product(args.topologies, args.shards, args.forms, args.passes)
-    for topology, shards, form, key in cases:
+    for case in cases:
+        topology, shards, form, key = case
+        if (topology, -shards, form, key) in map(_key, programs):
+            continue
         found = measure(args, topology, shards, form, key)
-        result["programs"].append(found)
+        programs.append(found)
         print(
             f"{topology:<10} expert={shards} {form:<11}{key:<9} sent {found['sent_mib']:8.1f} MiB, "
             f"{found['sent_to_minimum']:.3f} of the minimum; {found['products_per_row']:.2f} "

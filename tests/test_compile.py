@@ -15,10 +15,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unimoe_jax import config_io
-from unimoe_jax.compile import assumed_batch, parse_media, target_devices, verdict
+from unimoe_jax.compile import assumed_batch, parse_media, verdict
+from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.flops import jaxpr_flops, step_flops
-from unimoe_jax.hlo_stats import read
+from unimoe_jax.hlo_memory import activation_bytes, occupied
+from unimoe_jax.hlo_stats import Array, read
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests/multihost.yaml"
@@ -129,6 +131,122 @@ def test_tpu_programs_are_read():
     assert (gather.op, gather.bytes, gather.group, gather.count) == ("all-gather", 4096, 2, 6)
 
 
+# As a GPU's compiler writes it: products are calls of a library, with its room as a second result.
+GPU = """HloModule jit_step
+
+ENTRY %main (a: bf16[16,64], b: bf16[64,32]) -> bf16[16,32] {
+  %a = bf16[16,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %gemm.1 = (bf16[16,32]{1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"alpha_real":1,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %c = bf16[16,32]{1,0} get-tuple-element(%gemm.1), index=0
+}
+"""
+
+
+def test_gpu_programs_are_read():
+    assert read(GPU).flops == 2 * 16 * 32 * 64
+
+
+# ---------------------------------------------------------------------------- memory in classes
+
+LAYERS, ROWS, WIDTH = 5, 16, 64
+
+
+def layers_loss(remat: bool, w_L, x):
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w.T)
+
+    def one(x, w):
+        return (jax.checkpoint(layer) if remat else layer)(x, w), None
+
+    return jnp.sum(jax.lax.scan(one, x, w_L)[0] ** 2)
+
+
+def activations_of(function, *shapes) -> int:
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return activation_bytes(jax.jit(function).lower(*structs).compile().as_text())
+
+
+def test_activations_are_what_layers_keep_for_the_backward_pass():
+    def found(remat: bool) -> int:
+        grad = jax.grad(lambda w_L, x: layers_loss(remat, w_L, x))
+        return activations_of(grad, (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH))
+
+    one = ROWS * WIDTH * 4
+    # The input of every layer, and what the loss hands back.
+    assert LAYERS * one <= found(True) <= (LAYERS + 1) * one + 64
+    # Without recomputation the result of both tanh as well.
+    assert found(False) >= 3 * LAYERS * one
+
+
+def test_activations_of_micro_batches_are_those_of_one():
+    def step(w_L, x_M):
+        def one(total, x):
+            return total + jax.grad(lambda w_L: layers_loss(True, w_L, x))(w_L), None
+
+        return jax.lax.scan(one, jnp.zeros_like(w_L), x_M)[0]
+
+    found = activations_of(step, (LAYERS, WIDTH, WIDTH), (3, ROWS, WIDTH))
+    assert LAYERS * ROWS * WIDTH * 4 <= found <= (LAYERS + 1) * ROWS * WIDTH * 4 + 64
+
+
+# Two loops as a TPU compiler writes them: room without a value, one constant for both passes, and a
+# combined collective that makes a forward operation depend on a backward one.
+LOOPS = """HloModule jit_step
+
+%fill.1 (a: f32[4,16]) -> f32[4,16] {
+  ROOT %a = f32[4,16]{1,0} parameter(0)
+}
+
+%body.1 (b: (f32[16], f32[4,16])) -> (f32[16], f32[4,16]) {
+  %b = (f32[16]{0}, f32[4,16]{1,0}) parameter(0)
+  %z = f32[] constant(0), metadata={op_name="jit(step)/transpose(jvp(M))/zeros"}
+  %x = f32[16]{0} get-tuple-element(%b), index=0
+  %s = f32[4,16]{1,0} get-tuple-element(%b), index=1
+  %f = f32[4,16]{1,0} fusion(%s), kind=kLoop, calls=%fill.1, metadata={op_name="jit(step)/jvp(M)/d"}
+  ROOT %t = (f32[16]{0}, f32[4,16]{1,0}) tuple(%x, %f)
+}
+
+%condition.1 (c: (f32[16], f32[4,16])) -> pred[] {
+  %c = (f32[16]{0}, f32[4,16]{1,0}) parameter(0)
+  ROOT %no = pred[] constant(false)
+}
+
+ENTRY %main (w: f32[16]) -> f32[16] {
+  %w = f32[16]{0} parameter(0)
+  %room = f32[4,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %sums = f32[64,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %early = f32[16]{0} negate(%w), metadata={op_name="jit(step)/transpose(jvp(M))/neg"}
+  %both = f32[16]{0} all-reduce(%early), metadata={op_name="jit(step)/jvp(M)/pmax"}
+  %t.1 = (f32[16]{0}, f32[4,16]{1,0}) tuple(%both, %room)
+  %w.1 = (f32[16]{0}, f32[4,16]{1,0}) while(%t.1), condition=%condition.1, body=%body.1, \
+metadata={op_name="jit(step)/jvp(M)/while"}
+  %kept = f32[4,16]{1,0} get-tuple-element(%w.1), index=1
+  %same = f32[16]{0} get-tuple-element(%w.1), index=0
+  %back = f32[64,64]{1,0} fusion(%kept, %sums, %w), kind=kLoop, calls=%fill.1, \
+metadata={op_name="jit(step)/transpose(jvp(M))/while"}
+  ROOT %out = f32[16]{0} add(%back, %w)
+}
+"""
+
+
+def test_activations_of_tpu_programs():
+    assert activation_bytes(LOOPS) == 4 * 16 * 4
+
+
+def test_no_activations_without_a_backward_pass():
+    shapes = (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH)
+    assert activations_of(lambda w_L, x: layers_loss(True, w_L, x), *shapes) == 0
+
+
+def test_tpus_pad_what_they_hold():
+    assert occupied(Array("f32", (3, 5, 1), "2,1,0:T(8,128)")) == 3 * 8 * 128 * 4
+    assert occupied(Array("bf16", (3, 1, 5), "1,2,0:T(8,128)(2,1)")) == 3 * 128 * 8 * 2
+    assert occupied(Array("bf16", (3, 5, 1), "2,1,0:T(8,128)(2,1)S(1)")) == 0
+
+
 # --------------------------------------------------------------------------- what a model needs
 
 
@@ -177,7 +295,7 @@ def test_bad_media_are_refused(text):
         parse_media(text, config_io.load(CONFIG).model)
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "cpu:x", "v5p:2by2"])
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "cpu:x", "v5p:2by2", "h200:2x4"])
 def test_bad_topologies_are_refused(topology):
     with pytest.raises(ConfigError, match="KIND:SHAPE"):
         target_devices(topology)
@@ -203,9 +321,19 @@ def test_program_reports_what_a_mesh_of_other_devices_would_hold(tmp_path):
     report = json.loads(path.read_text())
     assert report["verdict"] in done.stdout
     assert report["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
-    memory = report["memory"]
+    memory, decoder = report["memory"], config_io.load(CONFIG).model.decoder
+    # At least the input of every layer of the decoder, for the rows of one of four devices.
+    rows = report["rows"] // 4 * report["row_length"]
+    assert memory["activations"] >= decoder.num_layers * rows * decoder.hidden_size * 4
+    assert memory["temporaries"] > 0
     # Moments are two float32 copies of what trains, and a few counters.
     assert 0 < memory["optimizer"] - 2 * memory["trained parameters"] < 64
     assert memory["sum"] == sum(size for name, size in memory.items() if name != "sum")
+    parts = {tuple(one["shape"]): one["per_device"] for one in report["experts"].values()}
+    # Layers, experts, width, hidden width: experts over one axis, the width over another.
+    assert parts and all(
+        part[1] * 2 == shape[1] and np.prod(part) * 4 == np.prod(shape)
+        for shape, part in parts.items()
+    )
     assert {"all-gather", "all-reduce"} <= {row["op"] for row in report["collectives"]}
     assert 0.9 < report["flops_ratio"] < 2

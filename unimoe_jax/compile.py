@@ -4,15 +4,23 @@
     python -m unimoe_jax.compile --config configs/run/tiny.yaml --topology cpu:8 [key=value …]
 
 TPU topologies need `pip install -e '.[tpu]'` and no TPU; names are KIND:SHAPE, as v5e:2x4 or
-v5p:2x2x2. No parameter is made and no data are read: batches hold half soft tokens, in equal parts
-of every medium the model takes (`--media image=2,speech=10` says otherwise, in entries per pool
-group). Prints a summary and writes it as JSON. Exit codes: 0 fits, 1 does not, 2 bad settings.
+v5p:2x2x2. `h200:8` needs `.[gpu]` and no GPU. No parameter is made and no data are read: batches
+hold half soft tokens, in equal parts of every medium the model takes (`--media image=2,speech=10`
+says otherwise, in entries per pool group). Prints a summary and writes it as JSON. Exit codes: 0
+fits, 1 does not, 2 bad settings.
+
+Memory per device, in classes:
+  parameters, optimizer, batch, weights, cache    what the program is given; by shape and sharding
+  activations       what the forward pass keeps for the backward pass, one micro-batch's; read from
+                    the compiled program, see hlo_memory.py
+  temporaries       what else the compiler plans: all the heap (its own number) but the activations
+  new outputs       results that do not take the place of an argument
+  program           machine code
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -26,11 +34,12 @@ from jax.sharding import Mesh
 
 from unimoe_jax import config_io
 from unimoe_jax.compile_serving import serving_program
+from unimoe_jax.compile_targets import HBM_GIB, target_devices
 from unimoe_jax.config import ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.batch import Batch, batch_spec
-from unimoe_jax.distributed import settle_cpu
 from unimoe_jax.flops import step_flops
+from unimoe_jax.hlo_memory import activation_bytes
 from unimoe_jax.hlo_stats import Stats, read
 from unimoe_jax.metrics import write_json_atomic
 from unimoe_jax.params import ParamError
@@ -40,52 +49,14 @@ from unimoe_jax.sharding import ShardingError, data_shards, make_mesh, use_mesh
 from unimoe_jax.stage import Stage, build_stage
 
 GIB = 2**30
-HBM_GIB = {"v4": 31.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
-"""Memory of one device that XLA's TPU compiler gives out, as its messages say it."""
 MEDIA_SHARE = 0.5
 PROGRAMS = ("train", "score", "prefill", "decode")
+EFFORT = {"quick": -1.0, "full": 0.0}
+"""How much XLA spends on machine code; a TPU's compiler spends nearly all of its time there. FLOPs
+and collectives are settled before; the heap is laid out anew, see benchmarks/README.md."""
 
 
 # ---------------------------------------------------------------------------- what to compile
-
-
-def target_devices(topology: str) -> list[jax.Device]:
-    """The devices of `cpu:N` or of a TPU topology `KIND:SHAPE`; nothing runs on them.
-
-    Raises:
-        ConfigError: no such topology, or the compiler for it is not installed.
-    """
-    kind, _, shape = topology.partition(":")
-    if kind == "cpu" and shape.isdigit():
-        return _cpu_devices(int(shape))
-    if kind not in HBM_GIB or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(
-            f"--topology {topology}: neither cpu:N nor KIND:SHAPE with KIND of {sorted(HBM_GIB)}, "
-            "as v5p:2x2x4"
-        )
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU in this machine
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: none is used
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(
-            f"--topology {topology}: {str(error).splitlines()[0]} (a TPU compiler comes with "
-            "pip install -e '.[tpu]')"
-        ) from error
-
-
-def _cpu_devices(count: int) -> list[jax.Device]:
-    flag = "--xla_force_host_platform_device_count"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
-    settle_cpu()
-    jax.config.update("jax_platforms", "cpu")
-    if len(jax.devices()) < count:
-        raise ConfigError(f"--topology cpu:{count}: XLA_FLAGS asks for {len(jax.devices())}")
-    return jax.devices()[:count]
 
 
 def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
@@ -143,11 +114,29 @@ def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
     }
 
 
-def working_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes per device that the program needs beside its arguments."""
+def expert_shards(stage: Stage) -> dict[str, dict[str, Any]]:
+    """How the kernels of experts lie on the mesh: shape, axes that cut it, a device's part."""
+    table = {}
+    for path, info in stage.infos.items():
+        if "/experts/" in path and path.endswith("/kernel"):
+            placed = stage.shardings[path]
+            table[path] = {
+                "shape": list(info.shape),
+                "cut_over": [
+                    list(axes) if isinstance(axes, tuple) else axes for axes in placed.spec
+                ],
+                "per_device": list(placed.shard_shape(info.shape)),
+            }
+    return table
+
+
+def working_memory(compiled: jax.stages.Compiled, text: str) -> dict[str, int]:
+    """Bytes per device that the program, whose HLO is `text`, needs beside its arguments."""
     sizes = compiled.memory_analysis()
+    activations = activation_bytes(text)
     return {
-        "activations and temporaries": sizes.temp_size_in_bytes,
+        "activations": activations,
+        "temporaries": sizes.temp_size_in_bytes - activations,
         "new outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         "program": sizes.generated_code_size_in_bytes,
     }
@@ -189,19 +178,24 @@ def compile_program(
         report |= {"rows": rows, "row_length": length, "media_per_pool_group": media}
         stage = build_stage(run, config, mesh, steps=config.optim.steps or 1000)
         report["memory"] = memory_classes(stage, mesh, spec)
+        report["experts"] = expert_shards(stage)
         train = args.program == "train"
         lowered = lower_step(run, stage, mesh, spec) if train else lower_score(stage, mesh, spec)
         make = lowered.compile
     report["trace_seconds"] = round(time.monotonic() - started, 1)
-    started = time.monotonic()
+    started = time.monotonic(), time.process_time()
     try:
         compiled = make()
     except jax.errors.JaxRuntimeError as error:
         return report | _too_large(error)
-    report["compile_seconds"] = round(time.monotonic() - started, 1)
-    report["memory"] |= working_memory(compiled)
+    report["compile_seconds"] = round(time.monotonic() - started[0], 1)
+    report["compile_processor_seconds"] = round(time.process_time() - started[1], 1)
+    text = compiled.as_text()
+    if args.hlo:
+        args.hlo.write_text(text)
+    report["memory"] |= working_memory(compiled, text)
     report["memory"]["sum"] = sum(report["memory"].values())
-    stats = read(compiled.as_text())
+    stats = read(text)
     report |= {
         "flops_per_device": stats.flops,
         "flops_per_trip_of_loops_of_unknown_length": stats.flops_unknown,
@@ -262,7 +256,8 @@ def summary(report: dict[str, Any]) -> str:
     ]
     lines += [f"  {name:<34}{size / GIB:>10.3f} GiB" for name, size in report["memory"].items()]
     if "collectives" in report:
-        lines.append(f"compiled in {report['compile_seconds']} s")
+        seconds = report["compile_seconds"], report["compile_processor_seconds"]
+        lines.append("compiled in {} s, {} s of a processor".format(*seconds))
         lines.append(f"{report['flops_per_device']:.4g} FLOPs per device")
         if report["loops_of_unknown_length"]:
             trip = report["flops_per_trip_of_loops_of_unknown_length"]
@@ -292,7 +287,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="run file")
     parser.add_argument("--stage", help="default: the last")
-    parser.add_argument("--topology", required=True, help="v5p:2x2x4, cpu:8, …")
+    parser.add_argument("--topology", required=True, help="v5p:2x2x4, h200:8, cpu:8, …")
     parser.add_argument("--program", choices=PROGRAMS, default="train")
     parser.add_argument("--rows", type=int, default=8, help="of prefill and decode; default: 8")
     parser.add_argument("--length", type=int, help="of prompt or cache; default: row_length")
@@ -300,6 +295,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="per device; default: the kind's"
     )
+    parser.add_argument("--effort", choices=EFFORT, default="quick", help="of the compiler")
+    parser.add_argument("--hlo", type=Path, help="write the optimised program's text here")
     parser.add_argument("--json", type=Path, help="default: NAME_STAGE_TOPOLOGY.json here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(arguments)
@@ -308,6 +305,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; see the module's docstring."""
     args = parse(arguments)
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT[args.effort])
     try:
         run = config_io.load(args.config, args.overrides)
         stages = {stage.name: stage for stage in run.stages}
@@ -328,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "program": args.program,
         "topology": args.topology,
         "jax": jax.__version__,
+        "effort": args.effort,
         **report,
     }
     report["verdict"] = verdict(report, limit)

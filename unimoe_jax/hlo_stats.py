@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
     r"collective-broadcast)(-start)?$"
@@ -25,10 +25,11 @@ _BRANCHES = re.compile(
 
 @dataclass(frozen=True)
 class Array:
-    """dtype and shape of an HLO value."""
+    """dtype, shape and layout of an HLO value, as `1,0:T(8,128)`: dimensions from the fastest."""
 
     dtype: str
     shape: tuple[int, ...]
+    layout: str = field(default="", compare=False)
 
     @property
     def bytes(self) -> float:
@@ -96,13 +97,14 @@ class Stats:
 
 def read(text: str) -> Stats:
     """Statistics of the HLO module `text`, as `compiled.as_text()` gives it."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     reader = _Reader(computations, Stats())
     reader.walk(entry, 1.0, set(), known=True, conditional=False)
     return reader.stats
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """({computation: {instruction: …}} in the order they run, the name of the first to run)."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -121,8 +123,8 @@ def _instruction(line: str) -> Instruction:
     shape = _balanced(right) if right.startswith("(") else right.split(" ", 1)[0]
     op, _, rest = right[len(shape) :].strip().partition("(")
     arrays = tuple(
-        Array(dtype, tuple(int(n.strip("<=")) for n in sizes.split(",") if n))
-        for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+        Array(dtype, tuple(int(n.strip("<=")) for n in sizes.split(",") if n), layout)
+        for dtype, sizes, layout in _SHAPE.findall(shape)
     )
     return Instruction(left.replace("ROOT", "").strip(" %"), op, arrays, rest)
 
@@ -164,7 +166,7 @@ class _Reader:
         """
         inside = self.computations[name]
         for one in inside.values():
-            flops = count * _flops(one, inside)
+            flops = count * product_flops(one, inside)
             if known:
                 self.stats.flops += flops
             else:
@@ -186,18 +188,18 @@ class _Reader:
                 self.walk(other, count, set(), known=known, conditional=True)
 
     def _loop(self, one: Instruction, count: float, *, known: bool, conditional: bool) -> None:
-        trips = _trips(one, self.computations)
-        self.stats.loops_unknown += trips is None
+        length = trips(one, self.computations)
+        self.stats.loops_unknown += length is None
         self.walk(
             one.attribute("body"),
-            count * (trips or 1),
+            count * (length or 1),
             set(),
-            known=known and trips is not None,
-            conditional=conditional or trips is None,
+            known=known and length is not None,
+            conditional=conditional or length is None,
         )
 
 
-def _trips(one: Instruction, computations: Computations) -> int | None:
+def trips(one: Instruction, computations: Computations) -> int | None:
     """How often a `while` runs; None where that depends on the data."""
     known = re.search(r"known_trip_count\D*(\d+)", one.rest)
     if known:
@@ -244,16 +246,18 @@ def _group_size(rest: str) -> int:
 # -------------------------------------------------------------------------------- products
 
 
-def _flops(one: Instruction, inside: dict[str, Instruction]) -> float:
-    if one.op not in ("dot", "convolution"):
+def product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
+    """Of one instruction, if it is a matrix product or a convolution; else 0."""
+    library = one.op == "custom-call" and "__cublas$" in one.rest  # a GPU's matrix products
+    if one.op not in ("dot", "convolution") and not library:
         return 0.0
     left, right = (inside[name].arrays[0].shape for name in one.operands[:2])
     result = one.arrays[0].shape
-    if one.op == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
-        depth = math.prod(left[int(n)] for n in contracted.split(",") if n)
-        return 2.0 * math.prod(result) * depth
-    return _convolution(left, right, result, one.rest)
+    if one.op == "convolution":
+        return _convolution(left, right, result, one.rest)
+    contracted = re.search(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)", one.rest)[1]
+    depth = math.prod(left[int(number)] for number in re.findall(r"\d+", contracted))
+    return 2.0 * math.prod(result) * depth
 
 
 def _convolution(left: tuple, right: tuple, result: tuple, rest: str) -> float:
