@@ -25,7 +25,7 @@ from unimoe_jax.params import (
 
 SHAPES = {
     "vision/encoder/kernel": ((3, 4), ("embed", "mlp")),
-    "vision/connector/kernel": ((4, 2), ("mlp",)),
+    "vision/connector/kernel": ((4, 2), ("mlp", None)),
     "decoder/kernel": ((5, 2, 2), ("layers", "embed", "mlp")),
     "decoder/lora_a": ((5, 2, 1), ("layers", "embed", "rank")),
     "scale": ((), ()),

@@ -226,10 +226,10 @@ def _collective(
     sent = sum(array.bytes for operand in operands for array in operand.arrays)
     # A start's result holds the operands again, beside what will be received.
     received = sum(array.bytes for array in one.arrays) - (sent if "-start" in one.op else 0)
-    return Collective(op, one.name, max(sent, received), count, _group_size(one.rest), conditional)
+    return Collective(op, one.name, max(sent, received), count, group_size(one.rest), conditional)
 
 
-def _group_size(rest: str) -> int:
+def group_size(rest: str) -> int:
     """Devices per group: `[4,2]<=[8]` is 4 groups of 2, `{{0,1},{2,3}}` lists them, and
     `mesh['a'=2,'b'=4] {'b'}` names the axes of a mesh; without groups all devices, as 0."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from unimoe_jax.config import MeshConfig
+from unimoe_jax.hlo_stats import group_size
 from unimoe_jax.nn import grouped
 from unimoe_jax.nn.dispatch import moe_ffn
 from unimoe_jax.nn.exchange import cheapest_form, pair_capacity
@@ -47,9 +48,7 @@ def collectives(text: str) -> list[Collective]:
             ITEM[dtype] * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         )
-        first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-        iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-        shards = int(iota[1]) if iota else len(first[1].split(","))
+        shards = group_size(line)
         share = {"all-to-all": (shards - 1) / shards, "all-gather": (shards - 1) / shards}
         sent = size * share.get(kind, shards - 1 if kind == "reduce-scatter" else 1)
         large = f",{WIDTH}]" in shapes or f",{2 * WIDTH}]" in shapes
