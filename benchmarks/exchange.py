@@ -142,10 +142,12 @@ def collectives(text: str) -> list[Collective]:
     ops = "ragged-all-to-all|all-to-all|all-gather|reduce-scatter|all-reduce"
     found = []
     for line in text.splitlines():
-        match = re.search(rf" = (.*?) ({ops})(?:-start)?\(", line)
+        match = re.search(rf" = (.*?) ({ops})(-start)?\(", line)
         if match is None:
             continue
         arrays = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", re.sub(r"/\*.*?\*/", "", match[1]))
+        if match[3]:  # operands, then results
+            arrays = arrays[len(arrays) // 2 :]
         size = sum(
             int(bits) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
             for _, bits, sizes in arrays
