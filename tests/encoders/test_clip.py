@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +84,34 @@ def test_bfloat16_and_remat_agree_with_float32():
     low = run(ClipEncoder(config, LayerOptions(dtype=jnp.bfloat16)), variables, image)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), run(module, variables, image), atol=0.05)
+
+
+def test_experts_that_nothing_reads_have_no_backward_pass():
+    moe = {"num_experts": 4, "router": {"dtype_order": "softmax_cast_topk"}}
+    config = ClipConfig(
+        hidden_size=16,
+        mlp_dim=32,
+        num_layers=3,
+        num_heads=2,
+        image_size=24,
+        patch_size=12,
+        unread_layers="keep",
+        moe=moe,
+    )
+    module = ClipEncoder(config, LayerOptions())
+    image = jnp.ones((2, 24, 24, 3))
+    variables = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), image)))
+
+    def loss(variables):
+        states, aux = module.apply(variables, image)
+        return jnp.sum(states**2) + jnp.sum(aux.balance)
+
+    text = jax.jit(jax.grad(loss)).lower(variables).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line and "transpose(" in line]
+    # Products in loops over an expert's rows; the router's are outside of loops over experts.
+    found = {
+        name: sum(bool(re.search(rf"/{name}/moe/(?!router)", line)) for line in products)
+        for name in ("layers", "unread_layers")
+    }
+    assert found["layers"] > 0 and found["unread_layers"] == 0
+    assert any("unread_layers/moe/router" in line for line in products)

@@ -41,10 +41,14 @@ IMAGE = 1  # among the modalities of router statistics
 
 
 class ClipBlock(nn.Module):
-    """Pre-LayerNorm block: x += attention(norm(x)); x += mlp or experts(norm(x))."""
+    """Pre-LayerNorm block: x += attention(norm(x)); x += mlp or experts(norm(x)).
+
+    read: whether anything but its router's statistics is read.
+    """
 
     config: ClipConfig
     options: LayerOptions
+    read: bool = True
 
     @nn.compact
     def __call__(
@@ -59,6 +63,8 @@ class ClipBlock(nn.Module):
         form = MlpForm((config.mlp_dim, config.hidden_size), quick_gelu)
         moe = MoE(config.moe, form, options, name="moe")
         h_BTD, aux = moe(h_BTD, *rows.tokens(h_BTD.shape[1]), rows.weight_B)
+        if not self.read:  # a scan would hand the experts a gradient of zero, and they would use it
+            h_BTD = jax.lax.stop_gradient(h_BTD)
         return x_BTD + h_BTD, aux
 
 
@@ -135,5 +141,7 @@ class ClipEncoder(nn.Module):
         """`length` layers under `name`, and their routers' statistics."""
         if not length:
             return x_BTD, None
-        remat, fields = self.config.remat, {"config": self.config, "options": self.options}
-        return scan_layers(ClipBlock, length, remat, name, **fields)(x_BTD, None, rows)
+        # Of several unread layers all but the last are read by the next.
+        read = name == "layers" or length > 1
+        fields = {"config": self.config, "options": self.options, "read": read}
+        return scan_layers(ClipBlock, length, self.config.remat, name, **fields)(x_BTD, None, rows)
