@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +124,8 @@ def _key(reader: SampleReader) -> str:
 def _write(path: Path, index: Index) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     events = json.dumps([asdict(event) for event in index.events]).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Processes of several hosts may have the same number: in a container each is 1.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     with open(partial, "wb") as file:
         np.savez_compressed(
             file,
