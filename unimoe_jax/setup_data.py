@@ -117,8 +117,9 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        turns = [record["conversations"][-2:] for record in _records(data.sources[name])]
-        pairs = [(question["value"], answer["value"]) for question, answer in turns]
+        told = (record.get("conversations") or [] for record in _records(data.sources[name]))
+        # Records without a question and its answer were passed over, and are counted as bad.
+        pairs = [(turns[-2]["value"], turns[-1]["value"]) for turns in told if len(turns) > 1]
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
         choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
