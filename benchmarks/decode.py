@@ -94,10 +94,11 @@ def jax_side(folder: Path, precision: str):
     import jax.numpy as jnp
 
     from unimoe_jax.config import MeshConfig, ModelConfig
-    from unimoe_jax.generation.engine import Engine, Sequence
+    from unimoe_jax.generation.engine import Engine
     from unimoe_jax.generation.loader import logical_axes
     from unimoe_jax.generation.programs import Programs
     from unimoe_jax.generation.request import Sampling
+    from unimoe_jax.generation.sequence import Sequence
     from unimoe_jax.models.served import ServedDecoder, serve
     from unimoe_jax.sharding import make_mesh
 

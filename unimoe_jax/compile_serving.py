@@ -37,7 +37,9 @@ def serving_program(
     rows = engine.round_rows(rows)
     if program == "prefill":
         bucket = prompt_bucket(length, engine.most)
-        return {"weights": _size(weights)}, lambda: engine.prefill_program(bucket)
+        return {"weights": _size(weights)}, lambda: engine.prefill_program(
+            engine.programs.rows, bucket
+        )
     slots = ring_bucket(length, engine.most)
     memory = {"weights": _size(weights), "cache": _size(engine.state_structs(rows, slots))}
     return memory, lambda: engine.advance_program(rows, slots, greedy=True)

@@ -80,6 +80,13 @@ def test_nothing_is_compiled_after_warm_up(model, mixed):
     assert list(model.engine.programs.compiled) == compiled
 
 
+def test_prompts_are_prefilled_together(model, mixed, singles):
+    """As many as fill at least half of a program; their answers stay their own."""
+    three = model.generate([mixed[2], mixed[0], mixed[1]], batch_size=4)
+    assert tokens(three) == [tokens(singles)[number] for number in (2, 0, 1)]
+    assert any(name.startswith("prefill 4 x ") for name in model.engine.programs.compiled)
+
+
 class _no_compilation:
     """No program is compiled inside, by whatever way."""
 

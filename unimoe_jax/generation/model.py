@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.generation import engine as engines
-from unimoe_jax.generation.engine import Engine, Size
+from unimoe_jax.generation.engine import Engine
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.media import MediaEncoder
 from unimoe_jax.generation.prompt import Prompt, make_prompt
 from unimoe_jax.generation.request import Answer, Request, Sampling
+from unimoe_jax.generation.sequence import Sequence, Size
 
 BROKEN = "\ufffd"
 BATCH = 32
@@ -96,21 +96,21 @@ class Model:
         self.engine.check(prepared.size.prompt, sampling)
         return prepared
 
-    def warm_up(self, prepared: Sequence[Prepared], batch_size: int) -> None:
+    def warm_up(self, prepared: Collection[Prepared], batch_size: int) -> None:
         """Compile everything these need."""
         for kind in sorted({file.modality for p in prepared for file in p.prompt.media}):
             self.media.program(kind)
         self.engine.warm_up([p.size for p in prepared], min(batch_size, len(prepared)))
 
     def answers(
-        self, prepared: Sequence[Prepared], batch_size: int = BATCH
+        self, prepared: Collection[Prepared], batch_size: int = BATCH
     ) -> Iterator[tuple[int, Answer | GenerationError]]:
         """(number, answer) as they are finished; an error where only decoding a file shows it."""
         self.warm_up(prepared, batch_size)
         numbers: dict[int, int] = {}
         failed: list[tuple[int, GenerationError]] = []
 
-        def sequences() -> Iterator[engines.Sequence]:
+        def sequences() -> Iterator[Sequence]:
             for number, one in enumerate(prepared):
                 try:
                     sequence = self.sequence(one)
@@ -132,18 +132,16 @@ class Model:
 
     # ----------------------------------------------------------------------------- between
 
-    def sequence(self, prepared: Prepared) -> engines.Sequence:
+    def sequence(self, prepared: Prepared) -> Sequence:
         """The prompt as the engine takes it, media encoded."""
         soft = self.media.encode(prepared.prompt.media)
         stream = prepared.prompt.stream([len(part) for part in soft])
         self.engine.check(len(stream), prepared.sampling)
         width = self.config.decoder.hidden_size
         table = np.concatenate(soft) if soft else np.zeros((0, width), self.engine.decoder.dtype)
-        return engines.Sequence(
-            stream.token_id, stream.modality, stream.slot, table, prepared.sampling
-        )
+        return Sequence(stream.token_id, stream.modality, stream.slot, table, prepared.sampling)
 
-    def _answer(self, sequence: engines.Sequence) -> Answer:
+    def _answer(self, sequence: Sequence) -> Answer:
         experts = np.concatenate(sequence.experts, axis=1) if sequence.experts else None
         return Answer(
             self.tokenizer.decode(sequence.tokens).strip(),

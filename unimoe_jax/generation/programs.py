@@ -7,7 +7,7 @@ program touches lies on one mesh; its rows are cut over the data shards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from unimoe_jax.sharding import data_shards, replicated, spec_for, use_mesh
 
 PROMPT, RING = 64, 256
+TOGETHER = 1024
+"""Positions that prompts prefilled together may take on a data shard."""
 Tell = Callable[[str], None]
 
 
@@ -35,6 +37,28 @@ def ring_bucket(tokens: int, most: int) -> int:
     while slots < tokens:
         slots *= 4
     return min(slots, most)
+
+
+def rows_together(length: int, rows: int, shards: int) -> int:
+    """How many prompts of a bucket are prefilled together for a batch of `rows`."""
+    each = max(1, rows // shards)
+    while each > 1 and each * length > TOGETHER:
+        each //= 2
+    return each * shards
+
+
+def next_group(lengths: Sequence[int], rows: int, shards: int, most: int) -> tuple[int, int]:
+    """How many of the waiting prompts to prefill next, in order, and the rows of their program:
+    one per data shard, or as many as go together if they fill at least half of the rows."""
+    count, together = 0, shards
+    for number in range(1, len(lengths) + 1):
+        fits = rows_together(prompt_bucket(max(lengths[:number]), most), rows, shards)
+        if number > fits:
+            break
+        count, together = number, fits
+    if 2 * count >= together:
+        return count, together
+    return min(count, shards), shards
 
 
 class Programs:

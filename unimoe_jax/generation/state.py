@@ -17,6 +17,8 @@ from unimoe_jax.nn.decode_attention import KVCache
 
 NOTHING = -1
 """In place of a token of a row that is not active."""
+MOST_STEPS = 16
+"""Tokens per row that one call of the decoding program may make."""
 
 
 class Rows(NamedTuple):
@@ -39,17 +41,13 @@ class State(NamedTuple):
     rows: Rows
 
 
-class Newcomer(NamedTuple):
-    """A prompt that takes row `row`; it is row `source` of the prefilled batch."""
+class Newcomers(NamedTuple):
+    """Prompts that take rows: those in the first rows of the prefilled batch; fields [R]."""
 
     row: jax.Array
-    source: jax.Array
     length: jax.Array
     limit: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    seed: jax.Array
+    choice: Choice
 
 
 class Produced(NamedTuple):
@@ -78,34 +76,40 @@ def insert(
     state: State,
     caches: tuple[KVCache, ...],
     logits_RV: jax.Array,
-    new: Newcomer,
+    new: Newcomers,
+    count: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """The state with a prompt in a row, and the first token of its answer.
+    """The state with the first `count` prompts in rows, and token_R: the first of each answer.
 
     caches: of the prefilled batch, position p in slot p.
     """
-    slots = state.caches[0].slots
-    # The last token of the prompt goes behind the cursor, the others before it, around the ring.
-    shift = state.cursor - new.length
 
-    def put(ring: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        row = jax.lax.dynamic_index_in_dim(part, new.source, axis=0)
-        pad = [(0, slots - row.shape[dim] if dim == axis else 0) for dim in range(row.ndim)]
-        row = jnp.roll(jnp.pad(row, pad), shift, axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(ring, row, new.row, axis=0)
+    def one(source: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, token_R = carry
+        row, length, limit, choice = jax.tree.map(lambda a: a[source], new)
+        # Its last token goes behind the cursor, the others before it, around the ring.
+        shift = state.cursor - length
 
-    merged = tuple(
-        KVCache(put(ring.k, part.k, 3), put(ring.v, part.v, 2))
-        for ring, part in zip(state.caches, caches, strict=True)
-    )
-    logits_1V = jax.lax.dynamic_index_in_dim(logits_RV, new.source, axis=0)
-    choice = Choice(*(a[None] for a in (new.temperature, new.top_p, new.top_k, new.seed)))
-    token = choose(logits_1V, choice, jnp.zeros(1, jnp.int32), greedy_only)[0]
-    more = (new.limit > 1) & ~_ends(token, eos)
-    one = jnp.int32(1)
-    values = Rows(new.length, token, one, new.limit, more, Choice(*(a[0] for a in choice)))
-    rows = jax.tree.map(lambda a, value: a.at[new.row].set(value), state.rows, values)
-    return State(merged, state.cursor, rows), token
+        def put(ring: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+            slots = jax.lax.dynamic_index_in_dim(part, source, axis=0)
+            pad = [(0, ring.shape[axis] - slots.shape[axis] if a == axis else 0) for a in range(4)]
+            slots = jnp.roll(jnp.pad(slots, pad), shift, axis=axis)
+            return jax.lax.dynamic_update_slice_in_dim(ring, slots, row, axis=0)
+
+        rings = tuple(
+            KVCache(put(ring.k, part.k, 3), put(ring.v, part.v, 2))
+            for ring, part in zip(state.caches, caches, strict=True)
+        )
+        logits_1V = jax.lax.dynamic_index_in_dim(logits_RV, source, axis=0)
+        alone = jax.tree.map(lambda a: a[None], choice)
+        token = choose(logits_1V, alone, jnp.zeros(1, jnp.int32), greedy_only)[0]
+        more = (limit > 1) & ~_ends(token, eos)
+        values = Rows(length, token, jnp.int32(1), limit, more, choice)
+        rows = jax.tree.map(lambda a, value: a.at[row].set(value), state.rows, values)
+        return State(rings, state.cursor, rows), token_R.at[source].set(token)
+
+    nothing = jnp.full(len(new.row), NOTHING, jnp.int32)
+    return jax.lax.fori_loop(0, count, one, (state, nothing))
 
 
 def _ends(token: jax.Array, eos: tuple[int, ...]) -> jax.Array:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 
 FEW = 64
 """Up to so many tokens an expert is applied once, with more in blocks of the rows routed to it."""
-WHOLE, BLOCK = 8, 128
+WHOLE = 8
+BLOCK, TAILS = 128, (64, 96)
+"""Rows of a block; what is left after whole blocks takes the smallest of these that holds it."""
 
 
 class Expert(NamedTuple):
@@ -40,6 +42,18 @@ def swiglu(expert: Expert, x_DX: jax.Array) -> jax.Array:
     dtype = expert.down.dtype
     gate, up = (product(w, x_DX).astype(dtype) for w in (expert.gate, expert.up))
     return product(expert.down, jax.nn.silu(gate) * up).astype(dtype)
+
+
+def _swiglu_rows(expert: Expert, x_XD: jax.Array) -> jax.Array:
+    """`swiglu` of rows, [X,D]: what was gathered is multiplied as it lies."""
+
+    def rows(x_XI: jax.Array, w_OI: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x_XI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        ).astype(w_OI.dtype)
+
+    gate, up = rows(x_XD, expert.gate), rows(x_XD, expert.up)
+    return rows(jax.nn.silu(gate) * up, expert.down)
 
 
 def apply(
@@ -97,16 +111,21 @@ def _many(experts, x_DX, expert_XK, weight_XK) -> jax.Array:
     for number, expert in enumerate(experts):
         chosen_XK = expert_XK == number
         weight_X = jnp.sum(jnp.where(chosen_XK, weight_XK, 0.0), axis=1)
-        chosen_X = chosen_XK.any(axis=1)
-        (at,) = jnp.nonzero(chosen_X, size=tokens + BLOCK, fill_value=tokens)
-        trips = -(-jnp.sum(chosen_X, dtype=jnp.int32) // BLOCK)
-        block = partial(_add_block, expert, x_XD, jnp.append(weight_X, 0.0), at)
-        y_XD = jax.lax.fori_loop(0, trips, block, y_XD)
+        (at,) = jnp.nonzero(chosen_XK.any(axis=1), size=tokens + BLOCK, fill_value=tokens)
+        add = partial(_add_block, expert, x_XD, jnp.append(weight_X, 0.0), at)
+        count = jnp.sum(at < tokens, dtype=jnp.int32)
+        whole, rest = count // BLOCK, count % BLOCK
+        blocks = whole + (rest > TAILS[-1])
+        y_XD = jax.lax.fori_loop(0, blocks, lambda n, y, add=add: add(BLOCK, n * BLOCK, y), y_XD)
+        tails = [lambda y: y, *(partial(add, size, whole * BLOCK) for size in TAILS)]
+        tail = jnp.sum(rest > jnp.array([0, *TAILS[:-1]], jnp.int32), dtype=jnp.int32)
+        y_XD = jax.lax.switch(jnp.where(blocks > whole, 0, tail), tails, y_XD)
     return y_XD[:tokens].T.astype(x_DX.dtype)
 
 
-def _add_block(expert: Expert, x_XD, weight_X, at, number, y_XD) -> Any:
-    token = jax.lax.dynamic_slice_in_dim(at, number * BLOCK, BLOCK)
+def _add_block(expert: Expert, x_XD, weight_X, at, size: int, first, y_XD) -> Any:
+    """y with the expert's results for `size` tokens of `at`, from `first` on."""
+    token = jax.lax.dynamic_slice_in_dim(at, first, size)
     rows = jnp.take(x_XD, token, axis=0, mode="clip")
-    out = swiglu(expert, rows.T).T.astype(jnp.float32)
+    out = _swiglu_rows(expert, rows).astype(jnp.float32)
     return y_XD.at[token].add(out * weight_X[token][:, None], mode="drop")
