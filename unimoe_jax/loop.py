@@ -69,6 +69,10 @@ class Runtime:
             Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
+FROM_THE_START = ("first_loss", "last_loss", "heldout_before", "upcycled")
+"""Of a summary: what a resumed stage cannot find out again."""
+
+
 @dataclass
 class StageSummary:
     """Goes into summary.json."""
@@ -81,6 +85,15 @@ class StageSummary:
     heldout: dict[str, float] | None = None
     heldout_before: dict[str, float] | None = None
     upcycled: float | None = None  # largest difference from the dense model at step 0
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Take over what `position` gave when the steps were saved; nothing at the beginning."""
+        for name in FROM_THE_START:
+            setattr(self, name, position.get(name))
+
+    def position(self, data: dict) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state. data: where the pipeline stands."""
+        return {"data": data, **{name: getattr(self, name) for name in FROM_THE_START}}
 
 
 @dataclass
@@ -184,14 +197,10 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     ):
         state, frozen, done, position = _start(runtime, stage, pipeline, checkpoints)
         step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
-        if config.evaluate:
-            summary.heldout_before = position.get("heldout_before")
-            if summary.heldout_before is None:
-                params = {**frozen, **state.trained}
-                summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
-        summary.upcycled = position.get("upcycled")
-        summary.first_loss = position.get("first_loss")
-        summary.last_loss = position.get("last_loss")
+        summary.resume(position)
+        if config.evaluate and summary.heldout_before is None:
+            params = {**frozen, **state.trained}
+            summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
         writer = MetricsWriter(
             runtime.folder,
             config.name,
@@ -207,14 +216,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         )
 
         def save(step: int, state: TrainState) -> None:
-            position = {
-                "data": pipeline.state(step),
-                "heldout_before": summary.heldout_before,
-                "upcycled": summary.upcycled,
-                "first_loss": summary.first_loss,
-                "last_loss": summary.last_loss,
-            }
-            checkpoints.save(step, state, position)
+            checkpoints.save(step, state, summary.position(pipeline.state(step)))
 
         with writer:
             state, finished = _steps(

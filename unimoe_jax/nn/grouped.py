@@ -166,6 +166,36 @@ def _replaced(weights: Any, flags: Sequence[bool], some: Sequence) -> Any:
     return treedef.unflatten([next(new) if flag else leaf for leaf, flag in both])
 
 
+def _of_block(
+    expert_fn: ExpertFunction,
+    w: Any,
+    trained: Sequence[bool],
+    work: tuple[jax.Array, jax.Array, jax.Array],
+    seed: jax.Array,
+    g: jax.Array,
+    kept: Any,
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Gradients of one expert's trained weights, of some rows and of their weights.
+
+    work: rows, their weights and numbers. g: gradient of the result. kept: of `forward`, or None.
+    """
+    x, weight, row = work
+
+    def read(some, x):
+        return expert_fn.first(_replaced(w, trained, some), x, row, seed)
+
+    def finish(some, first, scale):
+        return expert_fn.rest(_replaced(w, trained, some), first, row, seed, scale)
+
+    some = selected(jax.tree.leaves(w), trained)
+    # The compiler drops the products of what is kept: nothing else asks for them.
+    computed, pull_read = jax.vjp(read, some, x)
+    _, pull_finish = jax.vjp(finish, some, computed if kept is None else kept, weight)
+    last, dfirst, dweight = pull_finish(g)
+    first, dx = pull_read(dfirst)
+    return [a + b for a, b in zip(first, last, strict=True)], dx, dweight.astype(jnp.float32)
+
+
 def backward(
     expert_fn: ExpertFunction,
     weights: Any,
@@ -198,26 +228,10 @@ def backward(
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
             mine = (offset + jnp.arange(size) < start + count)[:, None]
             g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
-
-            def read(some, x):
-                return expert_fn.first(_replaced(w, trained, some), x, row_X[token], seed)
-
-            def finish(some, first, scale):
-                some = _replaced(w, trained, some)
-                return expert_fn.rest(some, first, row_X[token], seed, scale)
-
-            some = selected(jax.tree.leaves(w), trained)
-            # The compiler drops the products of what is kept: nothing else asks for them.
-            computed, pull_read = jax.vjp(read, some, x_XD[token])
-            found = computed if first is None else jax.tree.map(cut, first)
-            _, pull_finish = jax.vjp(finish, some, found, slot_weight[slot])
-            dw_last, dfound, dweight = pull_finish(g)
-            dw_first, dx = pull_read(dfound)
-            dweight = dweight.astype(jnp.float32)
-            dw = [
-                total + (a + b).astype(total.dtype)
-                for total, a, b in zip(dw, dw_first, dw_last, strict=True)
-            ]
+            work = (x_XD[token], slot_weight[slot], row_X[token])
+            kept = None if first is None else jax.tree.map(cut, first)
+            some, dx, dweight = _of_block(expert_fn, w, trained, work, seed, g, kept)
+            dw = [total + add.astype(total.dtype) for total, add in zip(dw, some, strict=True)]
             dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
             dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
             return dx_sorted, dweight_sorted, dw
