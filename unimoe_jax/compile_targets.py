@@ -15,9 +15,9 @@ TPU_KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # A TPU's: what its compiler gives out, as its messages say it. An H200's: three quarters of its
 # memory, what JAX reserves at start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 HBM_GIB = {"v4": 31.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75, "h200": 105.75}
-# An H200 SXM as NVIDIA describes it (stream_executor.GpuTargetConfigProto): 132 multiprocessors of
-# compute capability 9.0, 141 GiB at 4.8 TB/s, 50 MiB of L2. Limits per block and multiprocessor are
-# those of the capability in the CUDA programming guide.
+# An H200 SXM in the terms of XLA's published GPU descriptions (GpuTargetConfigProto, its h200.txtpb
+# among them): 132 multiprocessors of compute capability 9.0, 141 GiB at 4.8 TB/s, 50 MiB of L2.
+# Limits per block and multiprocessor are those of the capability in the CUDA programming guide.
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"

@@ -168,7 +168,12 @@ def advance(
     experts, logits = (jnp.zeros((most, *s.shape), s.dtype) for s in jax.eval_shape(look))
     empty = Produced(jnp.full((most, batch), NOTHING, jnp.int32), experts, logits)
     start = _traced(empty, trace)
+    alone = batch == 1
+    if alone:  # see KVCache
+        state = state._replace(caches=jax.tree.map(lambda ring: ring[0], state.caches))
     _, state, produced = jax.lax.while_loop(running, body, (jnp.int32(0), state, start))
+    if alone:
+        state = state._replace(caches=jax.tree.map(lambda ring: ring[None], state.caches))
     return state, produced
 
 

@@ -10,6 +10,7 @@ they read.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,11 @@ from unimoe_jax.nn.attention import MASKED
 
 
 class KVCache(NamedTuple):
-    """Keys [B,K,H,S] and values [B,K,S,H] of one layer, in the compute dtype."""
+    """Keys [B,K,H,S] and values [B,K,S,H] of one layer, in the compute dtype.
+
+    A single sequence may do without the axis B: a loop that carries an axis of one element copies
+    the cache in every round (XLA on CPUs drops the axis before each product, in a new array).
+    """
 
     k: jax.Array
     v: jax.Array
@@ -34,9 +39,11 @@ class KVCache(NamedTuple):
 def write(cache: KVCache, k_BKH: jax.Array, v_BKH: jax.Array, cursor: jax.Array) -> KVCache:
     """The cache with one token of every sequence in slot `cursor` modulo S."""
     slot = cursor % cache.slots
+    if cache.k.ndim == 3:
+        k_BKH, v_BKH = k_BKH[0], v_BKH[0]
     return KVCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.k, k_BKH[..., None], slot, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(cache.v, v_BKH[:, :, None], slot, axis=2),
+        jax.lax.dynamic_update_slice_in_dim(cache.k, k_BKH[..., None], slot, axis=-1),
+        jax.lax.dynamic_update_slice_in_dim(cache.v, v_BKH[..., None, :], slot, axis=-2),
     )
 
 
@@ -53,11 +60,12 @@ def attend_one(
 
     Returns [B,N,H] in the dtype of q. Scores and softmax are float32 (arXiv 1706.03762, eq. 1).
     """
-    q_BKGH = rearrange(q_BNH, "b (k g) h -> b k g h", k=cache.k.shape[1])
-    scores = scale * jnp.einsum(
-        "bkgh,bkhs->bkgs", q_BKGH, cache.k, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(visible_BS[:, None, None], scores, MASKED)
+    q = rearrange(q_BNH, "b (k g) h -> b k g h", k=cache.k.shape[-3])
+    visible = visible_BS[:, None, None]
+    if cache.k.ndim == 3:
+        q, visible = q[0], visible[0]
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scale * product("...gh,...hs->...gs", q, cache.k), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(cache.v.dtype)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights, cache.v, preferred_element_type=jnp.float32)
-    return rearrange(out, "b k g h -> b (k g) h").astype(q_BNH.dtype)
+    out = product("...gs,...sh->...gh", weights, cache.v)
+    return out.reshape(q_BNH.shape).astype(q_BNH.dtype)
