@@ -5,9 +5,10 @@
 Each case runs three processes, which start from the same weights and batch: this library as
 `unimoe_jax.train` runs it, PyTorch as it comes, and PyTorch with the allocator settings that
 `unimoe_jax.train` makes for itself (see `unimoe_jax/host_memory.py`). They take turns (A B C A B C
-…), the others waiting, so that a machine that changes its speed changes it for all. Before that all
-compute the loss and the gradient norm without dropout; they must agree. Float32 throughout.
-Compilation is reported, not counted.
+…), the others waiting, so that a machine that changes its speed changes it for all. The first step
+of a turn is not counted: a virtual machine may give what memory was free meanwhile back to its
+host. Before that all compute the loss and the gradient norm without dropout; they must agree.
+Float32 throughout. Compilation is reported, not counted.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def torch_side(folder: Path, attention: str, keep: bool):
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answer on stdout: first the check, then seconds per step for each number of steps read."""
+    """Answer on stdout: first the check, then seconds per step for each number of steps read, of
+    which there is one more."""
     if args.worker == "jax":
         checked, step, seconds = jax_side(args.folder, args.sizes[0], args.stages[0])
     else:
@@ -208,6 +210,7 @@ def worker(args: argparse.Namespace) -> None:
     answer(check=checked, compile_seconds=seconds, resident_mib=before)
     for line in sys.stdin:
         times, cpu, loss = [], [], 0.0
+        step()
         for _ in range(int(line)):
             started, used = time.perf_counter(), time.process_time()
             loss = step()
@@ -278,7 +281,7 @@ def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> 
             checks = {side: sides[side].first["check"] for side in SIDES}
             agree(checks)
             for side in SIDES:
-                sides[side].steps(2)
+                sides[side].steps(1)
             turns: dict[str, list[dict]] = {side: [] for side in SIDES}
             for _ in range(args.rounds):
                 for side in SIDES:
