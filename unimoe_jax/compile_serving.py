@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unimoe_jax.config import RunConfig, StageConfig
-from unimoe_jax.generation.engine import Engine
+from unimoe_jax.generation.decoding_programs import DecodingPrograms
 from unimoe_jax.generation.programs import Programs, prompt_bucket, ring_bucket
 from unimoe_jax.models.served import ServedDecoder, Weights, serve
 from unimoe_jax.models.unimoe import UniMoE
@@ -33,16 +33,16 @@ def serving_program(
     dtype = jnp.dtype(run.precision.compute)
     decoder = ServedDecoder(config.decoder, dtype)
     weights = _weights(run, stage, mesh, dtype)
-    engine = Engine(decoder, weights, Programs(mesh, run.mesh.rules), eos=(0,))
-    rows = engine.round_rows(rows)
+    programs = DecodingPrograms(decoder, weights, Programs(mesh, run.mesh.rules), eos=(0,))
+    rows = programs.round_rows(rows)
     if program == "prefill":
-        bucket = prompt_bucket(length, engine.most)
-        return {"weights": _size(weights)}, lambda: engine.prefill_program(
-            engine.programs.rows, bucket
+        bucket = prompt_bucket(length, programs.most)
+        return {"weights": _size(weights)}, lambda: programs.prefill_program(
+            programs.programs.rows, bucket
         )
-    slots = ring_bucket(length, engine.most)
-    memory = {"weights": _size(weights), "cache": _size(engine.state_structs(rows, slots))}
-    return memory, lambda: engine.advance_program(rows, slots, greedy=True)
+    slots = ring_bucket(length, programs.most)
+    memory = {"weights": _size(weights), "cache": _size(programs.state_structs(rows, slots))}
+    return memory, lambda: programs.advance_program(rows, slots, greedy=True)
 
 
 def _weights(run: RunConfig, stage: StageConfig, mesh: Mesh, dtype: Any) -> Weights:

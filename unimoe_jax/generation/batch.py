@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from unimoe_jax.generation import state as states
+from unimoe_jax.generation.decoding_programs import DecodingPrograms
 from unimoe_jax.generation.programs import prompt_bucket, ring_bucket
 from unimoe_jax.generation.sampling import Choice
 from unimoe_jax.generation.sequence import Sequence
-from unimoe_jax.generation.state import MOST_STEPS, Newcomers, State
-
-if TYPE_CHECKING:
-    from unimoe_jax.generation.engine import Engine
+from unimoe_jax.generation.state import MOST_STEPS, Newcomers, State, no_newcomers
 
 
 def newcomers(free: list[int], group: list[Sequence], rows: int) -> Newcomers:
     """Host arrays of `rows` entries; those behind the group mean nothing."""
-    empty = states.empty_rows(rows)
-    new = Newcomers(empty.length_B, empty.length_B, empty.limit_B, empty.choice)
-    new = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), new)
+    new = no_newcomers(rows)
     for source, (row, sequence) in enumerate(zip(free, group, strict=True)):
         own = sequence.sampling
         choice = Choice(own.temperature, own.top_p, own.top_k, own.seed)
@@ -34,7 +30,7 @@ def newcomers(free: list[int], group: list[Sequence], rows: int) -> Newcomers:
 class Batch:
     """Rows of an engine and the sequences in them."""
 
-    def __init__(self, engine: Engine, rows: int, greedy: bool):
+    def __init__(self, engine: DecodingPrograms, rows: int, greedy: bool):
         self.engine, self.rows, self.greedy = engine, rows, greedy
         self.held: list[Sequence | None] = [None] * rows
         self.state: State | None = None

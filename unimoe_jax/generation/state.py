@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unimoe_jax.generation.sampling import Choice, choose
 from unimoe_jax.models.served import ServedDecoder, Weights
@@ -68,6 +69,13 @@ def empty_rows(batch: int) -> Rows:
     choice = Choice(zeros(jnp.float32), zeros(jnp.float32), zeros(jnp.int32), zeros(jnp.uint32))
     counts = [zeros(jnp.int32) for _ in range(4)]
     return Rows(*counts, zeros(bool), choice)
+
+
+def no_newcomers(rows: int) -> Newcomers:
+    """Host arrays of zeros, to be filled in."""
+    empty = jax.eval_shape(lambda: empty_rows(rows))
+    new = Newcomers(empty.length_B, empty.length_B, empty.limit_B, empty.choice)
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), new)
 
 
 def insert(
