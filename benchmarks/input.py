@@ -3,8 +3,9 @@
     python benchmarks/input.py [--samples 600] [--output FILE]
 
 Runs over the embedded data set with the settings of configs/run/tiny.yaml: JSON, image, sound and
-video files in, packed batches out, nothing trained. The ways of reading take turns, several times
-over, so that a machine that changes its speed changes it for all.
+video files in, packed batches out, nothing trained. Padding is also computed for made-up samples of
+the lengths that instruction data have, in rows as the published runs have them. The ways of reading
+take turns, several times over, so that a machine that changes its speed changes it for all.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import time
 from pathlib import Path
 
 import common
+import numpy as np
 
 from unimoe_jax import config_io
 from unimoe_jax.config import LoaderConfig, RunConfig
+from unimoe_jax.data.batch import POOLS
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.plan import Plan, Samples
 from unimoe_jax.setup_data import load_tokenizer, resolve_sources, stage_pipeline
 
 WAYS = {
@@ -97,6 +101,34 @@ def padding(run: RunConfig, stage: str) -> dict[str, dict[str, float]]:
     return shares
 
 
+def long_samples(number: int, longest: int) -> Samples:
+    """Made-up samples: a fifth text alone, half with an image of 576 positions, a tenth with a
+    video and speech, a fifth with speech; the text is log-normal around 120 tokens."""
+    random = np.random.default_rng(0)
+    text = np.clip(random.lognormal(4.8, 0.7, number), 20, 1500).astype(np.int64)
+    kind = random.choice(4, number, p=[0.2, 0.5, 0.1, 0.2])
+    speech = np.where(kind >= 2, random.geometric(0.6, number).clip(1, 8), 0)
+    entries = np.zeros((number, len(POOLS)), np.int64)
+    for name, column in (("image", kind == 1), ("video", kind == 2), ("speech", speech)):
+        entries[:, POOLS.index(name)] = column
+    tokens = text + 576 * ((kind == 1) | (kind == 2)) + 50 * speech
+    source, record = np.zeros(number, np.int64), np.arange(number)
+    return Samples(source, record, tokens.clip(max=longest), entries, ("made up",), (1.0,))
+
+
+def long_padding(number: int = 20_000) -> dict[str, dict[str, float]]:
+    """Share of the positions of an epoch that are padding, by row length and way of batching."""
+    shares: dict[str, dict[str, float]] = {}
+    for length in (2048, 4096):
+        samples = long_samples(number, length)
+        for way, grouped in (("by modality", True), ("mixed", False)):
+            loader = LoaderConfig(row_length=length, rows=16, group_by_modality=grouped)
+            positions = Plan(samples, loader, 0, 4, True).epoch(0).batches.size * length
+            share = 1 - float(samples.tokens.sum()) / positions
+            shares.setdefault(f"rows of {length}", {})[way] = round(share, 4)
+    return shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=600, help="in each turn")
@@ -113,6 +145,8 @@ def main() -> None:
         for way, values in shares.items():
             text = ", ".join(f"{name} {share:.1%}" for name, share in values.items())
             print(f"{stage}: padding, {way}: {text}")
+    result["padding"]["long samples"] = long_padding()
+    print(f"padding, long samples: {result['padding']['long samples']}")
     pipelines = {way: pipeline_for(run, "tune", **changes) for way, changes in WAYS.items()}
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     starts = dict.fromkeys(WAYS, 0)
