@@ -177,7 +177,7 @@ class DecoderConfig(Config):
 
 
 class ClipConfig(Config):
-    """CLIP vision transformer (quick-GELU, pre-LayerNorm)."""
+    """CLIP vision transformer (pre-LayerNorm)."""
 
     hidden_size: Positive
     mlp_dim: Positive
@@ -186,6 +186,9 @@ class ClipConfig(Config):
     image_size: Positive
     patch_size: Positive
     norm_eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu"] = Field(
+        "quick_gelu", description="OpenAI's models have quick_gelu, LAION's mostly gelu"
+    )
     select_layer: int = Field(-2, description="index into the hidden states; -1 is the last")
     unread_layers: Literal["drop", "keep"] = Field(
         "drop",

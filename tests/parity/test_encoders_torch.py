@@ -74,8 +74,8 @@ def random_input(*shape: int) -> tuple[np.ndarray, torch.Tensor]:
     return values, torch.from_numpy(values.copy()).requires_grad_(True)
 
 
-@pytest.mark.parametrize("select_layer", [-2, -1])
-def test_clip_against_torch(select_layer: int):
+@pytest.mark.parametrize("select_layer,activation", [(-2, "quick_gelu"), (-1, "gelu")])
+def test_clip_against_torch(select_layer: int, activation: str):
     config = ClipConfig(
         hidden_size=12,
         mlp_dim=20,
@@ -84,6 +84,7 @@ def test_clip_against_torch(select_layer: int):
         image_size=15,
         patch_size=5,
         select_layer=select_layer,
+        activation=activation,
     )
     torch_config = CLIPVisionConfig(
         hidden_size=12,
@@ -92,6 +93,7 @@ def test_clip_against_torch(select_layer: int):
         num_attention_heads=3,
         image_size=15,
         patch_size=5,
+        hidden_act=activation,
     )
     model = randomise(CLIPVisionModel(torch_config))
     images, torch_images = random_input(2, 3, 15, 15)

@@ -65,12 +65,15 @@ def plan_parts(sources: Sources, options: Options) -> Plan:
     if source := sources.get("decoder"):
         is_mixtral = source.config["model_type"] == "mixtral"
         table = mixtral if is_mixtral else llama
-        decoder = (mixtral.mixtral_config if is_mixtral else llama.decoder_config)(source.config)
+        if is_mixtral:
+            decoder = mixtral.mixtral_config(source.config)
+        else:
+            decoder = llama.decoder_config(source.config, kind=source.config["model_type"])
         model = model.model_copy(update={"decoder": decoder})
         copies += table.copies(decoder)
         excuses += table.EXCUSES
         if decoder.tie_embeddings:
-            excuses.append(Excuse(r"base:lm_head\.weight", "tied to the embedding"))
+            excuses.append(llama.TIED)
         parts += ["embed/", "decoder/", "lm_head/"]
         config["decoder"] = decoder.model_dump(mode="json")
     for role, sense, build in ENCODERS:
@@ -122,15 +125,17 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     text, copies, excuses, notes = (_text_8e if is_8e else _text)(sources, config, groups)
     senses, more = senses_of(sources, config, groups, sense)
     copies = [*copies, *more]
-    if peft and "peft" in groups:
+    if peft:
         scale, use_router = peft["lora_alpha"] / peft["r"], options.takes_router_lora
         names = set(groups["peft"])
         copies = unimoe.with_adapters(copies, names, scale, options.lora == "merge", use_router)
+        if not peft.get("layers_to_transform"):
+            unimoe.check_adapters(copies)
         if not use_router:
             excuses.append(unimoe.DROPPED_ROUTER_LORA)
         notes = (*notes, f"PEFT scale: {scale}")
     own = None
-    if is_8e:
+    if is_8e and "lora_r" in config:
         own = (config["lora_r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     rounding = unimoe.rounding(is_8e, sense) if options.numerics == "released" else None
     if rounding is not None:
@@ -153,16 +158,31 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     )
 
 
+# Settings of PEFT that change what its adapters do.
+UNKNOWN_PEFT = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+
+
 def _peft(tuned: Source, groups: Mapping[str, Tensors]) -> Mapping[str, Any]:
     """adapter_config.json; every file without which trained weights would be lost must be there."""
     has_experts = "file0" in groups or bool(unimoe.moe_layers(groups["base"]))
-    needed = ("tuned", "aligner", *(["gates"] if has_experts else []))
+    peft = tuned.config["_peft"]
+    needed = ("tuned", "aligner", *(["gates"] if has_experts else []), *(["peft"] if peft else []))
     missing = [TUNED_FILES[group] for group in needed if group not in groups]
     if missing:
         raise ConvertError(
             f"{tuned.path}: is incomplete, it lacks {missing} (.bin or .safetensors)"
         )
-    peft = tuned.config["_peft"]
+    if "file0" not in groups:  # else the base's experts are not used
+        routers = unimoe.moe_layers(groups.get("gates", ()))
+        if lost := sorted(set(unimoe.moe_layers(groups["base"])) - set(routers)):
+            raise ConvertError(
+                f"{tuned.path}: mlp_gates lacks the routers of layers {lost}, which have experts"
+            )
+    for key in UNKNOWN_PEFT:
+        if peft.get(key):
+            raise ConvertError(
+                f"{tuned.path / 'adapter_config.json'}: {key} = {peft[key]!r} is not supported"
+            )
     adapters = [t for name, t in groups.get("peft", {}).items() if ".lora_A." in name]
     for tensor in adapters:
         if tensor.shape[:1] != (peft["r"],):
@@ -191,9 +211,16 @@ def _unimoe_config(sources: Sources, is_8e: bool) -> Mapping[str, Any]:
         beside = sources["base"].path / "8config.json"
         candidates += [read_json(beside)] if beside.is_file() else []
         candidates.sort(key=lambda config: "lora_r" not in config)
-        if "lora_r" not in candidates[0]:
+        # An export of a pruned model has none: its adapters are merged.
+        if "lora_r" not in candidates[0] and any(map(_has_builtin, sources.values())):
             raise ConvertError("8e: no config.json (or 8config.json) has lora_r and lora_alpha")
     return candidates[0]
+
+
+def _has_builtin(source: Source) -> bool:
+    """Whether experts or dense layers have adapters of their own, not PEFT's."""
+    groups = (tensors for group, tensors in source.groups.items() if group != "peft")
+    return any("_proj_lora_A" in name for tensors in groups for name in tensors)
 
 
 def _text(sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tensors]):
@@ -280,7 +307,7 @@ def plan_cumo(sources: Sources, options: Options) -> Plan:
             *cumo.vision_in_shards(model.vision),
             *cumo.vision_in_files(model.vision),
         ],
-        excuses=cumo.EXCUSES,
+        excuses=[*cumo.EXCUSES, *([llama.TIED] if decoder.tie_embeddings else [])],
         config=dumped,
         files=_side_files([sources[r] for r in ("clip", "decoder", "cumo") if r in sources]),
     )

@@ -107,11 +107,10 @@ def _hugging_face(path: Path, config: Settings) -> Source:
     is_multimodal = any(key in config for key in ("mm_vision_tower", "mm_audio_tower"))
     if kind in DECODERS and not is_multimodal:
         return Source("decoder", path, config, {"base": open_folder(path)}, files)
-    if is_multimodal and config.get("architectures") == ["LlavaLlamaForCausalLM"]:
+    is_llava = kind in LLAVA and config.get("architectures") in (None, ["LlavaLlamaForCausalLM"])
+    if is_multimodal and is_llava:
         groups = {"base": open_folder(path)}
-        for group, name in (("base_projector", "mm_projector"), ("base_aligner", ALIGNER)):
-            if (path / f"{name}.bin").is_file():
-                groups[group] = open_file(path / f"{name}.bin")
+        groups |= _named_files(path, BASE_FILES)
         return Source("base", path, config, groups, files)
     if kind in CUMO:
         return Source("cumo", path, config, _cumo_groups(path), files)
@@ -121,24 +120,31 @@ def _hugging_face(path: Path, config: Settings) -> Source:
     )
 
 
+LLAVA = ("llava", "llava_llama")
 CUMO = ("llava_mistral", "llava_mixtral")
 CUMO_FILES = {"clip": "clip", "projector": "mm_projector"}
 
 
 def _cumo_groups(path: Path) -> dict[str, Tensors]:
     """Shards, unless the folder is what the first stage leaves, clip.bin and mm_projector.bin."""
-    beside = {
-        group: file
-        for group, stem in CUMO_FILES.items()
-        for suffix in SUFFIXES
-        if (file := path / (stem + suffix)).is_file()
-    }
+    beside = _named_files(path, CUMO_FILES)
     has_shards = any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*"))
-    groups = {"base": open_folder(path)} if has_shards or not beside else {}
-    return groups | {group: open_file(file) for group, file in beside.items()}
+    return ({"base": open_folder(path)} if has_shards or not beside else {}) | beside
+
+
+def _named_files(path: Path, stems: Mapping[str, str]) -> dict[str, Tensors]:
+    """Group -> tensors of the file of that name, safetensors before torch."""
+    groups: dict[str, Tensors] = {}
+    for group, stem in stems.items():
+        for suffix in SUFFIXES:
+            if (path / (stem + suffix)).is_file():
+                groups[group] = open_file(path / (stem + suffix))
+                break
+    return groups
 
 
 ALIGNER = "mm_audio_aligner"
+BASE_FILES = {"base_projector": "mm_projector", "base_aligner": ALIGNER}
 SUFFIXES = (".safetensors", ".bin")
 TUNED_MARKS = ("adapter_model", "mlp_gates", "non_lora_trainables")
 TUNED_FILES = {
@@ -151,12 +157,7 @@ TUNED_FILES = {
 
 
 def _tuned(path: Path) -> Source:
-    groups: dict[str, Tensors] = {}
-    for group, stem in TUNED_FILES.items():
-        for suffix in SUFFIXES:
-            if (path / (stem + suffix)).is_file():
-                groups[group] = open_file(path / (stem + suffix))
-                break
+    groups = _named_files(path, TUNED_FILES)
     ranks = {
         int(match[1]): file
         for file in path.iterdir()
@@ -167,7 +168,8 @@ def _tuned(path: Path) -> Source:
     for rank, file in ranks.items():
         groups[f"file{rank}"] = open_file(file)
     config = read_json(path / "config.json")
-    config["_peft"] = read_json(path / "adapter_config.json") if "peft" in groups else {}
+    has_adapters = "peft" in groups or (path / "adapter_config.json").is_file()
+    config["_peft"] = read_json(path / "adapter_config.json") if has_adapters else {}
     return Source("tuned", path, config, groups, side_files(path))
 
 

@@ -84,14 +84,21 @@ ENCODERS: tuple[tuple[str, str, Callable], ...] = (
 def senses_of(
     sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tensors], sense: str
 ) -> tuple[dict[str, Any], list[Copy]]:
-    """A Uni-MoE's vision and its `sense` (speech or audio) as settings, and their copies."""
+    """A Uni-MoE's vision and its `sense` (speech or audio) as settings, and their copies.
+
+    Images are cut to a square whatever `image_aspect_ratio` says: released configs hold "pad", and
+    nothing in the originals reads it.
+
+    Raises:
+        ConvertError: `mm_vision_select_feature` is not `patch`, or a connector is missing.
+    """
+    if (feature := config.get("mm_vision_select_feature", "patch")) != "patch":
+        raise ConvertError(
+            f"config.json: mm_vision_select_feature {feature!r} is not supported; it must be patch"
+        )
     depth, sequential = _projector(groups, ".mm_projector.")
     encoder = clip.clip_config(sources["clip"].config, config["mm_vision_select_layer"])
-    vision = VisionConfig(
-        encoder=encoder,
-        connector=MlpConnectorConfig(depth=depth),
-        aspect="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-    )
+    vision = VisionConfig(encoder=encoder, connector=MlpConnectorConfig(depth=depth))
     copies = clip_copies(sources["clip"], encoder) + unimoe.vision_connector(depth, sequential)
     if sense == "speech":
         part, more = _speech_sense(sources["whisper"], groups)

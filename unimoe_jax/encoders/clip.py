@@ -29,7 +29,7 @@ from einops import rearrange
 from unimoe_jax.config import ClipConfig
 from unimoe_jax.nn.experts import MlpForm
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
-from unimoe_jax.nn.mlp import Mlp, quick_gelu
+from unimoe_jax.nn.mlp import Mlp, gelu, quick_gelu
 from unimoe_jax.nn.moe import MoE, MoEAux, Rows
 from unimoe_jax.nn.multihead import MultiHeadAttention
 from unimoe_jax.nn.norm import LayerNorm
@@ -37,6 +37,7 @@ from unimoe_jax.nn.stack import scan_layers
 from unimoe_jax.sharding import shard
 
 embedding_init = nn.initializers.normal(0.02)
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 IMAGE = 1  # among the modalities of router statistics
 
 
@@ -55,12 +56,13 @@ class ClipBlock(nn.Module):
         self, x_BTD: jax.Array, layer_input: None, rows: Rows
     ) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
+        activation = ACTIVATIONS[config.activation]
         h_BTD = LayerNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
         x_BTD = x_BTD + MultiHeadAttention(config.num_heads, options, name="attention")(h_BTD)
         h_BTD = LayerNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
         if config.moe is None:
-            return x_BTD + Mlp(config.mlp_dim, quick_gelu, options, name="mlp")(h_BTD), None
-        form = MlpForm((config.mlp_dim, config.hidden_size), quick_gelu)
+            return x_BTD + Mlp(config.mlp_dim, activation, options, name="mlp")(h_BTD), None
+        form = MlpForm((config.mlp_dim, config.hidden_size), activation)
         moe = MoE(config.moe, form, options, name="moe")
         h_BTD, aux = moe(h_BTD, *rows.tokens(h_BTD.shape[1]), rows.weight_B)
         if not self.read:  # a scan would hand the experts a gradient of zero, and they would use it

@@ -7,6 +7,7 @@ from typing import Any
 
 from unimoe_jax.config import ClipConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
+from unimoe_jax.convert.reader import ConvertError
 
 OUTSIDE = (
     Excuse(
@@ -28,8 +29,18 @@ EXCUSES = (
 
 
 def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
-    """From a `config.json` of CLIPModel or CLIPVisionModel; defaults are transformers'."""
+    """From a `config.json` of CLIPModel or CLIPVisionModel; defaults are transformers'.
+
+    Raises:
+        ConvertError: an activation that this encoder does not have.
+    """
     vision = config.get("vision_config") or config
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ConvertError(
+            f"CLIP's config.json: hidden_act {activation!r} is not supported; it must be "
+            "quick_gelu or gelu"
+        )
     return ClipConfig(
         hidden_size=vision.get("hidden_size", 768),
         mlp_dim=vision.get("intermediate_size", 3072),
@@ -38,6 +49,7 @@ def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
         image_size=vision.get("image_size", 224),
         patch_size=vision.get("patch_size", 32),
         norm_eps=vision.get("layer_norm_eps", 1e-5),
+        activation=activation,
         select_layer=select_layer,
     )
 
@@ -95,5 +107,5 @@ def to_json(config: ClipConfig) -> dict[str, Any]:
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "layer_norm_eps": config.norm_eps,
-        "hidden_act": "quick_gelu",
+        "hidden_act": config.activation,
     }

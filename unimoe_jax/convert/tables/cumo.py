@@ -132,9 +132,9 @@ def vision_config(
 
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Mistral or Mixtral, from CuMo's config.json."""
-    if "num_local_experts" in config:
+    if config["model_type"] == "llava_mixtral":
         return mixtral.mixtral_config(config)
-    return llama.decoder_config(config)
+    return llama.decoder_config(config, kind="mistral")
 
 
 # ----------------------------------------------------------------------------------- copies
@@ -179,10 +179,20 @@ def to_json(config: ModelConfig, known: Mapping[str, Any]) -> dict[str, Any]:
     """The multimodal part of a config.json; `known` is the one that an import found, or {}.
 
     An encoder that the original cannot fetch by name is called `clip`, a folder to go beside it.
+
+    Raises:
+        ConvertError: encoder and connector differ in what has one key for both.
     """
     vision, is_mixtral = config.vision, config.decoder.moe is not None
     name = known.get("mm_vision_tower", next(iter(KNOWN)))
     same = KNOWN.get(name, {}).items() <= clip.to_json(vision.encoder).items()
+    parts = {"encoder": vision.encoder.moe, "connector": vision.connector.moe}
+    counts = {name: (moe.num_experts, moe.top_k) for name, moe in parts.items() if moe}
+    if len(set(counts.values())) > 1:
+        raise ConvertError(
+            f"format cumo has one num_experts and one num_selected for encoder and connector; "
+            f"here (experts, selected) are {counts}"
+        )
     moe = vision.encoder.moe or vision.connector.moe
     made = {
         "architectures": [f"Llava{'Mixtral' if is_mixtral else 'Mistral'}ForCausalLM"],

@@ -10,19 +10,43 @@ from unimoe_jax.convert.entry import LINEAR, Copy, Entry, Excuse, expand, linear
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.nn.stack import Place, where_is
 
+TIED = Excuse(r"base:lm_head\.weight", "tied to the embedding")
 EXCUSES = (
     Excuse(r"base:(.*\.)?rotary_emb\.inv_freq", "a buffer of rotary frequencies, recomputed here"),
 )
 
 
+# What transformers takes where a config.json is silent; its files need not hold such values.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+    "mistral": {
+        "max_position_embeddings": 4096 * 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "sliding_window": 4096,
+    },
+    "mixtral": {
+        "max_position_embeddings": 4096 * 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+}
+
+
 def decoder_config(
-    config: Mapping[str, Any], moe: MoEConfig | None = None, **defaults: Any
+    config: Mapping[str, Any], moe: MoEConfig | None = None, kind: str = "llama"
 ) -> DecoderConfig:
-    """From a `config.json` of LlamaForCausalLM or MistralForCausalLM.
+    """From a `config.json` of LlamaForCausalLM, MistralForCausalLM or MixtralForCausalLM.
+
+    Args:
+        kind: whose defaults stand for keys that are not there, one of `DEFAULTS`.
 
     Raises:
         ConvertError: an option that changes numbers and that this decoder does not have.
     """
+    silent = DEFAULTS[kind]
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
@@ -32,17 +56,19 @@ def decoder_config(
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise ConvertError(f"config.json: {key} is not supported")
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
-    theta = config.get("rope_theta") or scaling.get("rope_theta") or defaults.get("theta", 10000.0)
+    window = config.get("sliding_window", silent.get("sliding_window"))
+    longest = config.get("max_position_embeddings", silent["max_position_embeddings"])
+    theta = config.get("rope_theta") or scaling.get("rope_theta") or silent["rope_theta"]
+    kv_heads = config.get("num_key_value_heads", silent.get("num_key_value_heads"))
     return DecoderConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         mlp_dim=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        num_kv_heads=kv_heads or config["num_attention_heads"],
         head_dim=config.get("head_dim"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=config.get("rms_norm_eps", silent["rms_norm_eps"]),
         rope_theta=float(theta),
         # Full attention equals a sliding window for streams no longer than the window.
         max_positions=min(window, longest) if window else longest,

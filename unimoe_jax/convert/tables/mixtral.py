@@ -22,7 +22,7 @@ def mixtral_config(config: Mapping[str, Any]) -> DecoderConfig:
         top_k=config.get("num_experts_per_tok", 2),
         router=router,
     )
-    return llama.decoder_config(config, moe, theta=1e6)
+    return llama.decoder_config(config, moe, kind="mixtral")
 
 
 def copies(config: DecoderConfig) -> list[Copy]:

@@ -16,6 +16,7 @@ from typing import Any
 from unimoe_jax.config import DecoderConfig, LoRARule, MoEConfig, RouterConfig
 from unimoe_jax.convert.entry import LINEAR, Adapter, Copy, Entry, Excuse, expand, linear
 from unimoe_jax.convert.plan import Rounding
+from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.convert.tables import llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -221,6 +222,26 @@ def with_adapters(
             for src, part in ((a, "lora_a"), (b, "lora_b")):
                 result.append(Copy(src, f"{module}/{part}", copy.index, LINEAR, ()))
     return result
+
+
+def check_adapters(copies: Sequence[Copy]) -> None:
+    """Merged adapters must be there for every layer and expert of a parameter, or for none.
+
+    Raises:
+        ConvertError: a parameter is adapted in part.
+    """
+    with_one: dict[str, list[Copy]] = {}
+    for copy in copies:
+        if copy.adapter is not None:
+            with_one.setdefault(copy.dst, []).append(copy)
+    for copy in copies:
+        others = with_one.get(copy.dst)
+        name = peft_name(copy)
+        if others and copy.adapter is None and name is not None:
+            raise ConvertError(
+                f"adapter_model has no {name}.lora_A.weight, but {others[0].adapter.a!r}: some "
+                "layers or experts of a kind are adapted and others are not"
+            )
 
 
 def lora_rules(

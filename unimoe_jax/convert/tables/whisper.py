@@ -7,6 +7,7 @@ from typing import Any
 
 from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
+from unimoe_jax.convert.reader import ConvertError
 
 EXCUSES = (
     Excuse(
@@ -17,7 +18,18 @@ EXCUSES = (
 
 
 def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
-    """From a `config.json` of WhisperModel."""
+    """From a `config.json` of WhisperModel.
+
+    `scale_embedding` is not read: transformers' Whisper computes the scale and never applies it.
+
+    Raises:
+        ConvertError: an activation that this encoder does not have.
+    """
+    if (activation := config.get("activation_function", "gelu")) != "gelu":
+        raise ConvertError(
+            f"Whisper's config.json: activation_function {activation!r} is not supported; it "
+            "must be gelu"
+        )
     return WhisperConfig(
         hidden_size=config["d_model"],
         mlp_dim=config["encoder_ffn_dim"],

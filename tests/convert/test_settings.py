@@ -1,0 +1,197 @@
+"""What a source's config.json and side files say: read as the originals read it, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, MistralConfig, MixtralConfig
+
+from tests.convert import unimoe_folders
+from tests.convert.cumo_folders import TINY, config_json, write_stage
+from tests.convert.folders import CONFIG, write_file
+from unimoe_jax.checkpoint import load_final
+from unimoe_jax.config import ModelConfig
+from unimoe_jax.convert.__main__ import main
+from unimoe_jax.convert.families import plan_of
+from unimoe_jax.convert.family import recognise
+from unimoe_jax.convert.options import Options
+from unimoe_jax.convert.plan import resolve
+from unimoe_jax.convert.reader import ConvertError, open_file
+from unimoe_jax.convert.tables import cumo, llama, mixtral
+from unimoe_jax.experts.__main__ import main as experts
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def edit(path: Path, **changes) -> None:
+    """Keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def rewrite(path: Path, **changes: np.ndarray | None) -> None:
+    """Tensors of a file; None removes one."""
+    tensors = {name: tensor.read() for name, tensor in open_file(path).items()} | changes
+    write_file(path, {k: np.array(v) for k, v in tensors.items() if v is not None})
+
+
+def model_of(root: Path) -> ModelConfig:
+    return plan_of(recognise([root])).model
+
+
+# ---------------------------------------------------------------------------------- defaults
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])
+def test_a_silent_config_means_what_transformers_takes(kind: str):
+    theirs = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}[kind]
+    sizes = {key: value for key, value in CONFIG.items() if key not in OPTIONAL}
+    sizes |= {"model_type": kind, "num_attention_heads": 8, "hidden_size": 64}
+    expected = theirs(**sizes)
+    if kind == "mixtral":
+        config = mixtral.mixtral_config(sizes)
+        assert config.moe.num_experts == expected.num_local_experts
+        assert config.moe.top_k == expected.num_experts_per_tok
+    else:
+        config = llama.decoder_config(sizes, kind=kind)
+    window = getattr(expected, "sliding_window", None)
+    assert config.norm_eps == expected.rms_norm_eps
+    assert config.num_kv_heads == expected.num_key_value_heads
+    assert config.max_positions == min(window or 1 << 40, expected.max_position_embeddings)
+    theta = expected.rope_parameters["rope_theta"]
+    # Only Mixtral's own default is another in old releases, which wrote the published files.
+    assert config.rope_theta == (1e6 if kind == "mixtral" else theta)
+
+
+OPTIONAL = ("architectures", "num_key_value_heads", "rms_norm_eps")
+
+
+def test_cumo_goes_by_its_type_and_not_by_a_key():
+    config = config_json(TINY, False) | {"model_type": "llava_mixtral"}
+    assert cumo.decoder_config(config).moe.num_experts == 8
+    del config["rms_norm_eps"], config["sliding_window"]
+    assert cumo.decoder_config(config).norm_eps == 1e-5
+    mistral = cumo.decoder_config(config | {"model_type": "llava_mistral"})
+    assert mistral.moe is None
+    assert (mistral.norm_eps, mistral.max_positions) == (1e-6, 4096)
+
+
+# ---------------------------------------------------------------------------------- encoders
+
+
+def test_clip_activations_are_read_or_refused(tmp_path: Path):
+    unimoe_folders.write(tmp_path / "in", experts=4)
+    assert model_of(tmp_path / "in").vision.encoder.activation == "quick_gelu"
+    edit(tmp_path / "in/clip/config.json", hidden_act="gelu")
+    assert model_of(tmp_path / "in").vision.encoder.activation == "gelu"
+    assert run("import", "--from", tmp_path / "in/clip", "--to", tmp_path / "a") == 0
+    assert run("export", "--from", tmp_path / "a", "--to", tmp_path / "b", "--format", "hf") == 0
+    assert json.loads((tmp_path / "b/clip/config.json").read_text())["hidden_act"] == "gelu"
+    edit(tmp_path / "in/clip/config.json", hidden_act="silu")
+    with pytest.raises(ConvertError, match="hidden_act 'silu'"):
+        model_of(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "file,change,message",
+    [
+        ("whisper/config", {"activation_function": "relu"}, "activation_function 'relu'"),
+        ("tuned/config", {"mm_vision_select_feature": "cls_patch"}, "select_feature 'cls_patch'"),
+        ("tuned/adapter_config", {"use_rslora": True}, "adapter_config.json: use_rslora = True"),
+        ("tuned/adapter_config", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ],
+)
+def test_what_changes_numbers_is_refused_where_it_is_not_known(
+    tmp_path: Path, file: str, change: dict, message: str
+):
+    unimoe_folders.write(tmp_path, experts=4)
+    edit(tmp_path / f"{file}.json", **change)
+    with pytest.raises(ConvertError, match=message):
+        model_of(tmp_path)
+
+
+def test_unimoe_cuts_images_whatever_the_config_says(tmp_path: Path):
+    """Released base configs say "pad", and nothing in the originals reads it."""
+    unimoe_folders.write(tmp_path, experts=4)
+    edit(tmp_path / "base/config.json", image_aspect_ratio="pad", architectures=None)
+    edit(tmp_path / "tuned/config.json", image_aspect_ratio="pad")
+    assert model_of(tmp_path).vision.aspect == "square"
+
+
+# -------------------------------------------------------------------------------- lost weights
+
+
+def test_a_base_may_keep_its_connectors_in_safetensors(tmp_path: Path):
+    files = unimoe_folders.write(tmp_path / "in", experts=4)
+    prefix = "base_model.model.model.mm_projector."
+    moved = {
+        name.removeprefix("base_model.model."): value + 1
+        for name, value in files["tuned/non_lora_trainables"].items()
+        if name.startswith(prefix)
+    }
+    write_file(tmp_path / "in/base/mm_projector.safetensors", moved)
+    resolution = resolve(plan_of(recognise([tmp_path / "in"])))
+    assert set(resolution.overridden) >= {f"base_projector:{name}" for name in moved}
+
+
+def test_adapters_that_are_announced_must_be_there(tmp_path: Path):
+    unimoe_folders.write(tmp_path, experts=4)
+    (tmp_path / "tuned/adapter_model.safetensors").unlink()
+    with pytest.raises(ConvertError, match=r"lacks \['adapter_model'\]"):
+        plan_of(recognise([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    "lora,message",
+    [("merge", r"layers.2.self_attn.q_proj.lora_A"), ("keep", "q_proj/lora_a.*is not filled")],
+)
+def test_an_adapter_of_one_layer_may_not_be_missing(tmp_path: Path, lora: str, message: str):
+    unimoe_folders.write(tmp_path, experts=4)
+    name = "base_model.model.model.layers.2.self_attn.q_proj.lora_{}.weight"
+    rewrite(
+        tmp_path / "tuned/adapter_model.safetensors",
+        **{name.format("A"): None, name.format("B"): None},
+    )
+    with pytest.raises(ConvertError, match=message):
+        resolve(plan_of(recognise([tmp_path]), Options(lora)))
+
+
+def test_every_layer_of_experts_needs_its_trained_router(tmp_path: Path):
+    unimoe_folders.write(tmp_path, experts=4)
+    rewrite(tmp_path / "tuned/mlp_gates.safetensors", **{"model.layers.2.mlp.gate.weight": None})
+    with pytest.raises(ConvertError, match=r"mlp_gates lacks the routers of layers \[2\]"):
+        plan_of(recognise([tmp_path]))
+
+
+# --------------------------------------------------------------------------------- exporting
+
+
+def test_a_pruned_8e_model_goes_out_and_comes_back(tmp_path: Path):
+    """Its adapters are merged: no config.json has their rank."""
+    unimoe_folders.write(tmp_path / "in", experts=8)
+    assert run("import", "--from", tmp_path / "in", "--to", tmp_path / "a") == 0
+    pruned = ["prune", "--from", tmp_path / "a", "--keep", "0,1,7", "--to", tmp_path / "b"]
+    assert experts([str(argument) for argument in pruned]) == 0
+    out = ("--to", tmp_path / "c", "--format", "unimoe")
+    assert run("export", "--from", tmp_path / "b", *out) == 0
+    assert run("import", "--from", tmp_path / "c", "--to", tmp_path / "d") == 0
+    first, second = load_final(tmp_path / "b"), load_final(tmp_path / "d")
+    assert set(first) == set(second)
+    for path, value in first.items():
+        np.testing.assert_array_equal(value, second[path], err_msg=path)
+
+
+def test_cumo_refuses_experts_that_one_key_cannot_count(tmp_path: Path, capsys):
+    write_stage(tmp_path / "in", "sft")
+    assert run("import", "--from", tmp_path / "in", "--to", tmp_path / "a") == 0
+    pruned = ["prune", "--from", tmp_path / "a", "--module", "connector", "--keep", "0,1"]
+    assert experts([str(argument) for argument in [*pruned, "--to", tmp_path / "b"]]) == 0
+    out = tmp_path / "c"
+    assert run("export", "--from", tmp_path / "b", "--to", out, "--format", "cumo") == 2
+    assert "one num_experts and one num_selected" in capsys.readouterr().err
+    assert not out.exists()
