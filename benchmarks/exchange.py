@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimoe_jax.compile import EFFORT
+from unimoe_jax.compile import EFFORT, set_effort
 from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.hlo_stats import parse as parse_hlo
@@ -290,7 +290,7 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.output.read_text())["programs"]))
         return
-    jax.config.update("jax_exec_time_optimization_effort", EFFORT[args.effort])
+    set_effort(args.effort)
     sizes = {"experts": EXPERTS, "top_k": TOP_K, "dtype": "bfloat16"}
     sizes |= {"width": args.width, "hidden": args.hidden, "tokens_per_device": args.tokens}
     programs = already(args, sizes)

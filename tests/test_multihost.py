@@ -285,6 +285,7 @@ def test_failures_of_all_are_told_once(place):
     [
         (jax.errors.JaxRuntimeError("INTERNAL: Gloo: Connection closed by peer"), True),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
         (ValueError("Connection closed by peer"), False),
     ],
 )

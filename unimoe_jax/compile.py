@@ -51,9 +51,19 @@ from unimoe_jax.stage import Stage, build_stage
 GIB = 2**30
 MEDIA_SHARE = 0.5
 PROGRAMS = ("train", "score", "prefill", "decode")
-EFFORT = {"quick": -1.0, "full": 0.0}
+EFFORT = {"quick": (-1.0, "O1"), "full": (0.0, "UNKNOWN")}
 """How much XLA spends on machine code; a TPU's compiler spends nearly all of its time there. FLOPs
-and collectives are settled before; the heap is laid out anew, see benchmarks/README.md."""
+and collectives are settled before; the heap is laid out anew, see benchmarks/README.md. The second
+is the setting's form from jax 0.12 on."""
+
+
+def set_effort(name: str) -> None:
+    """For everything that is compiled from here on; `name` is a key of `EFFORT`."""
+    effort, level = EFFORT[name]
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+    else:
+        jax.config.update("jax_optimization_level", level)
 
 
 # ---------------------------------------------------------------------------- what to compile
@@ -305,7 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; see the module's docstring."""
     args = parse(arguments)
-    jax.config.update("jax_exec_time_optimization_effort", EFFORT[args.effort])
+    set_effort(args.effort)
     try:
         run = config_io.load(args.config, args.overrides)
         stages = {stage.name: stage for stage in run.stages}

@@ -40,6 +40,9 @@ ALIKE_LOG = "unimoe_jax.data.index"
 """Logs what all processes find in the same files; process 0 tells it."""
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 """How jax begins its report of what a process cannot do, whatever the others do."""
+PEER_FAULTS = ("UNKNOWN: ", "INTERNAL: ", "UNAVAILABLE: ", "ABORTED: ", "DEADLINE_EXCEEDED: ")
+"""How jax begins its report of a broken connection where it raises ValueError, as 0.12 does when an
+array is fetched."""
 PEER_LOST = (
     "stopped: another process is gone or out of reach ({}). The same command, started again on "
     "all, continues from the last checkpoint."
@@ -306,9 +309,11 @@ def require_all(what: str, error: str) -> None:
 
 def lost_peer(error: Exception) -> bool:
     """Whether `error` is how jax reports that another process has gone."""
-    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+    if jax.process_count() == 1:
         return False
-    return not str(error).startswith(OWN_FAULTS)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith(OWN_FAULTS)
+    return isinstance(error, ValueError) and str(error).startswith(PEER_FAULTS)
 
 
 def guard(body: Callable[[], int]) -> int:
