@@ -17,6 +17,7 @@ from unimoe_jax.checkpoint import (
     SUMS,
     CheckpointError,
     StepCheckpoints,
+    check_files,
     load_final,
     open_source,
     read_manifest,
@@ -126,25 +127,88 @@ def test_a_damaged_step_is_named_and_passed_over(saved, mesh):
     assert "incomplete" in told[-1]
 
 
+def test_a_damaged_step_is_moved_aside_and_can_be_written_again(saved, mesh):
+    flip_a_byte(saved.folder / "3")
+    told = []
+    template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
+    assert saved.restore_latest(template, tell=told.append)[0] == 2
+    aside = saved.folder.with_name("unusable") / "3"
+    assert aside.is_dir()
+    assert not (saved.folder / "3").exists()
+    assert told[0].endswith(f"moved to {aside}")
+
+    saved.save(3, state_on(mesh, PartitionSpec("fsdp"), 3), {"row": 30})
+    saved.finish()
+    assert saved.restore_latest(template, tell=no_message)[0] == 3
+
+
+def test_a_step_tells_what_trained_before_anything_is_opened(saved, tmp_path):
+    assert StepCheckpoints.newest(saved.folder) == (3, {"a/kernel": (8, 4)})
+    (saved.folder / "3" / "state" / "_METADATA").write_text("{")
+    assert StepCheckpoints.newest(saved.folder)[0] == 2
+    assert StepCheckpoints.newest(tmp_path / "nothing") is None
+
+
+def test_a_state_of_another_structure_is_one_line(saved, mesh):
+    template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
+    template.trained["b/kernel"] = template.trained["a/kernel"]
+    with pytest.raises(CheckpointError, match="does not fit what trains now") as caught:
+        saved.restore_latest(template)
+    assert "\n" not in str(caught.value)
+
+
 def test_nothing_to_restore(tmp_path, mesh):
     checkpoints = StepCheckpoints(tmp_path / "steps", keep=2)
     assert checkpoints.restore_latest(template_of(state_on(mesh, PartitionSpec(), 0))) is None
     checkpoints.close()
 
 
-def test_sums_cover_missing_and_added_files(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a").write_text("a")
-    (tmp_path / "b").write_text("b")
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+    """Parameters in a folder, files beside it."""
+    (tmp_path / "params").mkdir()
+    for name in ("params/a", "tokenizer.model", "generation_config.json"):
+        (tmp_path / name).write_text(name)
     seal(tmp_path)
     verify(tmp_path)
-    (tmp_path / "c").write_text("")
-    with pytest.raises(CheckpointError, match=r"/c: "):
-        verify(tmp_path)
-    (tmp_path / "c").unlink()
-    (tmp_path / "sub" / "a").unlink()
-    with pytest.raises(CheckpointError, match="sub/a: damaged or missing"):
-        verify(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["NOTES.txt", "notes/today", "generation_config.json"])
+def test_files_of_users_are_not_damage(sealed, name):
+    (sealed / name).parent.mkdir(exist_ok=True)
+    (sealed / name).write_text("mine")
+    verify(sealed)
+    (sealed / "generation_config.json").unlink()
+    verify(sealed)
+
+
+def test_seals_of_earlier_versions_list_files_that_may_be_edited(sealed):
+    sums = json.loads((sealed / SUMS).read_text())
+    (sealed / SUMS).write_text(json.dumps(sums | {"generation_config.json": "0"}))
+    verify(sealed)
+    check_files(sealed)
+
+
+def test_what_differs_is_named_with_the_remedy(sealed):
+    (sealed / "params" / "b").write_text("")
+    with pytest.raises(CheckpointError, match="params/b: is no part of this checkpoint; remove it"):
+        verify(sealed)
+    (sealed / "params" / "b").unlink()
+    (sealed / "tokenizer.model").write_text("x")
+    for check in (verify, check_files):
+        with pytest.raises(CheckpointError, match=r"tokenizer.model: .*copy this file again"):
+            check(sealed)
+    (sealed / "params" / "a").unlink()
+    with pytest.raises(CheckpointError, match="params/a: damaged or missing"):
+        verify(sealed)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_broken_list_of_checksums_is_damage(sealed, text):
+    (sealed / SUMS).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{SUMS}: damaged"):
+        verify(sealed)
 
 
 # ------------------------------------------------------------------------- stage results
@@ -201,6 +265,16 @@ def test_a_changed_manifest_is_refused(final):
     (final / MANIFEST).write_text(json.dumps(record | {"parents": []}))
     with pytest.raises(CheckpointError, match=MANIFEST):
         load_final(final)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "5"])
+def test_a_broken_manifest_is_refused_before_it_is_parsed(final, text):
+    (final / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: damaged"):
+        read_manifest(final)
+    seal(final)  # somebody sealed nonsense
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: "):
+        read_manifest(final)
 
 
 def test_saving_again_replaces(final):

@@ -289,3 +289,19 @@ def test_help_lists_every_section_with_type_default_and_description():
     )
     assert "FieldInfo" not in text and "typing." not in text
     assert max(len(line) for line in text.splitlines()) < 200
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed=99999999999999999999", ("seed", "<= 2147483647")),
+        ("stages.tune.optim.learning_rate=.inf", ("optim.learning_rate", "finite")),
+        ("stages.tune.mixture.talk=.inf", ("mixture.talk", "finite")),
+    ],
+)
+def test_numbers_without_end_are_refused(run, override, parts):
+    mentions(problem(run(), override), "command line", *parts)
+
+
+def test_an_unknown_key_like_no_other_is_a_whole_sentence(run):
+    assert "remove it. Allowed here: " in problem(run(), "data.loader.zzz=1")

@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from tests.convert.folders import llama_tensors, write_llama
+from tests.golden_dir import golden_dir
 from unimoe_jax import config_io
 from unimoe_jax.checkpoint import load_final, open_source, read_manifest, save_final
 from unimoe_jax.config import ModelConfig, RunConfig
+from unimoe_jax.convert.__main__ import main as convert_main
 from unimoe_jax.convert.plan import parameter_shapes
 from unimoe_jax.experts.__main__ import main
 
@@ -27,6 +29,10 @@ CONNECTOR = "vision/connector/moe/experts/fc1/kernel"
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def convert(*arguments) -> int:
+    return convert_main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +193,45 @@ def test_a_pytorch_folder_is_a_source(tmp_path):
         weight = llama_tensors()[f"model.layers.{layer}.mlp.up_proj.weight"]
         np.testing.assert_array_equal(value[layer], np.stack([weight.T, weight.T]))
     assert (out / "tokenizer_config.json").read_text() == "{}"
+    assert not (out / "config.json").exists()  # PyTorch's, not of this package's model
     assert set(read_manifest(out)["hashes"]["base"]) == {str(source / "model.safetensors")}
+
+
+def test_pytorch_folders_give_what_their_import_gives(tmp_path):
+    """Merged adapters leave routers as released inference has them; the base's tokenizer comes."""
+    source = golden_dir("unimoe-audio") / "checkpoint"
+    assert convert("import", "--from", source, "--to", tmp_path / "imported") == 0
+    for name, base in (("direct", source), ("after", tmp_path / "imported")):
+        assert run("prune", "--from", base, "--keep", "2,0", "--to", tmp_path / name) == 0
+    direct, after = load_final(tmp_path / "direct"), load_final(tmp_path / "after")
+    assert set(direct) == set(after)
+    for path, value in after.items():
+        np.testing.assert_array_equal(direct[path], value, err_msg=path)
+    names = [{p.name for p in (tmp_path / n).iterdir()} for n in ("direct", "imported")]
+    assert names[0] == names[1]
+    assert "tokenizer.model" in names[0]
+
+
+def test_a_run_directory_stands_for_its_last_whole_stage(dense, tmp_path, capsys):
+    folder = dense.parents[2]
+    printed = []
+    for place in (folder, dense.parent, dense):
+        assert convert("inspect", place) == run("list", place) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    arguments = ("--to", tmp_path / "out", "--format", "cumo")
+    assert convert("export", "--from", folder, *arguments) == 0
+    capsys.readouterr()
+    for place, said in (
+        (folder / "checkpoints", f"name one, e.g. {dense}"),
+        (dense / "params", "name the folder around params"),
+    ):
+        assert convert("inspect", place) == run("list", place) == 2
+        assert capsys.readouterr().err.count(said) == 2
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(folder / "config.yaml", tmp_path / "run" / "config.yaml")
+    assert convert("inspect", tmp_path / "run") == 2
+    assert "RUN/checkpoints/STAGE/final" in capsys.readouterr().err
 
 
 def test_adapters_are_merged(tmp_path, settings):
@@ -248,6 +292,7 @@ def refusals(dense: Path, moe: Path) -> dict[str, tuple[tuple, str]]:
             ("assemble", "--from", dense, "--expert", f"a={moe}", "--top-k", 1, "--to", "x"),
             "has no 'decoder/run_0/block_0/mlp/",
         ),
+        "seed": ((*up, "--module", "encoder", "--seed", -1, "--to", "x"), "--seed -1: allowed: 0"),
         "beyond": (
             (*up, "--module", "decoder", "--layers", "0,9", "--to", "x"),
             "[9] are beyond num_layers = 3",
@@ -278,6 +323,47 @@ def test_a_damaged_checkpoint_is_refused(everything, tmp_path, capsys):
     assert run("prune", "--from", copy, "--keep", "0", "--to", tmp_path / "out") == 2
     assert "damaged" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        (": [", "not valid YAML"),
+        ("5", "holds no model settings"),
+        ("", "holds no model settings"),
+        ("model: {decoder: 5}", "decoder: "),
+    ],
+)
+def test_bad_settings_are_named(dense, tmp_path, capsys, text, said):
+    file = tmp_path / "bad.yaml"
+    if text is not None:
+        file.write_text(text)
+    arguments = ("--module", "encoder", "--num-experts", 2, "--model", file)
+    assert run("upcycle", "--from", dense, "--to", tmp_path / "x", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {file}: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ": [", "5", ""])
+@pytest.mark.parametrize("name", ["manifest.json", "model.yaml"])
+def test_broken_small_files_are_one_line(everything, tmp_path, capsys, name, text):
+    copy = tmp_path / "copy"
+    shutil.copytree(everything, copy)
+    (copy / name).write_text(text)
+    assert run("list", copy) == convert("inspect", copy) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(f"error: {copy / name}: damaged")
+
+
+def test_parts_are_compared_without_logits(everything, tmp_path, capsys):
+    """Experts that were split off carry the settings of a whole model."""
+    cut = tmp_path / "cut"
+    assert run("split", "--from", everything, "--to", cut, "--experts", "0,1") == 0
+    capsys.readouterr()
+    assert convert("verify", cut / "expert_0", cut / "expert_1") == 0
+    assert "logits: not compared" in capsys.readouterr().out
 
 
 def test_settings_can_be_named(dense, tmp_path, capsys):

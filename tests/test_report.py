@@ -202,6 +202,18 @@ def test_result_block():
     assert max(map(len, lines)) <= 80
 
 
+def test_result_block_counts_the_samples_that_were_bad_or_cut():
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["stages"]["align"]["samples"] = {"total": 9000}
+    assert "bad or cut" not in report.result_block(summary)
+    found = {"total": 9000, "bad": {"missing_file": 30}, "truncated": {"too_long": 1200}}
+    summary["stages"]["tune"]["samples"] = found
+    text = report.result_block(summary)
+    assert re.search(
+        r"\ntune +bad: missing_file +30 of 9,000\ntune +trunc.* 1,200 of 9,000\n", text
+    )
+
+
 # ------------------------------------------------------------------------------ router losses
 
 

@@ -49,6 +49,8 @@ def test_one_axis_takes_what_is_left(devices):
     [
         (MeshConfig(data=3), "mesh.data=3.*3 devices, but there are 8"),
         (MeshConfig(data=-1, fsdp=16), "16 devices, but there are 8"),
+        # Only what was set is named.
+        (MeshConfig(fsdp=3), r"^mesh.fsdp=3: .* 3 devices, but there are 8; .* 1 \| 2 \| 4 \| 8$"),
         (MeshConfig(data=-1, fsdp=-1), "at most once"),
         (MeshConfig(data=0), "positive"),
     ],

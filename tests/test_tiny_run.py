@@ -253,7 +253,12 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
         timed = ("time", "tokens_per_s", "data_wait_share")
         return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
+    def last_losses(folder: Path) -> list[float]:
+        stages = json.loads((folder / "summary.json").read_text())["stages"]
+        return [stage["last_loss"] for stage in stages.values()]
+
     assert comparable(metrics(folder)) == comparable(metrics(reduced))
+    assert last_losses(folder) == last_losses(reduced)
     for stage in STAGES:
         straight = load_final(reduced / "checkpoints" / stage / "final")
         resumed = load_final(folder / "checkpoints" / stage / "final")

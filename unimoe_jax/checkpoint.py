@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -29,11 +29,15 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 import xxhash
 
+from unimoe_jax.config_yaml import ConfigError, parse
 from unimoe_jax.distributed import all_texts, is_writer, lost_peer, wait_for_all
 from unimoe_jax.upcycle import Index, Source
 
 SUMS = "XXH3SUMS.json"
 MANIFEST = "manifest.json"
+UNSEALED = frozenset({"generation_config.json"})  # there to be edited
+AGAIN = "take another copy of the checkpoint, or write it again"
+ORIGINAL = "copy this file again from the source, or import again"
 CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
 
 
@@ -48,24 +52,23 @@ class CheckpointError(RuntimeError):
 # --------------------------------------------------------------------------- integrity
 
 
-def _names(folder: Path) -> list[str]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
-    return [str(path.relative_to(folder)) for path in files]
+def _names(folder: Path) -> set[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)) for path in files} - {SUMS, *UNSEALED}
 
 
-def _sums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """Checksums of this process's share of the files."""
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, new_sum).hexdigest()
 
-    def digest(name: str) -> str:
-        if name in known:
-            return known[name]
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, new_sum).hexdigest()
 
-    names = _names(folder)[jax.process_index() :: jax.process_count()]
+def _sums(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
+    """Checksums of this process's share of `names`."""
+    share = sorted(names)[jax.process_index() :: jax.process_count()]
     # Hashing releases the interpreter: large checkpoints are read by several threads at a time.
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        sums = pool.map(lambda name: known.get(name) or _digest(folder / name), share)
+        return dict(zip(share, sums, strict=True))
 
 
 def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -73,7 +76,7 @@ def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
 
     All processes call it when the files are there; each sums up its share of them.
     """
-    parts = all_texts("seal", json.dumps(_sums(folder, known)))
+    parts = all_texts("seal", json.dumps(_sums(folder, _names(folder), known)))
     if is_writer():
         sums = {name: value for part in parts for name, value in json.loads(part).items()}
         partial = folder / (SUMS + ".partial")
@@ -85,25 +88,67 @@ def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
 def verify(folder: Path) -> None:
     """Compare `folder` with its checksums; all processes call it, each reads its share.
 
+    Files that users put beside the parameters are none of its business; a file that nobody sealed
+    among the parameters is refused, since readers of arrays look at whatever lies there.
+
     Raises:
         CheckpointError: no checksums (the write was interrupted), or a file that differs; on all
             processes when any of them finds it.
     """
-    found = next(filter(None, all_texts("verify", _damage(folder))), None)
+    try:
+        found = _damage(folder)
+    except CheckpointError as error:  # the others wait for a word from this process
+        found = str(error)
+    found = next(filter(None, all_texts("verify", found)), None)
     if found:
         raise CheckpointError(found)
 
 
+def check_files(folder: Path, *names: str) -> None:
+    """Compare `names` with their checksums, or every sealed file beside the parameters.
+
+    They are small: a process reads them alone, before it parses them.
+
+    Raises:
+        CheckpointError: no checksums, or a file that differs.
+    """
+    expected = _expected(folder)
+    for name in names or sorted(name for name in expected if "/" not in name):
+        file = folder / name
+        if name in expected and (not file.is_file() or _digest(file) != expected[name]):
+            raise CheckpointError(_differs(folder, name))
+
+
 def _damage(folder: Path) -> str:
     """What is wrong with this process's share of the files, or with their number; else empty."""
+    expected, there = _expected(folder), _names(folder)
+    places = {name.split("/")[0] for name in expected if "/" in name}
+    strange = {name for name in there - set(expected) if name.split("/")[0] in places}
+    if strange:
+        return f"{folder / min(strange)}: is no part of this checkpoint; remove it"
+    actual = _sums(folder, there & set(expected), {})
+    wrong = {name for name, value in actual.items() if expected[name] != value}
+    wrong |= set(expected) - there
+    return _differs(folder, min(wrong)) if wrong else ""
+
+
+def _expected(folder: Path) -> dict[str, str]:
+    """{file: checksum} as it was sealed."""
     try:
-        expected = json.loads((folder / SUMS).read_text())
+        sums = json.loads((folder / SUMS).read_text())
     except FileNotFoundError:
-        return f"{folder}: no {SUMS}; the checkpoint is incomplete"
-    actual = _sums(folder, {})
-    wrong = set(expected) ^ set(_names(folder))
-    wrong |= {name for name, value in actual.items() if expected.get(name) != value}
-    return f"{folder / min(wrong)}: damaged or missing (its checksum differs)" if wrong else ""
+        raise CheckpointError(f"{folder}: no {SUMS}; the checkpoint is incomplete") from None
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict):
+        raise CheckpointError(f"{folder / SUMS}: damaged, holds no list of checksums; {AGAIN}")
+    # Checkpoints of earlier versions list them.
+    return {name: value for name, value in sums.items() if name not in UNSEALED}
+
+
+def _differs(folder: Path, name: str) -> str:
+    what = f"{folder / name}: damaged or missing (its checksum differs)"
+    return f"{what}; {AGAIN if '/' in name else ORIGINAL}"
 
 
 # ----------------------------------------------------------------------- training state
@@ -145,19 +190,68 @@ class StepCheckpoints:
         """(step, state, position) of the newest sound checkpoint, or None when there is none.
 
         `template` is a state of arrays or shape structs with shardings: the checkpoint may come
-        from another mesh. A damaged step is named and passed over.
+        from another mesh. A damaged step is named and moved to `unusable`, beside the steps: its
+        place must be free when training comes to it again.
+
+        Raises:
+            CheckpointError: the newest sound step holds a state of another structure.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 verify(self.folder / str(step))
             except CheckpointError as error:
-                tell(f"checkpoint of step {step} is not used: {error}")
+                tell(f"checkpoint of step {step} is not used: {error}; {self._set_aside(step)}")
                 continue
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(template), position=ocp.args.JsonRestore()
             )
-            restored = self._manager.restore(step, args=items)
+            try:
+                restored = self._manager.restore(step, args=items)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self.folder / str(step)}: its state does not fit what trains now, or the "
+                    "optimizer; take back the settings that changed since, or remove "
+                    f"{self.folder} to start the stage again"
+                ) from error
             return step, restored["state"], restored["position"]
+        return None
+
+    def _set_aside(self, step: int) -> str:
+        """Process 0 moves the step, the others wait for it. Returns what was done, for a message.
+
+        Raises:
+            CheckpointError: it cannot be moved.
+        """
+        source = self.folder / str(step)
+        target = self.folder.with_name("unusable") / str(step)
+        if is_writer():
+            try:
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                source.rename(target)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{source}: unusable, and cannot be moved to {target} ({error.strerror}); "
+                    "remove it"
+                ) from error
+        wait_for_all("unusable step")
+        self._manager.reload()  # it remembers which steps there are
+        return f"moved to {target}"
+
+    @staticmethod
+    def newest(folder: Path) -> tuple[int, dict[str, tuple[int, ...]]] | None:
+        """(step, {path: shape} of what trained) of the newest step that says so, or None.
+
+        Reads descriptions alone and changes nothing: for checks before a run is touched.
+        """
+        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        for step in sorted(steps, reverse=True):
+            try:
+                state = folder.absolute() / str(step) / "state"
+                trained = ocp.PyTreeCheckpointHandler().metadata(state).tree["trained"]
+                return step, {path: tuple(leaf.shape) for path, leaf in trained.items()}
+            except (OSError, AttributeError, KeyError, TypeError, ValueError):
+                continue  # damaged: `restore_latest` will say so
         return None
 
     def close(self) -> None:
@@ -206,15 +300,42 @@ def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, A
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished stage.
+    """The manifest of a finished stage or an import.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}; not a finished stage")
+    check_files(folder, MANIFEST)
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}; {ORIGINAL}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no object of settings; {ORIGINAL}")
+    return content
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Model settings in a YAML file: what stands under `model`, else all of it.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no settings.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        content = parse(file.read_text(), str(file))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}; not a finished stage") from None
+        raise CheckpointError(f"{file}: no such file; give a model.yaml") from None
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        named = "" if str(file) in str(error) else f"{file}: "
+        raise CheckpointError(f"{named}{error}") from error
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{file}: holds no model settings; give a mapping under `model:`")
+    return content
 
 
 def open_array(folder: Path, path: str) -> ts.TensorStore:

@@ -69,6 +69,9 @@ __all__ = [
     "WhisperConfig",
 ]
 
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # stages add to it, and it must fit 32 bits
+
+
 # ------------------------------------------------------------------------------------- data
 
 
@@ -296,7 +299,7 @@ class RunConfig(Config):
 
     name: str
     output: str = "runs/{name}"
-    seed: NonNegative = 0
+    seed: Seed = 0
     tokenizer: str = Field("embedded", description="folder or .model file; `embedded`: own text")
     model: ModelConfig
     data: DataConfig

@@ -299,7 +299,7 @@ def _problems(error: ValidationError, settings: _Settings) -> list[str]:
         near = schema.nearest(str(key[-1]), allowed)
         missing.discard((*key[:-1], near))  # one misspelt key, one line
         elsewhere = [] if near else schema.places_of(RunConfig, str(key[-1]))
-        hint = f"did you mean {near!r}?" if near else "remove it"
+        hint = f"did you mean {near!r}?" if near else "remove it."
         if elsewhere:
             hint = f"did you mean {' or '.join(elsewhere[:3])}?"
         lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import textwrap
 import types
 import typing
@@ -48,7 +49,8 @@ def _bounds(extra: Iterable[Any]) -> str:
             names = ("gt", "ge", "lt", "le", "pattern", "min_length")
             limits |= {n: getattr(part, n) for n in names if getattr(part, n, None) is not None}
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    words = [f"{sign} {limits[name]:g}" for name, sign in signs.items() if name in limits]
+    given = {sign: limits[name] for name, sign in signs.items() if name in limits}
+    words = [f"{sign} {n if isinstance(n, int) else f'{n:g}'}" for sign, n in given.items()]
     if "pattern" in limits:
         words.append(f"matching {limits['pattern']}")
     if "min_length" in limits:
@@ -128,6 +130,8 @@ def remedy(root: type[BaseModel], key: Key, value: Any) -> str:
         return f"did you mean {near!r}?"
     if isinstance(value, str) and {int, float} & set(arms):
         return "write a number, without quotes"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "write a finite number"
     if isinstance(value, float) and value.is_integer() and int in arms and float not in arms:
         return f"write {int(value)}"
     if bool in arms:

@@ -18,9 +18,10 @@ from unimoe_jax.setup_data import (
     stage_pipeline,
 )
 from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
-from unimoe_jax.stage import parameter_table
+from unimoe_jax.stage import check_start, parameter_table
 
 SAMPLES = 3
+CHECKPOINT = "checkpoint:"
 GIB = 2**30
 
 
@@ -32,7 +33,7 @@ def dry_run(config: RunConfig) -> None:
     far from its data.
 
     Raises:
-        ConfigError, ParamError, ShardingError: settings that could not run.
+        CheckpointError, ConfigError, ParamError, ShardingError: settings that could not run.
     """
     print(config_io.dump(config))
     mesh = planned_mesh(config.mesh)
@@ -48,6 +49,7 @@ def dry_run(config: RunConfig) -> None:
             print(f"\n{'=' * 12} stage {stage.name} {'=' * 12}")
             groups = pool_groups(config, stage, data_shards(mesh))
             infos = parameter_table(config, stage)
+            check_start(config, stage, infos, config_io.run_dir(config), _to_come(config, stage))
             shardings = {
                 path: param_sharding(mesh, path, info.shape, info.axes)
                 for path, info in infos.items()
@@ -70,13 +72,20 @@ def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
     return resolve_sources(data.model_copy(update={"sources": kept})), missing
 
 
+def _to_come(config: RunConfig, stage: StageConfig) -> set[str]:
+    """Stages of the run, and checkpoints that are not on this machine."""
+    names = {name for take in stage.init for name in take.origins if name.startswith(CHECKPOINT)}
+    absent = {n for n in names if not Path(n.removeprefix(CHECKPOINT)).expanduser().is_dir()}
+    return absent | {s.name for s in config.stages}
+
+
 def origins(config: RunConfig, stage: StageConfig) -> str:
     """Where the parameters start, in the order in which it is tried."""
     earlier = {s.name for s in config.stages}
     lines = []
     for take in stage.init:
         for name in take.origins:
-            folder = Path(name.removeprefix("checkpoint:")).expanduser()
+            folder = Path(name.removeprefix(CHECKPOINT)).expanduser()
             here = name == "fresh" or name in earlier or folder.is_dir()
             label = name if here else f"{folder} is not here"
             label += " (every expert)" if take.upcycle else ""

@@ -90,6 +90,11 @@ def exact_match(
 # ------------------------------------------------------------------------------- the program
 
 
+def is_scorable(stage: StageConfig) -> bool:
+    """Whether the stage has held-out sources and leaves the model that was scored on them."""
+    return bool(stage.evaluate) and not stage.merge_lora and stage.leaves == "all"
+
+
 def score_stage(
     run: RunConfig, stage: StageConfig, folder: Path, *, shuffle_media: bool = False
 ) -> dict[str, tuple[float, float]]:
@@ -99,7 +104,7 @@ def score_stage(
         ConfigError: the stage has no held-out sources or has merged its adapters away.
         CheckpointError: it is not finished or damaged.
     """
-    if not stage.evaluate or stage.merge_lora or stage.leaves != "all":
+    if not is_scorable(stage):
         raise ConfigError(
             f"stage {stage.name}: has no held-out sources, or left only a part behind"
         )
@@ -151,16 +156,31 @@ def _main(args: argparse.Namespace) -> int:
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         run = config_io.load(args.run / "config.yaml", args.overrides)
-        stages = {stage.name: stage for stage in run.stages if stage.evaluate}
-        name = args.stage or next(reversed(stages), None)
-        if name not in stages:
-            raise ConfigError(f"--stage {name}: held-out sources are in {sorted(stages)}")
-        scores = score_stage(run, stages[name], args.run, shuffle_media=args.shuffle_media)
+        stage = stage_to_score(run, args.stage, args.run)
+        scores = score_stage(run, stage, args.run, shuffle_media=args.shuffle_media)
     except (ConfigError, CheckpointError, DistributedError, FileNotFoundError) as error:
         return distributed.fail(f"error: {error}", 2)
     if distributed.is_writer():
         print_scores(scores, shuffled=args.shuffle_media)
     return 0
+
+
+def stage_to_score(run: RunConfig, name: str | None, folder: Path) -> StageConfig:
+    """The stage called `name`, or the last one with held-out sources.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stages = {stage.name: stage for stage in run.stages if stage.evaluate}
+    if not stages:
+        raise ConfigError(
+            f"{folder}: no stage of this run has held-out sources, so there is nothing to score; "
+            "list some under `evaluate` of a stage before it is trained"
+        )
+    name = name or next(reversed(stages))
+    if name not in stages:
+        raise ConfigError(f"--stage {name}: has no held-out sources; allowed: {', '.join(stages)}")
+    return stages[name]
 
 
 def print_scores(scores: Mapping[str, tuple[float, float]], *, shuffled: bool) -> None:

@@ -15,6 +15,7 @@ relative to the file.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from unimoe_jax.checkpoint import CheckpointError
+from unimoe_jax.checkpoint import SUMS, CheckpointError
 from unimoe_jax.config import MEDIA, MeshConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.conversation import TEMPLATES
@@ -30,10 +31,11 @@ from unimoe_jax.distributed import settle_cpu
 from unimoe_jax.generation.batch_files import answer_file
 from unimoe_jax.generation.chat import Chat, run_chat
 from unimoe_jax.generation.errors import GenerationError
-from unimoe_jax.generation.loader import Settings, load
+from unimoe_jax.generation.loader import Settings, find, load
 from unimoe_jax.generation.model import BATCH, Model
+from unimoe_jax.generation.prompt import unanswered_tags
 from unimoe_jax.generation.request import Media, Sampling, ask
-from unimoe_jax.generation.routing import report_lines, routing_report, save_report
+from unimoe_jax.generation.routing import report_lines, routed_layers, routing_report, save_report
 from unimoe_jax.host_memory import keep_freed_memory
 from unimoe_jax.sharding import ShardingError
 
@@ -107,8 +109,9 @@ def mesh_of(text: str | None) -> MeshConfig | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 where something cannot be answered; one line says why."""
-    args = parser().parse_args(arguments)
+    tolerate_bytes()
     try:
+        args = parser().parse_args(arguments)
         check(args)
         return run(args)
     except (GenerationError, CheckpointError, ConfigError, ShardingError, OSError) as error:
@@ -117,6 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def tolerate_bytes() -> None:
+    """What is typed may hold bytes that are no text: they are kept until the question is refused
+    or the file is opened, and escaped where they are shown."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -139,8 +150,19 @@ def check(args: argparse.Namespace) -> None:
         raise GenerationError("--show-routing belongs to one question")
     if args.batch_size < 1:
         raise GenerationError(f"--batch-size {args.batch_size}; allowed: 1 or more")
+    if args.input and not args.input.exists():
+        raise GenerationError(f"--input {args.input}: no such file")
+    _check_place("--output", args.output)
+    _check_place("--show-routing", args.show_routing)
     sampling_of(args).checked()
     mesh_of(args.mesh)
+
+
+def _check_place(flag: str, path: Path | None) -> None:
+    if path and path.is_dir():
+        raise GenerationError(f"{flag} {path}: this is a folder; name a file")
+    if path and not path.parent.is_dir():
+        raise GenerationError(f"{flag} {path}: no such folder: {path.parent}; make it first")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -163,10 +185,19 @@ def run(args: argparse.Namespace) -> int:
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     sampling = sampling_of(args)
+    if args.show_routing:
+        routed_layers(model)
     if args.chat:
         run_chat(Chat(model, sampling))
     elif args.input:
-        answered, failed = answer_file(model, args.input, args.output, sampling, args.batch_size)
+        answered, failed = answer_file(
+            model,
+            args.input,
+            args.output,
+            sampling,
+            args.batch_size,
+            checksums=(find(args.model.expanduser(), args.template).folder / SUMS).read_text(),
+        )
         print(f"{answered} answered, {failed} failed -> {args.output}")
     else:
         answer_one(model, args, sampling)
@@ -175,7 +206,10 @@ def run(args: argparse.Namespace) -> int:
 
 def answer_one(model: Model, args: argparse.Namespace, sampling: Sampling) -> None:
     """Stream the answer to one question, then its routing if it was asked for."""
-    pieces = model.stream(ask(args.prompt or "", args.media or (), sampling))
+    request = ask(args.prompt or "", args.media or (), sampling)
+    if note := unanswered_tags(request):
+        print(f"note: {note}", file=sys.stderr)
+    pieces = model.stream(request)
     while True:
         try:
             print(next(pieces), end="", flush=True)

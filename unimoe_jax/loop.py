@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from unimoe_jax.checkpoint import StepCheckpoints, save_final
+from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
 from unimoe_jax.config import MODULES, DataConfig, RunConfig, StageConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.data.pipeline import Pipeline
@@ -69,7 +69,7 @@ class Runtime:
             Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
-FROM_THE_START = ("first_loss", "last_loss", "heldout_before", "upcycled")
+FROM_THE_START = ("first_loss", "last_loss", "heldout_before", "upcycled", "seconds")
 """Of a summary: what a resumed stage cannot find out again."""
 
 
@@ -78,18 +78,20 @@ class StageSummary:
     """Goes into summary.json."""
 
     steps: int
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all sittings, as far as their steps were saved
     first_loss: float | None = None
     last_loss: float | None = None
     tokens_per_s: float | None = None
     heldout: dict[str, float] | None = None
     heldout_before: dict[str, float] | None = None
+    samples: dict[str, Any] | None = None  # the mixture's, and those that were bad or cut by reason
     upcycled: float | None = None  # largest difference from the dense model at step 0
 
     def resume(self, position: dict[str, Any]) -> None:
         """Take over what `position` gave when the steps were saved; nothing at the beginning."""
         for name in FROM_THE_START:
             setattr(self, name, position.get(name))
+        self.seconds = self.seconds or 0.0  # checkpoints of earlier versions do not tell
 
     def position(self, data: dict) -> dict[str, Any]:
         """What a checkpoint keeps beside the state. data: where the pipeline stands."""
@@ -107,19 +109,18 @@ class _Log:
     steps: int
     imbalance: Callable[[int], dict[str, float]]
     tokens: float = 0.0
-    waited: float = 0.0
+    waited: float = 0.0  # for data since `since`, whatever the step: a share of that time
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     latest: dict[str, np.ndarray] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     total_tokens: float = 0.0
     total_seconds: float = 0.0
 
-    def add(self, step: int, signature: frozenset, metrics: dict, waited: float) -> None:
+    def add(self, step: int, signature: frozenset, metrics: dict) -> None:
         """Read the metrics of an earlier step, which the devices have finished or soon will."""
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
         self.latest |= metrics  # of the last step with images, where this one has none
         self.tokens += float(metrics["tokens"])
-        self.waited += waited
         for name, value in metrics.items():
             if name.endswith(("load", "dropped", "_by_modality")):
                 self.sums[name] = self.sums.get(name, 0) + value
@@ -183,6 +184,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
 
     Raises:
         TrainingStopped: too many non-finite steps in a row.
+        CheckpointError: saved steps that do not fit what the stage trains, or for how long.
     """
     run, mesh, started = runtime.run, runtime.mesh, time.monotonic()
     pipeline, stage = _prepare(runtime, config)
@@ -198,27 +200,17 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         state, frozen, done, position = _start(runtime, stage, pipeline, checkpoints)
         step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
         summary.resume(position)
+        started -= summary.seconds  # as if the earlier sittings had ended just now
         if config.evaluate and summary.heldout_before is None:
             params = {**frozen, **state.trained}
             summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
-        writer = MetricsWriter(
-            runtime.folder,
-            config.name,
-            stage.steps,
-            resumed_step=done,
-            tensorboard=run.log.tensorboard,
-            enabled=runtime.is_writer,
-        )
-        shards = data_shards(mesh)
-        log = _Log(
-            *(writer, progress, summary, run.log.every, stage.steps),
-            imbalance=lambda step: pipeline.imbalance(step, shards) if shards > 1 else {},
-        )
+        log = _open_log(runtime, stage, pipeline, progress, summary, done)
 
         def save(step: int, state: TrainState) -> None:
+            summary.seconds = time.monotonic() - started
             checkpoints.save(step, state, summary.position(pipeline.state(step)))
 
-        with writer:
+        with log.writer:
             state, finished = _steps(
                 runtime, stage, pipeline, state, frozen, step_fns, done, log, save
             )
@@ -229,8 +221,25 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             summary.heldout = exact_match(params, heldout, score_fns, mesh)
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
+    summary.samples = pipeline.tally.as_json()
     _leave(runtime, stage, params, folder / "final", summary)
+    if pipeline.tally.counts:
+        runtime.tell(pipeline.tally.table())
     return summary
+
+
+def _open_log(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress, summary, done) -> _Log:
+    run, name, shards = runtime.run, stage.config.name, data_shards(runtime.mesh)
+    writer = MetricsWriter(
+        *(runtime.folder, name, stage.steps),
+        resumed_step=done,
+        tensorboard=run.log.tensorboard,
+        enabled=runtime.is_writer,
+    )
+    return _Log(
+        *(writer, progress, summary, run.log.every, stage.steps),
+        imbalance=lambda step: pipeline.imbalance(step, shards) if shards > 1 else {},
+    )
 
 
 def _prepare(runtime: Runtime, config: StageConfig) -> tuple[Pipeline, Stage]:
@@ -270,6 +279,11 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
         )
         return init(trained), frozen, 0, {"upcycled": comparison and comparison.difference}
     step, state, position = restored
+    if step > stage.steps:
+        raise CheckpointError(
+            f"stage {stage.config.name}: {step} steps are done, its length now is {stage.steps}; "
+            f"set it to {step} or more, or remove {checkpoints.folder} to start the stage again"
+        )
     pipeline.check_state(position["data"])
     _, frozen_infos = split(stage.infos, stage.infos)
     frozen = initial_params(stage, sources, mesh, seed, only=set(frozen_infos))
@@ -311,40 +325,43 @@ def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done,
         stop_step=stage.steps,
     )
     pending, saved, log.since = None, done, time.monotonic()
+
+    def account() -> None:
+        nonlocal pending
+        if pending is not None:
+            log.add(*pending)
+            _check_finite(pending, limit, saved)
+            pending = None
+
     try:
         if runtime.stop.agreed():  # while compiling or scoring: nothing is lost
             return state, False
         while done < stage.steps:
             before = time.monotonic()
             index, signature, batch = next(batches)
-            waited = time.monotonic() - before
+            log.waited += time.monotonic() - before
             batch = to_devices(batch, runtime.mesh)
             state, metrics = step_fns[signature](state, frozen, batch)
             done = index + 1
             # The metrics of the step before: the devices are already busy with this one.
-            if pending is not None:
-                log.add(*pending)
-                _check_finite(pending, limit, saved)
-            pending = (done, signature, metrics, waited)
-            if done % every == 0 and done < stage.steps:
+            account()
+            pending = (done, signature, metrics)
+            stopping = runtime.stop.agreed() and done < stage.steps
+            if stopping or (done % every == 0 and done < stage.steps):
+                account()  # what is saved tells of all its steps
                 save(done, state)
                 saved = done
-            if runtime.stop.agreed() and done < stage.steps:
-                log.add(*pending)
-                if saved != done:
-                    save(done, state)
+            if stopping:
                 log.progress.close()
                 return state, False
     finally:
         batches.close()
-    if pending is not None:
-        log.add(*pending)
-        _check_finite(pending, limit, saved)
+    account()
     return state, True
 
 
 def _check_finite(pending, limit: int, saved: int) -> None:
-    step, signature, metrics, _ = pending
+    step, signature, metrics = pending
     if int(metrics["bad_steps"]) >= limit:
         raise TrainingStopped(
             f"step {step} ({'+'.join(sorted(signature)) or 'text'}): loss or gradient was not "

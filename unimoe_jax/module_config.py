@@ -18,9 +18,9 @@ MODULES: tuple[ModuleName, ...] = ("encoder", "connector", "decoder")
 
 
 class Config(BaseModel):
-    """Base of every settings class: immutable, unknown keys are errors."""
+    """Base of every settings class: immutable, unknown keys are errors, numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def compiles(pattern: str) -> str:

@@ -116,7 +116,7 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
         speed = _number(stage.get("tokens_per_s"), "{:,.0f}")
         seconds = format_seconds(stage["seconds"])
         rows.append([name, str(stage["steps"]), loss, speed, seconds])
-    lines += _text_table(rows)
+    lines += [*_text_table(rows), *_sample_lines(summary["stages"])]
     if summary.get("heldout"):
         rows = [["held-out exact match", "before → after", "chance"]]
         for task, score in summary["heldout"].items():
@@ -132,6 +132,20 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
     if summary.get("next_command"):
         lines.append(f"next           {summary['next_command']}")
     return "\n".join([*lines, "─" * 78])
+
+
+def _sample_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the samples that stages skipped, truncated or capped, by reason; of none, nothing.
+
+    Reads `samples` of a stage, as `Tally.as_json` gives it; stages of earlier versions have none.
+    """
+    rows = []
+    for name, stage in stages.items():
+        found = dict(stage.get("samples") or {"total": 0})
+        total = found.pop("total")
+        for kind, reasons in found.items():
+            rows += [[name, f"{kind}: {why}", f"{n:,} of {total:,}"] for why, n in reasons.items()]
+    return ["", *_text_table([["stage", "bad or cut", "samples"], *rows])] if rows else []
 
 
 def _text_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,17 +19,26 @@ class RunFolderError(RuntimeError):
     """The run directory cannot be used."""
 
 
+WRITTEN = (
+    *("config.yaml", "env.json", "metrics.jsonl", "summary.json", "report.html"),
+    *("checkpoints", "params", "plots", "tb"),
+)
+"""What a run writes in its directory, and what `--overwrite` removes."""
+
+
 @contextlib.contextmanager
 def claim(config: RunConfig, *, overwrite: bool, resume: bool) -> Iterator[Path]:
     """The run's directory, locked for the duration, with config.yaml and env.json written.
 
     The same settings continue a run. Other settings are refused with their differences, unless
-    `resume` accepts them or `overwrite` starts over. Process 0 does all that before the others go
-    on; they check that they see the same directory.
+    `resume` accepts them or `overwrite` starts over, which removes what a run has written and
+    nothing else. So whatever can be checked is checked before. Process 0 does all that before the
+    others go on; they check that they see the same directory.
 
     Raises:
-        RunFolderError: in use by another run, not writable, other settings, or on a file system
-            that the processes do not share.
+        RunFolderError: in use by another run, not writable, other settings, nothing that a run has
+            written where it is to be overwritten, or on a file system that the processes do not
+            share.
         DistributedError: on the other processes, where process 0 could not claim it.
     """
     with contextlib.ExitStack() as stack:
@@ -52,6 +61,8 @@ def _open(config: RunConfig, overwrite: bool, resume: bool, stack: contextlib.Ex
 
 @contextlib.contextmanager
 def _locked(config: RunConfig, folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    if overwrite:
+        _check_is_run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -63,13 +74,34 @@ def _locked(config: RunConfig, folder: Path, *, overwrite: bool, resume: bool) -
         except BlockingIOError:
             raise RunFolderError(f"output {folder}: another run is writing it") from None
         if overwrite:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove_run(folder)
         _check_settings(folder / "config.yaml", dump(config), resume)
         write_text_atomic(folder / "config.yaml", dump(config))
         write_json_atomic(folder / "env.json", env_info())
         yield
+
+
+def _check_is_run(folder: Path) -> None:
+    """`--overwrite` is for run directories: `output` may name any folder by mistake."""
+    if not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()} - {".lock"}
+    if found and not ("config.yaml" in found and found & {"checkpoints", "env.json"}):
+        raise RunFolderError(
+            f"output {folder}: holds {min(found)!r} and is no run directory (config.yaml with "
+            "checkpoints or env.json); --overwrite leaves it as it is; set another `output`"
+        )
+
+
+def _remove_run(folder: Path) -> None:
+    try:
+        for path in (folder / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{error.filename}: cannot be removed ({error.strerror})") from error
 
 
 def _check_settings(path: Path, text: str, resume: bool) -> None:

@@ -38,12 +38,38 @@ def resolve_sources(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"sources": sources, "cache": str(folder)})
 
 
+def check_sources(run: RunConfig, stages: Iterable[StageConfig]) -> None:
+    """The files of everything that `stages` read or are scored on must be there.
+
+    Raises:
+        ConfigError: one is missing; its key and the stage are named.
+    """
+    for stage in stages:
+        for name in (*stage.mixture, *stage.evaluate):
+            path = run.data.sources[name].path
+            if not path.startswith(PREFIX) and not Path(path).is_file():
+                raise ConfigError(
+                    f"data.sources.{name}.path = {path!r} (stage {stage.name}): no such file"
+                )
+
+
 def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
-    """The run's tokenizer and the file it came from."""
+    """The run's tokenizer and the file it came from.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     path = run.tokenizer
     if path == "embedded":
         path = embedded.tokenizer_path(cache_folder(run.data), size=run.data.embedded_size)
-    return Tokenizer.load(path), Path(path)
+    try:
+        return Tokenizer.load(path), Path(path)
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # also SentencePiece's
+        problem = " ".join(str(error).split())
+        raise ConfigError(
+            f"tokenizer = {run.tokenizer!r}: {problem}; allowed: `embedded`, a SentencePiece "
+            ".model file, or a folder with tokenizer.model"
+        ) from error
 
 
 def pool_groups(run: RunConfig, stage: StageConfig, shards: int) -> int:
@@ -53,18 +79,26 @@ def pool_groups(run: RunConfig, stage: StageConfig, shards: int) -> int:
         ConfigError: they do not.
     """
     loader = stage.loader or run.data.loader
+    key = f"stages.{stage.name}.loader" if stage.loader else "data.loader"
     groups = loader.groups or shards
     if groups % shards:
         raise ConfigError(
-            f"data.loader.groups = {groups} (stage {stage.name}) is not a multiple of the {shards} "
+            f"{key}.groups = {groups} (stage {stage.name}): allowed: multiples of {shards}, the "
             "data shards of the mesh"
         )
     if loader.rows % groups:
+        whose = f"{key}.groups = {groups}" if loader.groups else f"the mesh's {groups} data shards"
+        divisors = [n for n in range(1, loader.rows + 1) if not (loader.rows % n or n % shards)]
+        others = f", or {_listed(divisors)} for {key}.groups" if loader.groups and divisors else ""
         raise ConfigError(
-            f"data.loader.rows = {loader.rows} (stage {stage.name}) does not divide over {groups} "
-            f"pool groups (by default one per data shard); allowed: multiples of {groups}"
+            f"{key}.rows = {loader.rows} (stage {stage.name}) does not divide over {whose}; "
+            f"allowed: multiples of {groups} for {key}.rows{others}"
         )
     return groups
+
+
+def _listed(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def stage_pipeline(

@@ -51,11 +51,21 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         ShardingError: the product of the axes is not the number of devices.
     """
     sizes = _filled_sizes(config, devices)
-    product = int(np.prod(list(sizes.values())))
-    if product != devices:
-        keys = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise ShardingError(f"{keys}: that is {product} devices, but there are {devices}")
-    return sizes
+    if int(np.prod(list(sizes.values()))) == devices:
+        return sizes
+    # Axes that nobody set, or that take what is left, are not to blame.
+    given = {axis: getattr(config, axis) for axis in MESH_AXES}
+    wild = next((axis for axis, size in given.items() if size == -1), None)
+    named = {axis: size for axis, size in given.items() if size > 1} or {"data": config.data}
+    keys = ", ".join(f"mesh.{axis}={size}" for axis, size in named.items())
+    product = int(np.prod(list(named.values())))
+    if wild:
+        fitting = " | ".join(str(n) for n in range(1, devices + 1) if not devices % n)
+        needs, allowed = f"needs a multiple of {product}", f"a product of {fitting}"
+    else:
+        needs = f"that is {product}"
+        allowed = f"a product of {devices}, or -1 for one axis, which takes what is left"
+    raise ShardingError(f"{keys}: {needs} devices, but there are {devices}; allowed: {allowed}")
 
 
 def _filled_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -145,6 +155,23 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     mesh, entry = current_mesh(), _rules.get()[logical]
     names = (entry,) if isinstance(entry, str) else tuple(entry or ())
     return tuple(name for name in names if mesh is not None and mesh.shape[name] > 1)
+
+
+def check_divides(key: str, size: int, logical: str) -> None:
+    """A setting of that `size` is cut over the devices of a logical axis: it must divide.
+
+    Raises:
+        ShardingError: it does not; `key` names the setting.
+    """
+    mesh, names = current_mesh(), mesh_axes(logical)
+    parts = int(np.prod([mesh.shape[name] for name in names])) if names else 1
+    if size % parts:
+        cut = " x ".join(f"mesh.{name} = {mesh.shape[name]}" for name in names)
+        fitting = " | ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ShardingError(
+            f"{key} = {size} does not divide over {cut}; allowed: {fitting} devices there, or a "
+            f"multiple of {parts} for {key}"
+        )
 
 
 def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:

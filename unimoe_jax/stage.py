@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from unimoe_jax import lora
-from unimoe_jax.checkpoint import open_source
-from unimoe_jax.config import ModelConfig, RunConfig, StageConfig, Take
+from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, open_source
+from unimoe_jax.config import ModelConfig, Rule, RunConfig, StageConfig, Take
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.optim import Schedule, learning_rate, make_optimizer
-from unimoe_jax.params import Flat, ParamInfo, declared, flatten, split, table
-from unimoe_jax.sharding import current_mesh, data_shards, param_sharding, replicated
+from unimoe_jax.params import (
+    Flat,
+    ParamError,
+    ParamInfo,
+    declared,
+    first_match,
+    flatten,
+    split,
+    table,
+)
+from unimoe_jax.sharding import check_divides, current_mesh, data_shards, param_sharding, replicated
 from unimoe_jax.train_step import TrainState, init_state
-from unimoe_jax.upcycle import Source, Start, needed_sources, origin_of, start_of
+from unimoe_jax.upcycle import Source, Start, members, needed_sources, origin_of, start_of
 
 
 def structs(spec: Any, sharding: Callable[[int], Any] = lambda rank: None) -> Any:
@@ -44,12 +53,34 @@ def full_batch(model: ModelConfig, shards: int = 1) -> Batch:
 
 
 def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
-    """Every parameter of the stage's model and what happens to it; computes nothing."""
+    """Every parameter of the stage's model and what happens to it; computes nothing.
+
+    Raises:
+        ParamError: a parameter that no rule covers, or a rule that covers none.
+        ShardingError: experts that the mesh in force cannot share out.
+    """
     config = run.stage_model(stage)
+    for module, moe in config.experts().items():
+        place = "decoder" if module == "decoder" else f"vision.{module}"
+        check_divides(f"model.{place}.moe.num_experts", moe.num_experts, "expert")
     model = UniMoE(config, LayerOptions(lora=config.lora))
     mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
     batch = full_batch(config, data_shards(mesh) if mesh else 1)
-    return table(declared(model, batch), stage.train, run.precision)
+    shapes = declared(model, batch)
+    uncovered = [path for path in shapes if first_match(stage.train, path, _pattern) is None]
+    if uncovered:
+        raise ParamError(
+            f"stages.{stage.name}.train: no rule matches {uncovered[0]!r}; end the rules with "
+            '{match: ".*", lr: null}'
+        )
+    try:
+        return table(shapes, stage.train, run.precision)
+    except ParamError as error:
+        raise ParamError(f"stages.{stage.name}.{error}") from None
+
+
+def _pattern(rule: Rule | Take) -> str:
+    return rule.match
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,94 @@ def source_folder(run_dir: Path, name: str) -> Path:
     if name.startswith("checkpoint:"):
         return Path(name.removeprefix("checkpoint:")).expanduser()
     return run_dir / "checkpoints" / name / "final"
+
+
+def check_start(
+    run: RunConfig,
+    stage: StageConfig,
+    infos: Mapping[str, ParamInfo],
+    run_dir: Path,
+    planned: Collection[str],
+) -> None:
+    """Whether every parameter of the stage has a place to start from; reads manifests alone.
+
+    Of stages in `planned`, which the same command runs, nothing need be there yet.
+
+    Raises:
+        CheckpointError: a source is not there or not finished.
+        ParamError: no origin, another number of experts, or another shape in a source.
+    """
+    key = f"stages.{stage.name}.init"
+    moe_layers, sources = run.stage_model(stage).decoder.moe_layers(), {}
+    for number, take in enumerate(stage.init):
+        for name in take.origins:
+            if name not in ("fresh", *planned):
+                try:
+                    sources[name] = open_source(name, source_folder(run_dir, name))
+                except CheckpointError as error:
+                    first = "" if name.startswith("checkpoint:") else "; run that stage first"
+                    raise CheckpointError(f"{key}.{number}: {error}{first}") from None
+    for path, info in infos.items():
+        number = first_match(stage.init, path, _pattern)
+        if number is None:
+            raise ParamError(
+                f"{key}: nothing says where {path!r} starts; end the list with "
+                '{match: ".*", source: fresh}'
+            )
+        take = stage.init[number]
+        if take.experts:
+            _check_count(f"{key}.{number}.experts", path, info, take, moe_layers)
+        if sources.keys() >= set(take.origins):
+            try:
+                start_of(path, info.shape, take, sources, moe_layers)
+            except ParamError as error:
+                raise ParamError(f"stages.{stage.name}.{error}") from None
+
+
+def _check_count(
+    key: str, path: str, info: ParamInfo, take: Take, moe_layers: tuple[bool, ...]
+) -> None:
+    """As many experts must be named as the model has where they go."""
+    at, member = members(path, info.shape, moe_layers)[0]
+    count = info.shape[len(at)] if member.expert is not None else len(take.experts)
+    if count != len(take.experts):
+        place = "decoder" if member.module == "decoder" else f"vision.{member.module}"
+        raise ParamError(
+            f"{key}: names {len(take.experts)} origins, but model.{place}.moe.num_experts = "
+            f"{count}; allowed: one for every expert"
+        )
+
+
+def check_continues(stage: StageConfig, infos: Mapping[str, ParamInfo], folder: Path) -> None:
+    """Whether the stage, as it is set now, can go on from the steps saved in `folder`.
+
+    Raises:
+        CheckpointError: more steps are done than are wanted, or other parameters trained.
+    """
+    newest = StepCheckpoints.newest(folder)
+    if newest is None:
+        return
+    step, saved = newest
+    again = f"or remove {folder} to start the stage again"
+    if stage.optim.steps is not None and stage.optim.steps < step:
+        raise CheckpointError(
+            f"stages.{stage.name}.optim.steps = {stage.optim.steps}: {step} steps are done; "
+            f"allowed: {step} or more, {again}"
+        )
+    now = {path: info.shape for path, info in infos.items() if info.trained}
+    more, less = sorted(now.keys() - saved.keys()), sorted(saved.keys() - now.keys())
+    other = sorted(path for path in now.keys() & saved.keys() if now[path] != saved[path])
+    changes = {"now also": more, "no longer": less, "of another shape:": other}
+    told = [f"{what} {_some(paths)}" for what, paths in changes.items() if paths]
+    if told:
+        raise CheckpointError(
+            f"stages.{stage.name}.train: what trains has changed since step {step} was saved: "
+            f"{', '.join(told)}; take the change back, {again}"
+        )
+
+
+def _some(paths: list[str]) -> str:
+    return repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def initial_params(

@@ -20,21 +20,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import jax
 
 from unimoe_jax import config_io, distributed
-from unimoe_jax.checkpoint import CheckpointError, read_manifest
-from unimoe_jax.config import RunConfig
+from unimoe_jax.checkpoint import MANIFEST, SUMS, CheckpointError, read_manifest
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tally import TooManyBadSamples
-from unimoe_jax.distributed import DistributedError, require_same, writer_first
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.distributed import DistributedError, require_same, wait_for_all, writer_first
 from unimoe_jax.dry_run import dry_run
+from unimoe_jax.evaluate import is_scorable
 from unimoe_jax.host_memory import keep_freed_memory
-from unimoe_jax.loop import Runtime, TrainingStopped, train_stage
+from unimoe_jax.loop import Runtime, StageSummary, TrainingStopped, train_stage
 from unimoe_jax.metric_series import by_stage
 from unimoe_jax.metrics import read_metrics, write_json_atomic
 from unimoe_jax.params import ParamError
@@ -44,18 +46,21 @@ from unimoe_jax.run_folder import RunFolderError, claim
 from unimoe_jax.setup_data import (
     cache_folder,
     chance_levels,
+    check_sources,
     load_tokenizer,
     pool_groups,
     resolve_sources,
 )
-from unimoe_jax.sharding import ShardingError, data_shards, make_mesh, use_mesh
-from unimoe_jax.stage import parameter_table
+from unimoe_jax.sharding import ShardingError, current_mesh, data_shards, make_mesh, use_mesh
+from unimoe_jax.stage import check_continues, check_start, parameter_table
 from unimoe_jax.stop import StopSignal
 
 SETTINGS_ERRORS = (
     *(ConfigError, ParamError, ShardingError, RunFolderError, CheckpointError),
     DistributedError,
 )
+LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
+SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
 STOPPED_CODE = int(os.environ.get("UNIMOE_STOPPED_CODE", "0"))
 # Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
 DATA_ERRORS = (FileNotFoundError, ValueError)
@@ -107,7 +112,7 @@ def _main(args: argparse.Namespace) -> int:
         distributed.initialize(args)
         return run(resolved.config, args)
     except (*SETTINGS_ERRORS, *DATA_ERRORS) as error:
-        if args.debug:
+        if args.debug or distributed.lost_peer(error):
             raise
         return distributed.fail(f"error: {error}", 2)
     except (TrainingStopped, TooManyBadSamples) as error:
@@ -123,38 +128,120 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
     """All stages (or one) in order; finished stages are passed over."""
     started = time.monotonic()
     check_stage_name(config, args.stage)
+    if args.stage and args.overwrite:
+        raise ConfigError(
+            f"--overwrite with --stage {args.stage} would remove every stage; to run that one "
+            f"again, remove {config_io.run_dir(config) / 'checkpoints' / args.stage}"
+        )
     require_same("settings", f"{config_io.dump(config)} {args.stage} {jax.__version__}")
     mesh = make_mesh(config.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    with (
-        use_mesh(mesh, config.mesh.rules),
-        claim(config, overwrite=args.overwrite, resume=args.resume) as folder,
-    ):
-        for stage in config.stages:  # before the first of them costs anything
-            pool_groups(config, stage, data_shards(mesh))
-            parameter_table(config, stage)
-        enable_compilation_cache(config)
-        data = writer_first("data", lambda: resolve_sources(config.data))
-        tokenizer, _ = load_tokenizer(config)
-        stop = StopSignal(mesh)
-        stop.install()
-        runtime = Runtime(config, folder, mesh, data, tokenizer, stop)
-        for stage in config.stages:
-            if args.stage not in (None, stage.name):
-                continue
-            if stage_is_finished(folder, stage.name):
-                runtime.tell(f"{stage.name}: finished before, passed over")
-                continue
-            summary = train_stage(runtime, stage)
-            if summary is not None and runtime.is_writer:
-                write_stage_summary(folder, stage.name, asdict(summary))
-            if summary is None or stop.agreed():
-                runtime.tell(f"{stop.reason}: saved; the same command continues")
-                return STOPPED_CODE
-        if runtime.is_writer:
-            finish(runtime, time.monotonic() - started)
-    return 0
+    with use_mesh(mesh, config.mesh.rules):
+        data, tokenizer = check(config, args)
+        wait_for_all("checks")  # before one of them removes what another would have refused
+        with claim(config, overwrite=args.overwrite, resume=args.resume) as folder:
+            enable_compilation_cache(config)
+            stop = StopSignal(mesh)
+            stop.install()
+            runtime = Runtime(config, folder, mesh, data, tokenizer, stop)
+            done = run_stages(runtime, args.stage)
+            if done and runtime.is_writer:
+                finish(runtime, time.monotonic() - started)
+    return 0 if done else STOPPED_CODE
+
+
+def run_stages(runtime: Runtime, only: str | None) -> bool:
+    """Whether all stages (or `only` that one) are done; a stop signal may come first."""
+    folder = runtime.folder
+    for stage in runtime.run.stages:
+        if only not in (None, stage.name):
+            continue
+        if finished_steps(folder, stage.name) is not None:
+            runtime.tell(f"{stage.name}: finished before, passed over")
+            continue
+        summary = train_stage(runtime, stage)
+        if summary is not None and runtime.is_writer:
+            write_stage_summary(folder, stage.name, asdict(summary))
+        if summary is None or runtime.stop.agreed():
+            runtime.tell(f"{runtime.stop.reason}: saved; the same command continues")
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------ before anything costs
+
+
+def check(config: RunConfig, args: argparse.Namespace) -> tuple[DataConfig, Tokenizer]:
+    """Everything that can be wrong and costs nothing to find out, of all stages that are to run;
+    the run directory is read, and stays as it is. Returns what the stages share.
+
+    Raises:
+        one of SETTINGS_ERRORS.
+    """
+    folder = config_io.run_dir(config)
+    done = {} if args.overwrite else finished_stages(config, folder)
+    ahead = [s for s in config.stages if args.stage in (None, s.name) and s.name not in done]
+    for stage in config.stages:
+        pool_groups(config, stage, data_shards(current_mesh()))
+        if args.resume and stage.name in done:
+            check_same_length(stage, done[stage.name], folder)
+    check_sources(config, ahead)
+    planned = {stage.name for stage in ahead}
+    for stage in config.stages:
+        infos = parameter_table(config, stage)
+        if stage.name in planned:
+            check_start(config, stage, infos, folder, planned)
+            if args.resume and not args.overwrite:
+                check_continues(stage, infos, folder / "checkpoints" / stage.name / "steps")
+    # The embedded data set is made by one process and found by the others.
+    tokenizer, _ = writer_first("tokenizer", lambda: load_tokenizer(config))
+    return writer_first("data", lambda: resolve_sources(config.data)), tokenizer
+
+
+def finished_stages(config: RunConfig, folder: Path) -> dict[str, int]:
+    """Steps of the stages that are finished; their summaries can be read."""
+    found = {stage.name: finished_steps(folder, stage.name) for stage in config.stages}
+    done = {name: steps for name, steps in found.items() if steps is not None}
+    for name in done:
+        read_stage_summary(folder, name)
+    return done
+
+
+def finished_steps(folder: Path, name: str) -> int | None:
+    """How many steps the stage has trained, if it has left its result whole; None if it has none.
+
+    Raises:
+        CheckpointError: a part of the result is gone.
+    """
+    final = folder / "checkpoints" / name / "final"
+    if not final.exists():  # it comes into its place complete
+        return None
+    try:
+        steps = int(read_manifest(final)["steps"])
+        sealed = json.loads((final / SUMS).read_text())
+        lost = next((file for file in sealed if not (final / file).is_file()), None)
+        problem = lost and f"{final / lost}: missing"
+    except CheckpointError as error:
+        problem = str(error)
+    except (OSError, KeyError, TypeError, ValueError):
+        problem = f"{final}: {MANIFEST} or {SUMS} is missing or damaged"
+    if problem:
+        raise CheckpointError(
+            f"stage {name} has finished, but its result is not whole: {problem}; bring it back, or "
+            f"remove {final} to train the stage again from its last checkpoint"
+        )
+    return steps
+
+
+def check_same_length(stage: StageConfig, done: int, folder: Path) -> None:
+    """A finished stage is passed over, so `--resume` cannot change how long it is."""
+    if stage.optim.steps not in (None, done):
+        raise ConfigError(
+            f"stages.{stage.name}.optim.steps = {stage.optim.steps}: the stage has finished with "
+            f"{done}; allowed: {done}, or remove {folder / 'checkpoints' / stage.name} to train "
+            "it again"
+        )
 
 
 def check_stage_name(config: RunConfig, name: str | None) -> None:
@@ -171,14 +258,6 @@ def enable_compilation_cache(config: RunConfig) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def stage_is_finished(folder: Path, name: str) -> bool:
-    """Whether the stage has left its result."""
-    try:
-        return bool(read_manifest(folder / "checkpoints" / name / "final"))
-    except CheckpointError:
-        return False
-
-
 # --------------------------------------------------------------------------------- results
 
 
@@ -188,14 +267,39 @@ def write_stage_summary(folder: Path, name: str, summary: dict) -> None:
     write_json_atomic(path, summary)
 
 
+def read_stage_summary(folder: Path, name: str) -> dict | None:
+    """What `write_stage_summary` wrote, or None if there is nothing.
+
+    Raises:
+        RunFolderError: the file is not that.
+    """
+    path = folder / "checkpoints" / name / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+        missing = SUMMARIZED - summary.keys()
+        problem = f"lacks {', '.join(sorted(missing))}" if missing else ""
+    except (OSError, ValueError, AttributeError) as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise RunFolderError(f"{path}: {problem}; remove it to go on without this summary")
+    return summary
+
+
+def next_command(config: RunConfig, folder: Path, done: Collection[str]) -> str:
+    """What to try now: the control of the evaluation, if the stage that it scores is `done`."""
+    scored = [stage for stage in config.stages if stage.evaluate]
+    if scored and scored[-1].name in done and is_scorable(scored[-1]):
+        return f"python -m unimoe_jax.evaluate {folder} --shuffle-media"
+    return f"python -m unimoe_jax.generate --model {folder} --chat"
+
+
 def finish(runtime: Runtime, seconds: float) -> None:
     """summary.json, plots, report, and the block at the end."""
     config, folder = runtime.run, runtime.folder
-    stages = {}
-    for stage in config.stages:
-        path = folder / "checkpoints" / stage.name / "summary.json"
-        if path.exists():
-            stages[stage.name] = json.loads(path.read_text())
+    found = {stage.name: read_stage_summary(folder, stage.name) for stage in config.stages}
+    stages = {name: summary for name, summary in found.items() if summary is not None}
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     before = last["heldout_before"] if last else {}
     levels = chance_levels(runtime.data, before)
@@ -210,7 +314,7 @@ def finish(runtime: Runtime, seconds: float) -> None:
         },
         "routers": as_json(router_trends(by_stage(read_metrics(folder)), config)),
         "run_dir": str(folder),
-        "next_command": f"python -m unimoe_jax.evaluate {folder} --shuffle-media",
+        "next_command": next_command(config, folder, stages),
     }
     write_json_atomic(folder / "summary.json", summary)
     if config.log.plots:

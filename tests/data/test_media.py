@@ -11,6 +11,7 @@ import soundfile
 from PIL import Image
 
 from unimoe_jax.data.media import (
+    LOUDEST,
     ImageLimits,
     frame_numbers,
     load_frames,
@@ -18,6 +19,7 @@ from unimoe_jax.data.media import (
     load_waveform,
     sound_length,
 )
+from unimoe_jax.data.processors import beats_fbank, log_mel
 from unimoe_jax.data.tally import BadSample
 
 
@@ -175,3 +177,16 @@ def test_refused_sound(folder):
         refused(load, root / "none.wav", "empty_audio")
         refused(load, root / "blip.wav", "empty_audio")
     refused(load_waveform, root / "nan.wav", "nan_audio")
+    for value in (3e38, 1e15):  # finite, but not its power or the sum of two channels
+        wave = np.full((16000, 2), value, np.float32)
+        soundfile.write(root / "loud.wav", wave, 16000, subtype="FLOAT")
+        refused(load_waveform, root / "loud.wav", "loud_audio")
+
+
+def test_the_loudest_sound_has_finite_features(folder):
+    """At the bound, in its hardest form for every filter: white noise."""
+    wave = np.random.default_rng(0).choice([-LOUDEST, LOUDEST], 44100).astype(np.float32)
+    soundfile.write(folder.root / "loud.wav", wave, 44100, subtype="FLOAT")
+    wave = load_waveform(str(folder.root / "loud.wav"))
+    for features in (beats_fbank(wave, 32000, 16), log_mel(wave, 8, 200)):
+        assert np.isfinite(features).all()

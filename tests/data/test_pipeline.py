@@ -208,7 +208,7 @@ def test_bad_samples_at_load_time_leave_padding(build, folder, tokenizer, caplog
     records = [talk("<image>", image="good.png") for _ in range(8)]
     records += [talk("<image>", image="bad.png"), talk("<audio>", voice="nan.wav")]
     path = folder.write("d.json", records)
-    for workers in (0, 1):
+    for workers in (0, 2):
         loader = LOADER.model_copy(update={"max_bad_share": 0.2, "workers": workers})
         pipeline = build(path, loader)
         caplog.clear()
@@ -329,6 +329,35 @@ def test_the_index_is_cached_and_looks_again_at_bad_records(build, mixed, folder
     looked.clear()
     assert len(build(data, loader).plan.samples) == 41
     assert looked == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "shorter"])
+def test_a_damaged_index_is_measured_again(build, folder, caplog, damage):
+    cache = folder.root / "cache"
+    path = folder.write("d.json", [talk(f"say {i}") for i in range(4)])
+    data = data_config(path).model_copy(update={"cache": str(cache)})
+    whole = build(data)
+    (file,) = cache.glob("index-*.npz")
+    content = file.read_bytes()
+    if damage == "shorter":
+        with np.load(file) as arrays:
+            np.savez(file, **{name: arrays[name][:-1] for name in arrays})
+    else:
+        file.write_bytes({"empty": b"", "cut": content[:-99], "garbage": b"?" * 500}[damage])
+    caplog.clear()
+    assert build(data).plan.fingerprint == whole.plan.fingerprint
+    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert f"{file}: damaged" in told
+    assert "source all is measured again" in told
+    caplog.clear()
+    build(data)
+    assert not caplog.records
+
+
+def test_a_mixture_without_a_good_record_names_the_first_of_each_source(build, folder):
+    path = folder.write("d.json", [{"data": []}], lines=True)
+    with pytest.raises(ValueError, match=r"in all, 1 bad .*d.json:1: record 1: no `conv.*expected"):
+        build(path, LOADER.model_copy(update={"max_bad_share": 1.0}))
 
 
 def test_preview_shows_media_and_labels(build, mixed):

@@ -31,6 +31,9 @@ def turns(*values) -> dict:
         ({"conversations": []}, "malformed_record"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed_record"),
         ({"conversations": [{"from": "human", "value": 3}]}, "malformed_record"),
+        (turns("q \ud800", "a"), "lone_surrogate"),
+        (turns("q", "a \udc00b"), "lone_surrogate"),
+        (talk("<image>", image="\ud800.png"), "lone_surrogate"),
         (turns("only a question"), "roles"),
         (turns("q", "a", "q"), "roles"),
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "roles"),
@@ -144,14 +147,46 @@ def test_broken_files(tmp_path):
     assert source.record(2).turns == source.record(0).turns
     with pytest.raises(BadSample, match="not JSON"):
         source.record(1)
-    empty = tmp_path / "empty.json"
-    empty.write_text(" [ ] ")
-    assert len(RecordFile(empty)) == 0
+
+
+def test_text_after_a_list_is_refused_with_its_place(tmp_path):
+    both = tmp_path / "both.json"
+    one = json.dumps([talk("ü")], indent=1, ensure_ascii=False) + " \n"
+    both.write_text(one)
+    assert len(RecordFile(both)) == 1
+    both.write_text(one + one)
+    line, byte = one.count("\n") + 1, len(one.encode())
+    with pytest.raises(ValueError, match=rf"both.json:{line}: text after .* byte {byte} on"):
+        RecordFile(both)
+    both.write_text("[] []")
+    with pytest.raises(ValueError, match=r"both.json:1: text after .* byte 3 on"):
+        RecordFile(both)
+
+
+@pytest.mark.parametrize("text", ["", " \n", " [ ] ", json.dumps({"data": [talk()]}, indent=1)])
+def test_files_of_another_form_are_told_what_is_expected(tmp_path, text):
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"d.json: .*expected a JSON list, or one JSON object per"):
+        RecordFile(path)
+
+
+def test_an_object_around_the_list_and_a_broken_first_line_are_bad_records(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"data": [talk()]}))
+    with pytest.raises(BadSample, match=r"no `conversations`, only 'data'; expected a JSON list"):
+        reader(path).record(0)
+    path.write_text(json.dumps(talk()) + " ?\n" + json.dumps(talk()))
+    with pytest.raises(BadSample, match="not JSON"):
+        reader(path).record(0)
+    path.write_text("[" * 100_000 + "\n" + json.dumps(talk()))
+    with pytest.raises(ValueError, match=r"d.json:1: broken JSON list"):
+        RecordFile(path)
 
 
 def test_tally_counts_once_and_stops_at_the_share(caplog):
     def bad(line):
-        return Event("bad", "s", "f.json", line, "missing_file", "gone")
+        return Event("bad", "s", "f.json", line, line, "missing_file", "gone")
 
     tally = Tally(total=1000, max_bad_share=0.01)
     tally.add([bad(1), bad(1)])
@@ -161,8 +196,27 @@ def test_tally_counts_once_and_stops_at_the_share(caplog):
     tally.add([bad(line) for line in range(2, 11)])
     with pytest.raises(TooManyBadSamples, match=r"11 of 1000 .*\n(.*\n)*bad +missing_file +11"):
         tally.add([bad(11)])
-    with pytest.raises(TooManyBadSamples, match=r"f.json:3: gone .*strict"):
+    with pytest.raises(TooManyBadSamples, match=r"f.json:3: record 3: gone .*strict"):
         Tally(1000, 0.01, strict=True).add([bad(3)])
     tally = Tally(total=10**6, max_bad_share=0.01)  # stops long before 1 % of a million failed
     with pytest.raises(TooManyBadSamples, match="11 of 1000 samples loaded"):
         tally.add([bad(line) for line in range(11)], loaded=20)
+
+
+def test_records_on_one_line_are_told_apart():
+    tally = Tally(total=200, max_bad_share=0.01)
+    events = [Event("bad", "s", "f.json", n, 1, "missing_file", "gone") for n in (1, 2, 17)]
+    with pytest.raises(TooManyBadSamples, match="3 of 200"):
+        tally.add([*events, *events])
+    assert "f.json:1: record 1: gone" in tally.table()
+
+
+def test_the_table_shows_the_first_case_of_its_own_kind():
+    tally = Tally(total=10, max_bad_share=1)
+    cut = Event("truncated", "s", "f.json", 1, 1, "too_long", "longer than 9")
+    bad = Event("bad", "s", "f.json", 2, 5, "too_long", "no label left")
+    tally.add([cut, bad, cut])
+    rows = [line.split() for line in tally.table().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["bad", "too_long", "1"], ["truncated", "too_long", "1"]]
+    assert [" ".join(row[-3:]) for row in rows] == ["no label left", "longer than 9"]
+    assert tally.as_json() == {"total": 10, "bad": {"too_long": 1}, "truncated": {"too_long": 1}}

@@ -1,4 +1,4 @@
-"""The command line, files of questions, conversations and loading: what a user meets."""
+"""The command line, conversations and loading: what a user meets."""
 
 from __future__ import annotations
 
@@ -17,65 +17,12 @@ from tests.models.tiny import decoder_config, model_config
 from unimoe_jax import generate
 from unimoe_jax.checkpoint import seal
 from unimoe_jax.generation import loader
-from unimoe_jax.generation.batch_files import answer_file
 from unimoe_jax.generation.chat import Chat, run_chat
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.request import Media, Sampling
 from unimoe_jax.generation.routing import report_lines, routing_report
 
 SHORT = Sampling(max_new_tokens=5)
-
-
-# ------------------------------------------------------------------------- files of questions
-
-
-def questions(folder: Path, files: dict[str, Path]) -> Path:
-    lines = [
-        {"id": "text", "prompt": "Where is the fox?"},
-        {"id": "image", "prompt": "What is this?", "image": str(files["a"])},
-        {"id": "missing", "prompt": "What is this?", "image": "nowhere.png"},
-        {"id": "unknown", "prompt": "x", "imgae": "a"},
-        {"prompt": "Hot", "temperature": 1.2, "seed": 5},
-        {"id": "sound", "prompt": "", "speech": str(files["short"])},
-    ]
-    path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
-    return path
-
-
-def answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_file_of_questions(model, files, tmp_path):
-    """Order kept, bad ones recorded; the same from where it broke off."""
-    source, target = questions(tmp_path, files), tmp_path / "answers.jsonl"
-    out = io.StringIO()
-    assert answer_file(model, source, target, SHORT, 2, out) == (4, 3)
-    found = answers(target)
-    assert [line["id"] for line in found] == [
-        "text", "image", "missing", "unknown", 5, "sound", 7
-    ]  # fmt: skip
-    assert [line["id"] for line in found if "error" in line] == ["missing", "unknown", 7]
-    assert "nowhere.png" in found[2]["error"]
-    assert "imgae" in found[3]["error"]
-    assert all(line["tokens"] <= 5 for line in found if "tokens" in line)
-    assert found[4]["sampling"]["temperature"] == 1.2
-    assert "7/7" in out.getvalue()
-
-    whole = target.read_text()
-    lines = whole.splitlines(keepends=True)
-    target.write_text("".join(lines[:2]) + lines[2][:9])  # broken off inside the third line
-    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (2, 3)
-    assert target.read_text() == whole
-    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 0)
-
-
-def test_answers_to_other_questions_are_refused(model, files, tmp_path):
-    source, target = questions(tmp_path, files), tmp_path / "answers.jsonl"
-    target.write_text('{"id": 1, "question": "0000", "text": "x"}\n')
-    with pytest.raises(GenerationError, match="another question"):
-        answer_file(model, source, target, SHORT, 2, io.StringIO())
 
 
 # ------------------------------------------------------------------------------ conversations
@@ -112,6 +59,27 @@ def test_chat_remembers(model, files):
     with pytest.raises(GenerationError):
         list(chat.ask("<image>" * 3 + "\0"[:0] + " " if chat.attached else " "))
     assert len(chat.history) == 4
+
+
+def test_a_chat_survives(model, capsys):
+    """Names that are too long, bytes that are no text; a tag without a file is told."""
+    chat, out = Chat(model, SHORT), io.StringIO()
+    run_chat(chat, [f"/image /tmp/{'a' * 300}.png", "caf\udce9", "<image> fox", "/exit"], out)
+    assert out.getvalue().count("error: ") == 2
+    assert len(chat.history) == 2
+    assert capsys.readouterr().err.count("note: the prompt names <image>") == 1
+
+
+def test_bytes_that_are_no_text(monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    monkeypatch.setattr("sys.stdout", shown)
+    generate.tolerate_bytes()
+    line = next(typed)
+    assert line == "caf\udce9\n"
+    print(line, end="", flush=True)
+    assert shown.buffer.getvalue() == b"caf\\udce9\n"
 
 
 # ------------------------------------------------------------------------------------ routing
@@ -182,6 +150,10 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
         (["--prompt", "x", "--mesh", "expertt=4"], ["expertt=4", "axes"]),
         (["--prompt", "x", "--mesh", "expert=3"], ["mesh.expert=3", "devices"]),
         (["--prompt", "x", "--batch-size", "0"], ["--batch-size 0"]),
+        (["--prompt", "x", "--top-k", "100000000000"], ["top_k = 1000", "2^31"]),
+        (["--prompt", "caf\udce9"], ["character 4", "UTF-8"]),
+        (["--prompt", "x", "--image", ""], ["image", "''"]),
+        (["--prompt", "x", "--image", "a" * 300], ["too long", "aaa"]),
         ([], ["--prompt"]),
     ],
 )
@@ -191,6 +163,57 @@ def test_bad_arguments(arguments, pieces, checkpoint, capsys):
     assert said.startswith("error: ")
     for piece in pieces:
         assert piece in said
+
+
+@pytest.mark.parametrize("flag", ["--show-routing", "--output"])
+def test_places_are_checked_before_the_model(flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "load", None)
+    (tmp_path / "q.jsonl").write_text("")
+    asked = ["--prompt", "x"] if flag == "--show-routing" else ["--input", tmp_path / "q.jsonl"]
+    for place, piece in ((tmp_path / "no" / "x.json", "no such folder"), (tmp_path, "a folder")):
+        status, said = run(capsys, "--model", "m", *asked, flag, place)
+        assert status == 2
+        assert said.startswith(f"error: {flag} {place}: ")
+        assert piece in said
+
+
+def test_an_empty_folder_of_frames_is_named(model, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(GenerationError, match=f"{empty}: .*without images"):
+        model.generate([generate.ask("x", [Media("video", (str(empty),))], SHORT)])
+
+
+@pytest.mark.parametrize("requests", ["x", [None], None, generate.ask("x"), [generate.ask(None)]])
+def test_what_is_no_list_of_requests(model, requests):
+    with pytest.raises(GenerationError, match=r"expected|must be a string"):
+        model.generate(requests)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_batches_hold_at_least_one(model, size):
+    with pytest.raises(GenerationError, match=f"batch_size = {size}"):
+        model.generate([generate.ask("x")], batch_size=size)
+    with pytest.raises(GenerationError, match="batch_size"):
+        next(model.answers([], size))
+
+
+def test_resuming_with_another_model_is_refused(checkpoint, tmp_path, capsys):
+    """The same command goes on; a checkpoint with one other byte is another model."""
+    source, target = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    source.write_text('{"prompt": 1}\n')
+    asked = ["--input", source, "--output", target]
+    assert run(capsys, "--model", checkpoint, *asked)[0] == 0
+    whole = target.read_bytes()
+    assert run(capsys, "--model", checkpoint, *asked)[0] == 0
+    other = copy_of(checkpoint, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"another": 1}))
+    seal(other)
+    status, said = run(capsys, "--model", other, *asked)
+    assert status == 2
+    assert f"error: {target}:1: answered with another model" in said
+    assert target.read_bytes() == whole
 
 
 def copy_of(checkpoint: Path, folder: Path) -> Path:

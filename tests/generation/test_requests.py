@@ -11,7 +11,7 @@ import pytest
 from tests.generation.conftest import tokenizer_folder
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
-from unimoe_jax.generation.prompt import make_prompt
+from unimoe_jax.generation.prompt import make_prompt, unanswered_tags
 from unimoe_jax.generation.request import (
     Media,
     Message,
@@ -103,6 +103,11 @@ def test_a_missing_encoder_is_named():
         ("top_p", 1.5),
         ("top_k", -1),
         ("top_k", 1.5),
+        ("temperature", 1e39),  # infinite in float32
+        pytest.param("temperature", 10**400, id="too large for any float"),
+        ("top_k", 2**31),  # the arrays hold int32
+        ("max_new_tokens", 2**31),
+        ("seed", 2**32),
         ("seed", -1),
         ("max_new_tokens", 0),
         ("max_new_tokens", True),
@@ -135,8 +140,60 @@ def test_questions_as_json():
 @pytest.mark.parametrize(
     "line",
     ['{"prompt": "x", "imgae": "a.png"}', '{"prompt": 3}', '{"prompt": "x", "image": 3}',
+     '{"prompt": "x", "text": "y"}',
      '{"messages": 1}', '{"messages": [{"role": "system", "text": "x"}]}', '{"image": "a.png"}'],
 )  # fmt: skip
 def test_bad_questions(line: str):
     with pytest.raises(GenerationError):
         request_of(json.loads(line), Path("."), Sampling())
+
+
+@pytest.mark.parametrize(
+    ("content", "pieces"),
+    [
+        ({"messages": [{"role": "user", "text": "x"}], "prompt": "y"}, ["messages", "prompt"]),
+        ({"messages": [{"role": "user", "text": "x"}], "image": "a.png"}, ["messages", "image"]),
+        ({"prompt": "x", "image": [""]}, ["image", "''"]),
+        ({"prompt": "x", "video": [["a.png", ""]]}, ["video", "''"]),
+    ],
+)
+def test_what_would_be_dropped_is_refused(content, pieces):
+    with pytest.raises(GenerationError) as error:
+        request_of(content, Path("/data"), Sampling())
+    assert all(piece in str(error.value) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("request_", "piece"),
+    [
+        (ask("a\ud800b"), "character 2"),
+        (ask("caf\udce9"), "UTF-8"),
+        (ask(None), "message 0: the text must be a string, not None"),
+        (ask("x", ["a.png"]), "message 0: expected Media"),
+        (ask("x", sampling={"seed": 1}), "expected a Sampling"),
+        (Request(("x",)), "message 0: expected a Message"),
+        (Request((Message("user", "a"), Message("assistant", "\udfff"))), "message 1"),
+    ],
+)
+def test_requests_of_wrong_types_or_text(request_: Request, piece: str):
+    with pytest.raises(GenerationError, match=piece):
+        request_.checked()
+
+
+def test_paths_of_media():
+    with pytest.raises(GenerationError, match=r"\('v.mp4',\)"):
+        Media("video", "v.mp4")
+
+
+@pytest.mark.parametrize(
+    ("text", "media", "named"),
+    [
+        ("<image> hello", [], "<image> but no image was"),
+        ("<audio> <image>", [IMAGE], "<audio> but no speech or audio was"),
+        ("<image> hello", [IMAGE], None),
+        ("hello", [], None),
+    ],
+)
+def test_tags_without_files_are_noted(text, media, named):
+    note = unanswered_tags(ask(text, media))
+    assert (named in note) if named else note is None

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from unimoe_jax.checkpoint import (
     MANIFEST,
+    SUMS,
     CheckpointError,
     open_array,
     read_manifest,
     read_part,
+    read_settings,
     verify,
 )
 from unimoe_jax.config import ModelConfig
+from unimoe_jax.config_yaml import ConfigError, parse
 from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import read_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype
+from unimoe_jax.upcycle import Source
+
+RUN_FILE = "config.yaml"
+OURS = {MANIFEST, SUMS, MODEL_FILE}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -40,42 +47,102 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Lazy parameters, and the model that they are part of where it is known."""
+    """Lazy parameters, and the model that they are part of where it is known.
+
+    files: name -> tokenizer or processor file that goes with them.
+    """
 
     path: Path
     params: Mapping[str, Parameter]
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def model(self) -> ModelConfig:
         """The whole model.
 
         Raises:
-            ConvertError: no model.yaml, or only parts of a model.
+            ConvertError: no settings, or only parts of a model.
         """
+        if not self.config:
+            raise ConvertError(no_settings(str(self.path)))
         try:
             return ModelConfig.model_validate(self.config)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ConvertError(
-                f"{self.path}: {MODEL_FILE} is no whole model: {where}: {first['msg']}"
+                f"{self.path}: its settings describe no whole model: {where}: {first['msg']}"
             ) from error
 
 
+def no_settings(where: str) -> str:
+    """The message for a checkpoint of which nobody says what model it is of."""
+    return (
+        f"{where}: no {MODEL_FILE} and not in a run directory; name the model's settings with "
+        "--model FILE (a model.yaml)"
+    )
+
+
 def is_ours(path: Path) -> bool:
-    """Whether `path` was written by this package."""
-    return (path / MANIFEST).is_file() and (path / "params").is_dir()
+    """Whether `path` was written by this package; one of its two lists may be missing."""
+    listed = (path / MANIFEST).is_file() or (path / SUMS).is_file()
+    return listed and (path / "params").is_dir()
 
 
-def open_checkpoint(path: Path, model_file: Path | None = None) -> Checkpoint:
-    """Parameters of a checkpoint of ours, or of a source as `import --lora keep` sees it.
+def has_text_model(checkpoint: Checkpoint) -> bool:
+    """Whether it answers to text: parts of a model may come with the settings of all of it."""
+    return "decoder" in checkpoint.config and "embed/embedding" in checkpoint.params
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder with parameters that `path` stands for.
+
+    Of a run directory that is the result of its last finished stage that leaves a whole model, of a
+    stage's folder its `final`; everything else stands for itself.
 
     Raises:
-        ConvertError: damaged, or not recognised.
+        ConvertError: a run without such a stage, or a folder that holds several checkpoints.
     """
-    return _ours(path, model_file) if is_ours(path) else _source(path, Options("keep"), "source")
+    if is_ours(path) or not path.is_dir():
+        return path
+    if is_ours(path / "final"):
+        return path / "final"
+    run_file, inside = path / RUN_FILE, path / "checkpoints"
+    if run_file.is_file() and inside.is_dir():
+        for stage in reversed(_run(run_file)["stages"]):
+            final = inside / stage["name"] / "final"
+            if stage.get("leaves") == "all" and is_ours(final):
+                return final
+        raise ConvertError(f"{path}: no finished stage of this run leaves a whole model; {HERE}")
+    finals = sorted(member / "final" for member in path.iterdir() if is_ours(member / "final"))
+    if finals:
+        raise ConvertError(f"{path}: holds several checkpoints; name one, e.g. {finals[-1]}")
+    if any(map(is_ours, path.absolute().parents[:2])):  # params/, or a folder inside it
+        raise ConvertError(f"{path}: is the inside of a checkpoint; name the folder around params")
+    return path
+
+
+HERE = "name what a stage left, RUN/checkpoints/STAGE/final"
+
+
+def open_checkpoint(
+    path: Path, model_file: Path | None = None, options: Options = Options("keep")
+) -> Checkpoint:
+    """Parameters of a checkpoint of ours, or of a source as an import with `options` sees it.
+
+    A checkpoint of ours without model.yaml, which is what stages leave, gets its settings from
+    `model_file`, else from the run directory that it lies in.
+
+    Raises:
+        ConvertError: damaged, or not recognised; no such model file, or nothing in it.
+    """
+    path = find_checkpoint(path)
+    if not is_ours(path):
+        return _source(path, options, "source")
+    found = _ours(path, model_file)
+    return found if found.config else replace(found, config=_config_of_run(found))
 
 
 def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
@@ -84,14 +151,15 @@ def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
     Raises:
         ConvertError: as `open_checkpoint`.
     """
-    known = [_ours(path, None) if is_ours(path) else None for path in (a, b)]
+    pair = (find_checkpoint(a), find_checkpoint(b))
+    known = [_ours(path, None) if is_ours(path) else None for path in pair]
     options, dtype = Options("keep"), "source"
     for found in known:
         if found is not None and "options" in found.manifest:
             options = Options(**found.manifest["options"])
             dtype = found.manifest["asked_dtype"]
     left, right = (
-        found or _source(path, options, dtype) for found, path in zip(known, (a, b), strict=True)
+        found or _source(path, options, dtype) for found, path in zip(known, pair, strict=True)
     )
     return left, right
 
@@ -102,10 +170,12 @@ def _ours(path: Path, model_file: Path | None) -> Checkpoint:
         verify(path)
         manifest = read_manifest(path)
         arrays = {name: open_array(path, name) for name in sorted(manifest["shapes"])}
+        file = model_file or path / MODEL_FILE
+        config = read_settings(file) if model_file or file.is_file() else {}
     except CheckpointError as error:
         raise ConvertError(str(error)) from error
-    file = model_file or path / MODEL_FILE
-    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if model_file:
+        _check_settings(model_file, config)
     params = {}
     for name, array in arrays.items():
         shape = tuple(manifest["shapes"][name])
@@ -114,7 +184,74 @@ def _ours(path: Path, model_file: Path | None) -> Checkpoint:
                 f"{path}: {name!r} has shape {array.shape}, the manifest says {shape}"
             )
         params[name] = Parameter(shape, array.dtype.name, partial(read_part, array))
-    return Checkpoint(path, params, config.get("model", config), manifest)
+    return Checkpoint(path, params, config, manifest, dict(_beside(path)))
+
+
+def _beside(path: Path) -> Iterator[tuple[str, Path]]:
+    """Tokenizer and processor settings, and whatever else lies beside the parameters."""
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.name not in OURS and not file.name.endswith(WEIGHTS):
+            yield file.name, file
+
+
+def _check_settings(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ConvertError where a value makes no sense; a model's parts may be missing."""
+    try:
+        ModelConfig.model_validate(config)
+    except ValidationError as error:
+        wrong = [one for one in error.errors() if one["type"] != "missing"]
+        if wrong:
+            where = ".".join(map(str, wrong[0]["loc"]))
+            raise ConvertError(f"{file}: {where}: {wrong[0]['msg']}") from error
+
+
+# ------------------------------------------------------------------------------- run directories
+
+
+def _run(file: Path) -> Mapping[str, Any]:
+    """Model and stages of a run's config.yaml.
+
+    Nothing else is read: runs of other versions have other settings elsewhere.
+    """
+    try:
+        run = parse(file.read_text(), str(file))
+        named = all(isinstance(stage["name"], str) for stage in run["stages"])
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConvertError(f"{file}: cannot be read: {error}; {HERE}") from error
+    except (KeyError, TypeError):
+        named = False
+    if not named or not isinstance(run.get("model"), dict):
+        raise ConvertError(f"{file}: lacks a run's `model` and `stages`; {HERE}")
+    return run
+
+
+def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Model settings of what a stage left, from the run directory it lies in; {} elsewhere."""
+    name = checkpoint.manifest.get("stage")
+    file = checkpoint.path.parent.parent.parent / RUN_FILE  # RUN/checkpoints/STAGE/final
+    if name is None or not file.is_file():
+        return {}
+    run = _run(file)
+    stage = next((stage for stage in run["stages"] if stage["name"] == name), None)
+    if stage is None:
+        raise ConvertError(f"{file}: has no stage {name!r}, which {checkpoint.path} is of")
+    try:
+        model = ModelConfig.model_validate(run["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("model", *first["loc"])))
+        raise ConvertError(f"{file}: {where}: {first['msg']}") from error
+    shapes = {path: param.shape for path, param in checkpoint.params.items()}
+    moe_layers = tuple(checkpoint.manifest["moe_layers"])
+    found = Source(
+        name, shapes, lambda path, index: checkpoint.params[path].read(index), moe_layers
+    )
+    config = model.with_experts(found.modules()).model_dump(mode="json", exclude_none=True)
+    adapters = any(path.endswith("/lora_a") for path in shapes)
+    return config | ({"lora": stage["lora"]} if adapters else {})
+
+
+# ---------------------------------------------------------------------------------- PyTorch folders
 
 
 def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
@@ -137,4 +274,5 @@ def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
         name: Parameter(t.shape, t.dtype, reader(t)) for name, t in resolution.targets.items()
     }
     parents = {source.role: str(source.path) for source in sources}
-    return Checkpoint(path, params, plan.config, {"family": plan.family, "parents": parents})
+    manifest = {"family": plan.family, "parents": parents}
+    return Checkpoint(path, params, plan.config, manifest, plan.files)

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from unimoe_jax.data.tally import BadSample, Event
 
 log = logging.getLogger("unimoe_jax.data")
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 256
 """Records handed to a thread at a time."""
 
@@ -51,8 +52,8 @@ class Index:
 def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4) -> Index:
     """The index of a source, from `cache` (a folder) if it is there, else measured and stored."""
     path = Path(cache) / f"index-{_key(reader)}.npz" if cache else None
-    if path and path.is_file():
-        index = _read(path, reader)
+    index = _read(path, reader) if path and path.is_file() else None
+    if index:
         numbers = np.flatnonzero(~index.good)
         index.events = [event for event in index.events if event.kind != "bad"]
     else:
@@ -138,8 +139,30 @@ def _write(path: Path, index: Index) -> None:
     partial.replace(path)
 
 
-def _read(path: Path, reader: SampleReader) -> Index:
-    with np.load(path, allow_pickle=False) as file:
-        events = [Event(**event) for event in json.loads(file["events"].tobytes())]
-        arrays = [file[name] for name in ("good", "tokens", "labels", "entries")]
+def _read(path: Path, reader: SampleReader) -> Index | None:
+    """The stored index; None, with a line in the log, if the file is damaged."""
+    try:
+        # Opened here, because numpy leaves a file open that is no archive.
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
+            events = [Event(**event) for event in json.loads(file["events"].tobytes())]
+            arrays = [file[name] for name in ("good", "tokens", "labels", "entries")]
+        count = len(reader)
+        if [array.shape for array in arrays] != [(count,)] * 3 + [(count, len(POOLS))]:
+            raise ValueError("it is of other records")
+    except Exception as error:  # whatever a cut or overwritten archive provokes in its readers
+        log.warning(
+            "%s: damaged (%s: %s); source %s is measured again",
+            *(path, type(error).__name__, error, reader.records.name),
+        )
+        return None
     return Index(*arrays, events, reader.records.file.digest)
+
+
+def none_usable(readers: Sequence[SampleReader], indices: Sequence[Index]) -> str:
+    """What to say when no source of a mixture has a good record: the first fault of each."""
+    parts = []
+    for reader, index in zip(readers, indices, strict=True):
+        first = next(event for event in index.events if event.kind == "bad")
+        fault = f"{first.where}: {first.message}"
+        parts.append(f"{first.source}, {len(reader)} bad record(s), the first {fault}")
+    return f"no usable sample in {'; '.join(parts)}"

@@ -22,6 +22,9 @@ from unimoe_jax.data.tally import BadSample
 SAMPLE_RATE = 16000
 MIN_SAMPLES = 400
 """One analysis window of 25 ms; shorter sound is rejected."""
+LOUDEST = 2.0**31
+"""Integers of 32 bits that nobody scaled to [-1, 1] still pass. No sound is louder, and from about
+1e11 on the power of a frame overflows float32: BEATs' features would be infinite or NaN."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 CONTAINER_OPTIONS = {
@@ -182,7 +185,7 @@ def load_waveform(path: str) -> np.ndarray:
     """Mono float32 [samples] at 16 kHz; the sound track of a video file too.
 
     Channels are averaged, other rates resampled by soxr HQ to ceil(n * 16000 / rate) samples.
-    Raises `BadSample`: missing_file, unreadable_audio, empty_audio, nan_audio.
+    Raises `BadSample`: missing_file, unreadable_audio, empty_audio, nan_audio, loud_audio.
     """
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -190,8 +193,13 @@ def load_waveform(path: str) -> np.ndarray:
         if not Path(path).is_file():
             raise BadSample("missing_file", f"no such file: {path}") from error
         wave, rate = _decode_sound(path)
-    if not np.isfinite(wave).all():
+    peak = max(wave.max(initial=0), -wave.min(initial=0))  # NaN if any sample is
+    if not np.isfinite(peak):
         raise BadSample("nan_audio", f"{path}: not all samples are finite")
+    if peak > LOUDEST:
+        raise BadSample(
+            "loud_audio", f"{path}: samples reach {peak:.1e}; sound lies between -1 and 1"
+        )
     mono = wave.mean(axis=1, dtype=np.float32)
     length = resampled_length(len(mono), rate)
     if length < MIN_SAMPLES:

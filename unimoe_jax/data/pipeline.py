@@ -14,7 +14,7 @@ import numpy as np
 
 from unimoe_jax.config import DataConfig, LoaderConfig, MediaName, ModelConfig
 from unimoe_jax.data.batch import POOLS, Batch, Signature, batch_spec
-from unimoe_jax.data.index import Index, build_index
+from unimoe_jax.data.index import Index, build_index, none_usable
 from unimoe_jax.data.media import ImageLimits
 from unimoe_jax.data.plan import Plan, Samples
 from unimoe_jax.data.processors import Processors
@@ -151,6 +151,8 @@ class Pipeline:
         self.tally = Tally(total, loader.max_bad_share, loader.strict)
         self.tally.add([event for index in self.indices for event in index.events])
         samples = _good_samples(self.names, self.indices, tuple(mixture.values()))
+        if not len(samples):
+            raise ValueError(none_usable(self.readers, self.indices))
         if any(reader.blank is not None for reader in self.readers):
             samples.entries[~samples.entries.any(axis=1), POOLS.index("image")] = 1
         self.plan = Plan(samples, loader, seed, shards, shuffle)

@@ -23,6 +23,7 @@ from unimoe_jax.data.tally import BadSample
 
 Role = Literal["human", "gpt"]
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "voice": "<audio>"}
+FORM = "expected a JSON list, or one JSON object per line, of records with `conversations`"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Record:
 class RecordFile:
     """Random access to the records of a JSON list or JSON-lines file, by byte range.
 
-    Only offsets and line numbers are held. Raises ValueError, naming file and line, where a JSON
-    list breaks off; a broken line of a JSON-lines file is reported by `read` for that record only.
+    Only offsets and line numbers are held. Raises ValueError, naming file and line, if there is no
+    record, where a JSON list breaks off or does not end the file, and for an object of several
+    lines; a broken line of a JSON-lines file is reported by `read` for that record only.
     """
 
     def __init__(self, path: str | Path):
@@ -65,6 +67,9 @@ class RecordFile:
             spans = list(_list_spans(data, self.path))
         else:
             spans = list(_line_spans(data))
+            _check_one_line(data, spans, self.path)
+        if not spans:
+            raise ValueError(f"{self.path}: no record in it; {FORM}")
         table = np.array(spans, np.int64).reshape(-1, 3)
         self.starts, self.ends, self.lines = table.T.copy()
 
@@ -82,7 +87,7 @@ class RecordFile:
             text = file.read(end - start)
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("malformed_json", f"not JSON: {error}") from error
         if not isinstance(value, dict):
             raise BadSample("malformed_json", f"a record must be an object, not {value!r:.40}")
@@ -95,6 +100,27 @@ def _line_spans(data: bytes):
         if line.strip():
             yield start, start + len(line), number
         start += len(line)
+
+
+def _check_one_line(data: bytes, spans: list[tuple[int, int, int]], path: str) -> None:
+    """Refuse an object written over several lines, each of which would count as a broken record."""
+    if not spans:
+        return
+    start, end, line = spans[0]
+    try:
+        json.loads(data[start:end])
+        return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        text = data[start:].decode("utf-8-sig").lstrip()
+        _, stop = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return  # a broken record, as any line may be
+    last = line + text.count("\n", 0, stop)
+    if last == line:
+        return
+    raise ValueError(f"{path}: one JSON object over lines {line} to {last}; {FORM}")
 
 
 def _list_spans(data: bytes, path: str):
@@ -116,24 +142,30 @@ def _list_spans(data: bytes, path: str):
         done = to
 
     at = gap.match(text, text.index("[") + 1).end()
-    if text[at : at + 1] == "]":
-        return
-    while True:
+    empty = text[at : at + 1] == "]"
+    while not empty:
         advance(at)
         start, first_line = offset, line
         try:
             _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             line_number = text.count("\n", 0, getattr(error, "pos", at)) + 1
             raise ValueError(f"{path}:{line_number}: broken JSON list: {error}") from error
         advance(end)
         yield start, offset, first_line
         at = gap.match(text, end).end()
         if text[at : at + 1] == "]":
-            return
+            break
         if text[at : at + 1] != ",":
             raise ValueError(f"{path}:{line}: expected `,` or `]` after a record")
         at = gap.match(text, at + 1).end()
+    rest = gap.match(text, at + 1).end()
+    if rest < len(text):
+        advance(rest)
+        raise ValueError(
+            f"{path}:{line}: text after the list's closing `]`, from byte {offset} on: "
+            f"{text[rest : rest + 40]!r}; a file holds one list: put all records into it"
+        )
 
 
 class RecordReader:
@@ -166,7 +198,7 @@ class RecordReader:
     def record(self, number: int) -> Record:
         """The validated record `number`; raises `BadSample`."""
         content = self.file.read(number)
-        turns = _turns(content.get("conversations"))
+        turns = _turns(content)
         media = {PLACEHOLDERS[key]: self._files(key, content) for key in PLACEHOLDERS}
         media = {placeholder: files for placeholder, files in media.items() if files}
         _check_counts(turns, media)
@@ -177,6 +209,8 @@ class RecordReader:
         groups = _path_groups(key, content.get(key))
         if not groups:
             return ()
+        for path in (path for group in groups for path in group):
+            _check_unicode(path, key)
         modalities = [key] * len(groups)
         if key == "voice":
             modalities = self._voices(content.get("voice_modality"), len(groups))
@@ -232,9 +266,27 @@ def _path_groups(key: str, value) -> list[tuple[str, ...]]:
     raise BadSample("malformed_record", f"{key}: expected a path or a list of paths: {value!r:.80}")
 
 
-def _turns(conversations) -> tuple[Turn, ...]:
+def _check_unicode(text: str, what: str) -> None:
+    """JSON may hold half of a surrogate pair, which is no character: no tokenizer and no file
+    system can take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(
+            "lone_surrogate",
+            f"{what}: {text[error.start]!a} at character {error.start} is half of a pair",
+        ) from error
+
+
+def _turns(content: dict) -> tuple[Turn, ...]:
+    conversations = content.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise BadSample("malformed_record", "`conversations` is missing or empty")
+        keys = ", ".join(map(ascii, content)) or "nothing"
+        problem = "`conversations` is missing or empty"
+        if "conversations" not in content:
+            wraps = any(isinstance(value, list) for value in content.values())
+            problem = f"no `conversations`, only {keys:.80}{f'; {FORM}' if wraps else ''}"
+        raise BadSample("malformed_record", problem)
     turns = []
     for number, turn in enumerate(conversations):
         known = isinstance(turn, dict) and turn.get("from") in ("human", "gpt")
@@ -243,6 +295,7 @@ def _turns(conversations) -> tuple[Turn, ...]:
                 "malformed_record",
                 f"conversations[{number}] needs `from` (human or gpt) and a string `value`",
             )
+        _check_unicode(turn["value"], f"conversations[{number}]")
         if turns or turn["from"] == "human":  # leading turns of the assistant are dropped
             turns.append(Turn(turn["from"], turn["value"]))
     for number, turn in enumerate(turns):

@@ -59,7 +59,8 @@ class SampleReader:
 
     def event(self, number: int, kind: str, reason: str, message: str) -> Event:
         records = self.records
-        return Event(kind, records.name, records.file.path, records.line(number), reason, message)
+        place = (number + 1, records.line(number))
+        return Event(kind, records.name, records.file.path, *place, reason, message)
 
     def measure(self, number: int) -> tuple[Size, list[Event]]:
         """Size of a sample from text and media headers; an upper bound of what `load` gives.

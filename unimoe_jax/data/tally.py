@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,14 +40,24 @@ class TooManyBadSamples(RuntimeError):
 
 @dataclass(frozen=True)
 class Event:
-    """One thing worth counting. `kind` "bad" skips the sample; the others changed it."""
+    """One thing worth counting. `kind` "bad" skips the sample; the others changed it.
+
+    record: its place in the file, from 1; line: where it begins, which many records of a JSON list
+    may have in common.
+    """
 
     kind: Literal["bad", "truncated", "capped"]
     source: str
     file: str
+    record: int
     line: int
     reason: str
     message: str
+
+    @property
+    def where(self) -> str:
+        """File, line and record, as messages begin."""
+        return f"{self.file}:{self.line}: record {self.record}"
 
 
 def pack_events(events: list[Event], loaded: int) -> np.ndarray:
@@ -74,7 +84,7 @@ class Tally:
     strict: bool = False
     loaded: int = 0
     counts: Counter = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
+    examples: dict[tuple[str, str], str] = field(default_factory=dict)
     _met: set = field(default_factory=set)
     _bad_loads: int = 0
 
@@ -86,20 +96,20 @@ class Tally:
         """
         self.loaded += loaded
         for event in events:
-            key = (event.source, event.file, event.line, event.kind, event.reason)
+            key = (event.source, event.file, event.record, event.kind, event.reason)
             if key in self._met:
                 continue
             self._met.add(key)
             self.counts[event.kind, event.reason] += 1
-            where = f"{event.file}:{event.line}"
-            self.examples.setdefault(event.reason, f"{where}: {event.message}")
+            told = f"{event.where}: {event.message}"
+            self.examples.setdefault((event.kind, event.reason), told)
             level = logging.WARNING if event.kind == "bad" else logging.INFO
             teller = log if loaded else index_log
-            teller.log(level, "%s: %s (%s: %s)", where, event.message, event.kind, event.reason)
+            teller.log(level, "%s (%s: %s)", told, event.kind, event.reason)
             if event.kind == "bad":
                 self._bad_loads += loaded > 0
                 if self.strict:
-                    raise TooManyBadSamples(f"{where}: {event.message} ({event.reason}; strict)")
+                    raise TooManyBadSamples(f"{told} ({event.reason}; strict)")
         self._check(self.bad, self.total, "of the data set")
         seen = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
         self._check(self._bad_loads, seen, "loaded")
@@ -124,11 +134,18 @@ class Tally:
             if a_kind == kind and reason in (None, a_reason)
         )
 
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json: {"total": samples of the data set, kind: {reason: samples}}."""
+        found: dict[str, Any] = {"total": self.total}
+        for (kind, reason), number in sorted(self.counts.items()):
+            found.setdefault(kind, {})[reason] = number
+        return found
+
     def table(self) -> str:
         """One line per kind and reason: how often, and the first case."""
         if not self.counts:
             return "no bad, truncated or capped samples"
         lines = [f"{'kind':<10} {'reason':<18} {'samples':>8}  first case"]
         for (kind, reason), number in sorted(self.counts.items()):
-            lines.append(f"{kind:<10} {reason:<18} {number:>8}  {self.examples[reason]}")
+            lines.append(f"{kind:<10} {reason:<18} {number:>8}  {self.examples[kind, reason]}")
         return "\n".join(lines)

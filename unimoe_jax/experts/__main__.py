@@ -7,9 +7,9 @@
     python -m unimoe_jax.experts list     DIR
 
 Checkpoints are those of this package: an import, what a stage of a run left (`checkpoints/STAGE/
-final`), or what this program wrote; to be read, also PyTorch folders that `unimoe_jax.convert
-import` takes. Adapters are merged. What is written appears complete or not at all, with a manifest
-of parents and hashes. Exit codes: 0 done, 2 bad input.
+final`; a run directory: its last whole stage), or what this program wrote; to be read, also PyTorch
+folders, as `unimoe_jax.convert import` takes them. Adapters are merged. What is written appears
+complete or not at all, with a manifest of parents and hashes. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from unimoe_jax.checkpoint import CheckpointError
 from unimoe_jax.config import MODULES, ModuleName, MoEConfig, RouterConfig
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.convert.opening import find_checkpoint
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.experts.listing import listing
 from unimoe_jax.experts.making import fewer_experts, one_expert, place_experts
@@ -32,7 +33,7 @@ from unimoe_jax.experts.opened import Opened, open_experts
 from unimoe_jax.experts.writing import write
 from unimoe_jax.params import ParamError
 
-BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError)
+BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,7 +167,7 @@ def _assemble(given: argparse.Namespace, base: Opened) -> None:
             raise ConvertError(f"--expert {text}: write NAME=DIR")
         if name not in named:
             named[name] = open_experts(name, Path(path))
-        if named[name].checkpoint.path != Path(path).absolute():
+        if named[name].checkpoint.path.absolute() != find_checkpoint(Path(path)).absolute():
             raise ConvertError(f"--expert {text}: {name} is {named[name].checkpoint.path} already")
         experts.append(named[name])
     moe = moe_settings(given.modules or ["decoder"], given, len(experts))

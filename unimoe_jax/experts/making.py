@@ -44,9 +44,11 @@ def place_experts(
     sparse upcycling.
 
     Raises:
-        ConvertError: the base has experts there, or no such layers; ParamError: an expert's
-            checkpoint lacks a layer.
+        ConvertError: the base has experts there, or no such layers, or the seed is negative;
+            ParamError: an expert's checkpoint lacks a layer.
     """
+    if seed < 0:
+        raise ConvertError(f"--seed {seed}: allowed: 0 or more")
     kinds = _kinds(base, moe)
     content: Content = {}
     for member in base.members:

@@ -15,12 +15,16 @@ from unimoe_jax import lora
 from unimoe_jax.checkpoint import SUMS
 from unimoe_jax.config import LoRARule, ModelConfig, ModuleName
 from unimoe_jax.convert.family import recognise, source_files
-from unimoe_jax.convert.importing import MODEL_FILE
-from unimoe_jax.convert.opening import Checkpoint, Parameter, is_ours, open_checkpoint
+from unimoe_jax.convert.opening import (
+    Checkpoint,
+    Parameter,
+    is_ours,
+    no_settings,
+    open_checkpoint,
+)
+from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, sha256
 from unimoe_jax.upcycle import Member, Source, members
-
-RUN_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,15 @@ class Opened:
 def open_experts(name: str, path: Path, model_file: Path | None = None) -> Opened:
     """A checkpoint of this package, whole or a part, or PyTorch folders that an import takes.
 
-    Adapters are merged as they are read.
+    Adapters are merged as they are read; PyTorch folders are what `import` makes of them.
 
     Raises:
         ConvertError: not there, damaged or not recognised; ParamError: adapters without a rule.
     """
     if not path.is_dir():
         raise ConvertError(f"{path}: no such folder; give a checkpoint")
-    checkpoint = open_checkpoint(path, model_file)
-    config = dict(checkpoint.config) or _config_of_run(checkpoint)
+    checkpoint = open_checkpoint(path, model_file, Options())
+    config = dict(checkpoint.config)
     if is_ours(checkpoint.path):
         moe_layers = tuple(checkpoint.manifest["moe_layers"])
     else:
@@ -143,28 +147,6 @@ def _merged(params: Mapping[str, Parameter], module: str, rules: Sequence[LoRARu
     return replace(params[paths[0]], read=read)
 
 
-def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Model settings of what a stage left, from the run directory it lies in; {} elsewhere."""
-    name = checkpoint.manifest.get("stage")
-    file = checkpoint.path.parents[2] / RUN_FILE  # RUN/checkpoints/STAGE/final
-    if name is None or not file.is_file():
-        return {}
-    # Only what concerns the model is read: runs of other versions have other settings elsewhere.
-    run = yaml.safe_load(file.read_text())
-    stage = next((stage for stage in run["stages"] if stage["name"] == name), None)
-    if stage is None:
-        raise ConvertError(f"{file}: has no stage {name!r}, which {checkpoint.path} is of")
-    model = ModelConfig.model_validate(run["model"])
-    shapes = {path: param.shape for path, param in checkpoint.params.items()}
-    moe_layers = tuple(checkpoint.manifest["moe_layers"])
-    found = Source(
-        name, shapes, lambda path, index: checkpoint.params[path].read(index), moe_layers
-    )
-    config = model.with_experts(found.modules()).model_dump(mode="json", exclude_defaults=True)
-    adapters = any(path.endswith("/lora_a") for path in shapes)
-    return config | ({"lora": stage["lora"]} if adapters else {})
-
-
 def model_text(config: Mapping[str, Any], where: str) -> str:
     """The content of model.yaml, checked where it is a whole model.
 
@@ -172,10 +154,7 @@ def model_text(config: Mapping[str, Any], where: str) -> str:
         ConvertError: there are no settings; pydantic's ValidationError: they do not fit.
     """
     if not config:
-        raise ConvertError(
-            f"{where}: no {MODEL_FILE} and not in a run directory; name the model's settings with "
-            "--model FILE (a model.yaml)"
-        )
+        raise ConvertError(no_settings(where))
     if "decoder" in config:
         ModelConfig.model_validate(config)
     return yaml.safe_dump({"model": dict(config)}, sort_keys=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from unimoe_jax.checkpoint import MANIFEST, SUMS
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint
@@ -97,8 +96,8 @@ def _finish(
     folder: Path,
 ) -> dict[str, Any]:
     (folder / MODEL_FILE).write_text(text)
-    if base.checkpoint.path.is_dir():
-        _copy_side_files(base.checkpoint.path, folder)
+    for name, path in base.checkpoint.files.items():
+        shutil.copyfile(path, folder / name)
     every = {source.name: source for source in (base, *sources)}
     return {
         "family": base.checkpoint.manifest.get("family", ""),
@@ -112,15 +111,6 @@ def _finish(
         "dtypes": {path: leaf.dtype.name for path, leaf in leaves.items()},
         "trained": [],
     }
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer and processor settings beside the base's parameters."""
-    ours = {MANIFEST, SUMS, MODEL_FILE}
-    weights = (".safetensors", ".bin", ".pt", ".index.json")
-    for path in source.iterdir():
-        if path.is_file() and path.name not in ours and not path.name.endswith(weights):
-            shutil.copyfile(path, folder / path.name)
 
 
 def table(made: Made) -> Iterator[str]:

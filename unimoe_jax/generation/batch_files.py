@@ -1,7 +1,7 @@
 """A file of questions -> a file of answers: order kept, resumable, one bad question harms no other.
 
 Both are JSON lines. A question is what `request_of` reads; an answer line repeats the question's
-`id` (its line number where it has none) and holds `text`, or `error`.
+`id` (its line number where it has none that can be written) and holds `text`, or `error`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,22 @@ class Question:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:
-        """Raises GenerationError where it is no JSON object."""
+        """Raises GenerationError where it is no JSON object, or its id cannot be written."""
         try:
             content = json.loads(self.text)
+        except RecursionError as error:
+            raise GenerationError("not a question: nested too deeply") from error
         except ValueError as error:
             raise GenerationError(f"not JSON: {error}") from error
         if not isinstance(content, dict):
             raise GenerationError(f"expected an object, got {self.text:.40}")
+        for key in ("id", "question_id"):
+            try:
+                _json_line(content.get(key))
+            except (ValueError, RecursionError) as error:
+                raise GenerationError(
+                    f"{key} = {content[key]!r:.60} cannot be written as JSON in UTF-8"
+                ) from error
         return content
 
     def name(self) -> Any:
@@ -56,54 +65,85 @@ def answer_file(
     sampling: Sampling,
     batch_size: int,
     progress: TextIO = sys.stderr,
+    checksums: str = "",
 ) -> tuple[int, int]:
     """(answered, failed) of the questions that `answers` did not hold yet.
 
+    checksums: of the model's files; they tell models apart.
+
     Raises:
-        GenerationError: a file that cannot be read or written, or answers to other questions.
+        GenerationError: a file that cannot be read or written, or answers that were made otherwise.
     """
     todo = _read(questions)
-    done = _resume(answers, todo)
+    settings = _settings(model, sampling, checksums)
+    done = _resume(answers, todo, settings)
     bar = Progress(len(todo), done, progress)
-    prepared: list[Prepared] = []
-    numbers: list[int] = []
+    ready: dict[int, Prepared] = {}
     lines: dict[int, dict[str, Any]] = {}
     for number in range(done, len(todo)):
         try:
-            request = request_of(todo[number].content(), questions.parent, sampling)
-            prepared.append(model.prepare(request))
-            numbers.append(number)
+            ready[number] = _prepare(model, todo[number], questions.parent, sampling)
         except GenerationError as error:
-            lines[number] = _line(todo[number], error)
-    answered, following = 0, done
+            lines[number] = _line(todo[number], settings, error)
+    numbers, answered, following = list(ready), 0, done
     try:
         with answers.open("a", encoding="utf-8") as file:
 
             def flush() -> None:
                 nonlocal following
                 while following in lines:
-                    file.write(json.dumps(lines.pop(following), ensure_ascii=False) + "\n")
+                    file.write(_json_line(lines.pop(following)))
                     following += 1
                 file.flush()
 
             flush()
-            for at, answer in model.answers(prepared, batch_size):
-                lines[numbers[at]] = _line(todo[numbers[at]], answer, prepared[at].sampling)
-                answered += isinstance(answer, Answer)
+            for at, answer in model.answers(ready.values(), batch_size):
+                number, good = numbers[at], isinstance(answer, Answer)
+                lines[number] = _line(todo[number], settings, answer, ready[number].sampling)
+                answered += good
                 flush()
-                bar.show(following, len(answer.tokens) if isinstance(answer, Answer) else 0)
+                bar.show(following, len(answer.tokens) if good else 0)
     except OSError as error:
         raise GenerationError(f"{answers}: cannot be written: {error.strerror}") from error
     bar.close()
     return answered, len(todo) - done - answered
 
 
+def _prepare(model: Model, question: Question, root: Path, defaults: Sampling) -> Prepared:
+    return model.prepare(request_of(question.content(), root, defaults))
+
+
+def _settings(model: Model, sampling: Sampling, checksums: str) -> str:
+    """A digest of what, beside the question, decides its answer: model, template, precision and
+    the sampling that a question does not set itself."""
+    decisive = {
+        "checksums": checksums,
+        "config": model.config.model_dump(mode="json"),
+        "template": model.template,
+        "precision": str(model.engine.decoder.dtype),
+        "eos": model.engine.eos,
+        "sampling": asdict(sampling.over(model.defaults).checked()),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _json_line(content: Any) -> str:
+    """Raises ValueError or RecursionError where it is not JSON in UTF-8."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text + "\n"
+
+
 def _line(
-    question: Question, answer: Answer | GenerationError, sampling: Sampling | None = None
+    question: Question,
+    settings: str,
+    answer: Answer | GenerationError,
+    sampling: Sampling | None = None,
 ) -> dict[str, Any]:
-    line = {"id": question.name(), "question": question.digest}
+    line = {"id": question.name(), "question": question.digest, "settings": settings}
     if isinstance(answer, GenerationError):
-        return line | {"error": str(answer)}
+        # The names of files may hold what is not Unicode.
+        return line | {"error": str(answer).encode(errors="backslashreplace").decode()}
     return line | {
         "text": answer.text,
         "stop": answer.stop,
@@ -115,13 +155,20 @@ def _line(
 
 def _read(path: Path) -> list[Question]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"{path}: cannot be read: {error}") from error
+        data = path.read_bytes()
+        # Not `splitlines`: a JSON string may hold other line separators of Unicode.
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except OSError as error:
+        raise GenerationError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise GenerationError(
+            f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
     return [Question(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _resume(path: Path, questions: list[Question]) -> int:
+def _resume(path: Path, questions: list[Question], settings: str) -> int:
     """How many questions are answered; a last line that broke off is cut away."""
     if not path.exists():
         return 0
@@ -129,8 +176,9 @@ def _resume(path: Path, questions: list[Question]) -> int:
     whole = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(whole.splitlines()):
         try:
-            digest = json.loads(line)["question"]
-        except (ValueError, KeyError, TypeError) as error:
+            answer = json.loads(line)
+            digest = answer["question"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise GenerationError(
                 f"{path}:{number + 1}: not an answer written by this program; choose another "
                 "--output"
@@ -139,6 +187,11 @@ def _resume(path: Path, questions: list[Question]) -> int:
             raise GenerationError(
                 f"{path}:{number + 1}: answers another question than the input has there; choose "
                 "another --output"
+            )
+        if answer.get("settings") != settings:
+            raise GenerationError(
+                f"{path}:{number + 1}: answered with another model or with other settings "
+                "(sampling, template, precision); give those again, or choose another --output"
             )
     if len(whole) < len(data):
         path.write_bytes(whole)

@@ -10,6 +10,7 @@ from unimoe_jax.config import MEDIA
 from unimoe_jax.data.records import MediaFile
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.model import Model
+from unimoe_jax.generation.prompt import unanswered_tags
 from unimoe_jax.generation.request import Media, Message, Request, Sampling, ask
 
 HELP = (
@@ -48,10 +49,15 @@ class Chat:
         Raises:
             GenerationError: the question cannot be answered; the history is as before.
         """
-        turn = Message("user", text, tuple(self.attached))
-        answer = yield from self.model.stream(Request((*self.history, turn), self.sampling))
-        self.history += [turn, Message("assistant", answer.text)]
+        request = self.request(text)
+        answer = yield from self.model.stream(request)
+        self.history = [*request.messages, Message("assistant", answer.text)]
         self.attached = []
+
+    def request(self, text: str) -> Request:
+        """The conversation with `text` and the attached files as its next turn."""
+        turn = Message("user", text, tuple(self.attached))
+        return Request((*self.history, turn), self.sampling)
 
 
 def run_chat(chat: Chat, lines: Iterable[str] = sys.stdin, out: TextIO = sys.stdout) -> None:
@@ -85,6 +91,8 @@ def _turn(chat: Chat, text: str, out: TextIO) -> None:
     elif command[:1] == "/" and "/" not in command[1:]:
         raise GenerationError(f"unknown command {command}; {HELP}")
     elif text or chat.attached:
+        if note := unanswered_tags(chat.request(text)):
+            print(f"note: {note}", file=sys.stderr)
         for piece in chat.ask(text):
             print(piece, end="", file=out, flush=True)
         print(file=out)

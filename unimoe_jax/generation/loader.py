@@ -11,11 +11,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from unimoe_jax import config_io, lora
-from unimoe_jax.checkpoint import MANIFEST, load_final, read_manifest
+from unimoe_jax.checkpoint import (
+    MANIFEST,
+    check_files,
+    load_final,
+    read_manifest,
+    read_settings,
+)
 from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tokenizer import Tokenizer
@@ -151,7 +156,7 @@ def find(path: Path, template: str | None) -> Found:
         )
     if (path / MODEL_FILE).is_file():
         return _of_import(path, template)
-    run_file = path.absolute().parents[2] / "config.yaml"
+    run_file = path.absolute().parent.parent.parent / "config.yaml"
     if not run_file.is_file():
         raise GenerationError(
             f"{path}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
@@ -194,10 +199,10 @@ def _of_run(run: RunConfig, stage: StageConfig, folder: Path, template: str | No
 
 
 def _of_import(folder: Path, template: str | None) -> Found:
+    check_files(folder)  # before any of them is parsed
+    manifest = read_manifest(folder)
     try:
-        manifest = read_manifest(folder)
-        content = yaml.safe_load((folder / MODEL_FILE).read_text())
-        config = ModelConfig.model_validate(content.get("model", content))
+        config = ModelConfig.model_validate(read_settings(folder / MODEL_FILE))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -211,13 +216,22 @@ def _of_import(folder: Path, template: str | None) -> Found:
         raise GenerationError(
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except FileNotFoundError as error:
-        raise GenerationError(f"{folder}: {error}; copy tokenizer.model there") from error
+    tokenizer = _tokenizer(folder)
     side = folder / GENERATION_FILE
     generation = _json(side) if side.is_file() else {}
     return Found(folder, config, tokenizer, template or known, generation)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError as error:
+        raise GenerationError(f"{folder}: {error}; copy tokenizer.model there") from error
+    except (RuntimeError, ValueError, AttributeError) as error:  # SentencePiece's, then JSON's
+        raise GenerationError(
+            f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}; copy "
+            "tokenizer.model and tokenizer_config.json again from the source"
+        ) from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -283,8 +297,11 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
     given, tokenizer = found.generation, found.tokenizer
     eos = given.get("eos_token_id", tokenizer.eos_id)
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(token, int) for token in eos):
-        raise GenerationError(f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}")
+    if not all(isinstance(token, int) and abs(token) < 2**31 for token in eos):
+        raise GenerationError(
+            f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}; allowed: the id of a "
+            "token, or a list of ids"
+        )
     drawn = bool(given.get("do_sample", False))
     defaults = Sampling(
         # transformers draws with temperature 1 and the best 50 unless it is told otherwise.

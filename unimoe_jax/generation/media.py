@@ -46,8 +46,8 @@ class MediaEncoder:
         Raises:
             GenerationError: it is missing, hostile or unreadable, or longer than the model hears.
         """
-        _key(file)
-        with _named():
+        with _named(file):
+            _key(file)
             entries, found = self.processors.count(file)
         if found > entries:
             raise GenerationError(
@@ -66,13 +66,15 @@ class MediaEncoder:
         Raises:
             GenerationError: as `count`, and what only decoding shows.
         """
-        keys = [_key(file) for file in files]
-        for file, key in zip(files, keys, strict=True):
-            if key not in self._remembered:
-                with _named():
-                    entries = self.processors.load(file)
+        keys = []
+        for file in files:
+            with _named(file):
+                key = _key(file)
+                entries = None if key in self._remembered else self.processors.load(file)
+            if entries:
                 self._remembered[key] = self._soft_tokens(file.modality, entries)
             self._remembered.move_to_end(key)
+            keys.append(key)
         soft = [self._remembered[key] for key in keys]
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
@@ -139,13 +141,17 @@ def _key(file: MediaFile) -> tuple:
 
 
 class _named:
-    """What the readers say about a bad file, as an error of this package."""
+    """What the system and the readers say about a bad file, as an error that names it."""
+
+    def __init__(self, file: MediaFile):
+        self.paths = file.paths
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, BadSample):
-            raise GenerationError(error.message) from error
-        if isinstance(error, OSError | ImportError):
-            raise GenerationError(str(error)) from error
+        if isinstance(error, BadSample | OSError | ImportError):
+            message = str(error)
+            if not any(path in message for path in self.paths):
+                message = f"{self.paths[0]}: {message}"
+            raise GenerationError(message) from error

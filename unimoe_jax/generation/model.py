@@ -52,8 +52,12 @@ class Model:
         """Answers, in the order of the requests.
 
         Raises:
-            GenerationError: a request that cannot be answered; nothing is decoded then.
+            GenerationError: a request that cannot be answered, or a batch of less than one; nothing
+                is decoded then.
         """
+        _check_batch_size(batch_size)
+        if isinstance(requests, str) or not isinstance(requests, Iterable):
+            raise GenerationError(f"expected a list of requests, got {requests!r:.60}; see ask")
         prepared = [self.prepare(request) for request in requests]
         answers: list[Answer | None] = [None] * len(prepared)
         for number, answer in self.answers(prepared, batch_size):
@@ -86,8 +90,12 @@ class Model:
         """Check a request without decoding media.
 
         Raises:
-            GenerationError: see `make_prompt`, `MediaEncoder.count`, `Engine.check`.
+            GenerationError: see `Request.checked`, `make_prompt`, `MediaEncoder.count`,
+                `Engine.check`.
         """
+        if not isinstance(request, Request):
+            raise GenerationError(f"expected a Request, got {request!r:.60}; see ask")
+        request.checked()
         sampling = request.sampling.over(self.defaults).checked()
         accepts = frozenset(self.config.tokens_per_medium())
         prompt = make_prompt(request, self.template, self.tokenizer, accepts)
@@ -105,7 +113,12 @@ class Model:
     def answers(
         self, prepared: Collection[Prepared], batch_size: int = BATCH
     ) -> Iterator[tuple[int, Answer | GenerationError]]:
-        """(number, answer) as they are finished; an error where only decoding a file shows it."""
+        """(number, answer) as they are finished; an error where only decoding a file shows it.
+
+        Raises:
+            GenerationError: a batch of less than one.
+        """
+        _check_batch_size(batch_size)
         self.warm_up(prepared, batch_size)
         numbers: dict[int, int] = {}
         failed: list[tuple[int, GenerationError]] = []
@@ -151,3 +164,8 @@ class Model:
             experts,
             np.stack(sequence.logits) if sequence.logits else None,
         )
+
+
+def _check_batch_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise GenerationError(f"batch_size = {size!r}; allowed: a whole number >= 1")

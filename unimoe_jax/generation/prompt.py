@@ -74,6 +74,17 @@ def make_prompt(
     return Prompt(tuple(spans))
 
 
+def unanswered_tags(request: Request) -> str | None:
+    """What to tell the user where the last question names media that nobody gave: `make_prompt`
+    reads such placeholders as text, as they may be meant so."""
+    given = {PLACEHOLDER[m.kind] for message in request.messages for m in message.media}
+    tags = [tag for tag in ORDER if tag in request.messages[-1].text and tag not in given]
+    if not tags:
+        return None
+    kinds = [" or ".join(k for k, own in PLACEHOLDER.items() if own == tag) for tag in tags]
+    return f"the prompt names {', '.join(tags)} but no {', '.join(kinds)} was given; read as text"
+
+
 def _check_turns(messages: tuple[Message, ...]) -> None:
     if not messages:
         raise GenerationError("a request needs at least one message")

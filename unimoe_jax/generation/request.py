@@ -20,6 +20,8 @@ PLACEHOLDER: dict[MediaName, str] = {
 ORDER = ("<image>", "<audio>", "<video>")
 """Where the released programs put media that the question does not place itself."""
 MAX_NEW_TOKENS, TOP_K = 1024, 50
+FLOAT32, INT32 = 3.4e38, 2**31 - 1
+"""The largest settings that the arrays of a batch can hold."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,14 @@ class Media:
     def __post_init__(self):
         if self.kind not in MEDIA:
             raise GenerationError(f"media kind {self.kind!r}; allowed: {', '.join(MEDIA)}")
+        if isinstance(self.paths, str):
+            raise GenerationError(f"{self.kind}: paths is a tuple; write ({self.paths!r},)")
         if not self.paths or (len(self.paths) > 1 and self.kind != "video"):
             raise GenerationError(f"{self.kind}: one file each, got {list(self.paths)}")
+        if "" in self.paths:
+            raise GenerationError(
+                f"{self.kind}: the file name '' is empty; give a path, or no file"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,25 @@ class Sampling:
         """
         full = self.over(Sampling(0.0, 1.0, TOP_K, 0, MAX_NEW_TOKENS))
         for name, allowed, good in (
-            ("temperature", "a finite number >= 0", _number(full.temperature) >= 0),
+            ("temperature", f"a number from 0 to {FLOAT32}", _number(full.temperature) >= 0),
             ("top_p", "a number above 0, at most 1", 0 < _number(full.top_p) <= 1),
-            ("top_k", "a whole number >= 0", _whole(full.top_k) >= 0),
+            ("top_k", "a whole number from 0 to 2^31 - 1", 0 <= _whole(full.top_k) <= INT32),
             ("seed", "a whole number from 0 to 2^32 - 1", 0 <= _whole(full.seed) < 2**32),
-            ("max_new_tokens", "a whole number >= 1", _whole(full.max_new_tokens) >= 1),
+            (
+                "max_new_tokens",
+                "a whole number from 1 to 2^31 - 1",
+                1 <= _whole(full.max_new_tokens) <= INT32,
+            ),
         ):
             if not good:
-                raise GenerationError(f"{name} = {getattr(full, name)!r}; allowed: {allowed}")
+                raise GenerationError(f"{name} = {getattr(full, name)!r:.60}; allowed: {allowed}")
         return full
 
 
 def _number(value: Any) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else math.nan
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared before it is converted: a whole number may be too large for any float.
+    return float(value) if good and abs(value) <= FLOAT32 else math.nan
 
 
 def _whole(value: Any) -> int:
@@ -100,6 +113,37 @@ class Request:
 
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
+
+    def checked(self) -> Request:
+        """Itself, of the right types and with text that can be encoded.
+
+        Raises:
+            GenerationError: the message is numbered.
+        """
+        if not isinstance(self.sampling, Sampling):
+            raise GenerationError(f"expected a Sampling, got {self.sampling!r:.60}")
+        for number, message in enumerate(self.messages):
+            if not isinstance(message, Message):
+                raise GenerationError(f"message {number}: expected a Message, got {message!r:.60}")
+            _check_text(number, message.text)
+            for medium in message.media:
+                if not isinstance(medium, Media):
+                    raise GenerationError(
+                        f"message {number}: expected Media(kind, paths), got {medium!r:.60}"
+                    )
+        return self
+
+
+def _check_text(number: int, text: Any) -> None:
+    if not isinstance(text, str):
+        raise GenerationError(f"message {number}: the text must be a string, not {text!r:.40}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"message {number}: character {error.start + 1} of the text, {text[error.start]!r}, is "
+            "not valid Unicode; write the text in UTF-8"
+        ) from error
 
 
 def ask(text: str, media: Sequence[Media] = (), sampling: Sampling = Sampling()) -> Request:
@@ -140,7 +184,7 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     a list of `{role, text, image, …}`; and any field of `Sampling`. Paths are relative to `root`.
 
     Raises:
-        GenerationError: a key or value that is not understood.
+        GenerationError: a key or value that is not understood, or keys that exclude each other.
     """
     settings = {f.name for f in fields(Sampling)}
     unknown = set(content) - {"id", "question_id", "messages", "prompt", "text", *MEDIA, *settings}
@@ -150,6 +194,12 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     sampling = given.over(defaults)
     if "messages" not in content:
         return Request((_message({"role": "user", **content}, root),), sampling)
+    outside = [key for key in ("prompt", "text", *MEDIA) if content.get(key) is not None]
+    if outside:
+        raise GenerationError(
+            f"messages and {', '.join(outside)}: give one of them; what belongs to a conversation "
+            "stands inside its messages"
+        )
     messages = content["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise GenerationError("messages: expected a list of objects")
@@ -157,6 +207,8 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
 
 
 def _message(content: Mapping[str, Any], root: Path) -> Message:
+    if "text" in content and "prompt" in content:
+        raise GenerationError("text and prompt mean the same: give one of them")
     role, text = content.get("role"), content.get("text", content.get("prompt"))
     if role not in ("user", "assistant"):
         raise GenerationError(f"role = {role!r}; allowed: user, assistant")
@@ -172,5 +224,6 @@ def _message(content: Mapping[str, Any], root: Path) -> Message:
             paths = file if kind == "video" and isinstance(file, list) else [file]
             if not paths or not all(isinstance(path, str) for path in paths):
                 raise GenerationError(f"{kind}: expected paths, got {file!r:.60}")
-            media.append(Media(kind, tuple(str(root / path) for path in paths)))
+            given = Media(kind, tuple(paths))
+            media.append(replace(given, paths=tuple(str(root / path) for path in paths)))
     return Message(role, text, tuple(media))

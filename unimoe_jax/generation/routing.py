@@ -18,6 +18,18 @@ ANSWER = "answer"
 NAMES = {number: name for name, number in MODALITY.items()}
 
 
+def routed_layers(model: Model) -> list[int]:
+    """Numbers of the decoder layers with experts.
+
+    Raises:
+        GenerationError: there are none.
+    """
+    layers = [number for number, is_moe in enumerate(model.config.decoder.moe_layers()) if is_moe]
+    if not layers:
+        raise GenerationError("this model's decoder has no experts: there is no routing to show")
+    return layers
+
+
 def routing_report(model: Model, answer: Answer) -> dict[str, Any]:
     """`layers`: decoder layers with experts. `groups`: for text and each medium of the prompt and
     for the answer, its tokens and the share [layer][expert] of their choices. `tokens`: for every
@@ -28,10 +40,7 @@ def routing_report(model: Model, answer: Answer) -> dict[str, Any]:
     Raises:
         GenerationError: the model has no experts in its decoder, or they were not traced.
     """
-    decoder = model.config.decoder
-    layers = [number for number, is_moe in enumerate(decoder.moe_layers()) if is_moe]
-    if not layers:
-        raise GenerationError("this model's decoder has no experts: there is no routing to show")
+    decoder, layers = model.config.decoder, routed_layers(model)
     if answer.expert_LTK is None:
         raise GenerationError('experts were not traced; load with trace={"experts"}')
     expert_LTK = np.asarray(answer.expert_LTK)

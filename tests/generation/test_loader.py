@@ -1,0 +1,53 @@
+"""Small files of a checkpoint that are broken: one line, and nothing is parsed before its sum."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unimoe_jax import generate
+from unimoe_jax.checkpoint import seal
+from unimoe_jax.generation.errors import GenerationError
+from unimoe_jax.generation.loader import find, generation_settings
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    """The small files alone; parameters are read after them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("params"))
+    return folder
+
+
+def said(capsys, folder: Path) -> str:
+    assert generate.main(["--model", str(folder), "--prompt", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ": [", "5", ""])
+@pytest.mark.parametrize("name", ["manifest.json", "model.yaml", "tokenizer.model"])
+def test_broken_small_files(copy, capsys, name, text):
+    (copy / name).write_text(text)
+    assert said(capsys, copy).startswith(f"error: {copy / name}: damaged")
+    if name == "tokenizer.model" or text in ("[]", "5", ""):
+        seal(copy)  # somebody sealed nonsense
+        assert said(capsys, copy).startswith(f"error: {copy}")
+
+
+def test_generation_config_may_be_edited(copy):
+    (copy / "NOTES.txt").write_text("mine")
+    given = {"do_sample": True, "temperature": 0.5}
+    (copy / "generation_config.json").write_text(json.dumps(given))
+    _, sampling, _ = generation_settings(find(copy, None))
+    assert sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize("value", ["x", None, 10**12, [2, "x"]])
+def test_end_tokens_are_ids(copy, value):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(GenerationError, match=r"eos_token_id = .*; allowed"):
+        generation_settings(find(copy, None))

@@ -1,0 +1,109 @@
+"""The loop's bookkeeping: what a resumed stage says of itself, and how waiting is counted."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from unimoe_jax.config import MeshConfig
+from unimoe_jax.data.batch import MODALITY
+from unimoe_jax.loop import StageSummary, TrainingStopped, _Log, _steps
+from unimoe_jax.sharding import make_mesh
+
+STEPS, EVERY = 12, 4
+
+
+def metrics(step: int, bad_steps: int = 0) -> dict[str, np.ndarray]:
+    numbers = dict.fromkeys(("aux", "grad_norm", "lr", "bad", "tokens"), 1.0)
+    counts = np.ones(len(MODALITY))
+    own = {"loss": 1 / step, "bad_steps": bad_steps}
+    own |= {"nll_by_modality": counts, "targets_by_modality": counts}
+    return {name: np.asarray(value) for name, value in (numbers | own).items()}
+
+
+class Rig:
+    """`_steps` over numbers instead of a model: the state is the number of steps done."""
+
+    def __init__(self, device, *, data_seconds: float = 0.0, every: int = EVERY, stop_at: int = -1):
+        self.records, self.saved = [], {}
+        self.summary = StageSummary(STEPS)
+        self.data_seconds, self.bad_from = data_seconds, STEPS + 1
+        self.state = 0
+        self.runtime = SimpleNamespace(
+            run=SimpleNamespace(checkpoint=SimpleNamespace(every=every)),
+            mesh=make_mesh(MeshConfig(), [device]),
+            stop=SimpleNamespace(agreed=lambda: self.state == stop_at),
+        )
+
+    def batches(self, start_step: int, **_):
+        for index in range(start_step, STEPS):
+            time.sleep(self.data_seconds)
+            yield index, frozenset(), {}
+
+    def step(self, state: int, frozen, batch):
+        """Counted in `self.state`, and bad from step `bad_from` on."""
+        self.state = state + 1
+        bad = max(0, self.state - self.bad_from + 1)
+        return self.state, metrics(self.state, bad)
+
+    def save(self, step: int, state: int) -> None:
+        self.saved[step] = self.summary.position({})
+
+    def run(self, done: int = 0, position: dict | None = None) -> bool:
+        self.summary.resume(position or {})
+        write = SimpleNamespace(
+            write=lambda step, values: self.records.append((step, values)),
+            update=lambda step, values: None,
+            close=lambda: None,
+        )
+        log = _Log(write, write, self.summary, 1, STEPS, imbalance=lambda step: {})
+        stage = SimpleNamespace(
+            steps=STEPS, config=SimpleNamespace(optim=SimpleNamespace(max_bad_steps=2))
+        )
+        fns, pipeline = {frozenset(): self.step}, SimpleNamespace(batches=self.batches)
+        _, ended = _steps(self.runtime, stage, pipeline, done, {}, fns, done, log, self.save)
+        return ended
+
+
+def test_a_resumed_stage_ends_with_the_losses_of_one_that_was_not_stopped(devices):
+    whole = Rig(devices[0])
+    assert whole.run()
+    assert sorted(whole.saved) == [4, 8]
+    stopped = Rig(devices[0], stop_at=6)
+    assert not stopped.run()
+    assert sorted(stopped.saved) == [4, 6]
+    for step, position in stopped.saved.items():
+        resumed = Rig(devices[0])
+        assert resumed.run(step, position)
+        assert resumed.summary == whole.summary
+        assert [step for step, _ in resumed.records] == list(range(step + 1, STEPS + 1))
+
+
+def test_seconds_are_taken_over():
+    first = StageSummary(STEPS, seconds=12.5)
+    later = StageSummary(STEPS)
+    later.resume(first.position({}))
+    assert later.seconds == 12.5
+    later.resume({})
+    assert later.seconds == 0
+
+
+def test_waiting_for_data_is_a_share_of_the_time_in_which_it_was(devices):
+    rig = Rig(devices[0], data_seconds=0.01, every=STEPS)
+    rig.run()
+    shares = [values["data_wait_share"] for _, values in rig.records]
+    assert len(shares) == STEPS
+    assert all(0 <= share <= 1 for share in shares), shares
+    # The last record comes without another batch; all others waited for most of their time.
+    assert min(shares[:-1]) > 0.5, shares
+
+
+def test_a_state_that_would_stop_training_is_not_saved(devices):
+    rig = Rig(devices[0], every=5)
+    rig.bad_from = 9  # two in a row at step 10, where it would be saved
+    with pytest.raises(TrainingStopped, match=r"step 10 .* last checkpoint is step 5"):
+        rig.run()
+    assert sorted(rig.saved) == [5]

@@ -1,0 +1,63 @@
+"""Who may write a run directory, and what `--overwrite` may remove."""
+
+from __future__ import annotations
+
+import pytest
+
+from unimoe_jax import config_io
+from unimoe_jax.run_folder import RunFolderError, claim
+
+RUN = """
+name: one
+model:
+  decoder: {vocab_size: 64, hidden_size: 16, mlp_dim: 32, num_layers: 1, num_heads: 2,
+            num_kv_heads: 1}
+data: {sources: {a: {path: a.json}}, loader: {row_length: 64, rows: 4}}
+stages:
+  - {name: s, mixture: {a: 1}, train: [{match: .*, lr: 1}], optim: {learning_rate: 1, steps: 1}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    return config_io.load(tmp_path / "run.yaml", [f"output={tmp_path / 'out'}"])
+
+
+def claimed(config, *, overwrite=False, resume=False):
+    with claim(config, overwrite=overwrite, resume=resume) as folder:
+        return folder
+
+
+def test_a_run_directory_is_written_locked_and_continued(config):
+    with claim(config, overwrite=False, resume=False) as folder:
+        assert config_io.load(folder / "config.yaml") == config
+        with pytest.raises(RunFolderError, match="another run is writing it"):
+            claimed(config)
+    assert claimed(config) == folder
+    with pytest.raises(RunFolderError, match=r"\+seed: 1"):
+        claimed(config.model_copy(update={"seed": 1}))
+
+
+def test_a_folder_of_other_things_is_not_overwritten(config, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("thesis.txt", "config.yaml"):  # a config.yaml alone may be anybody's
+        (folder / name).write_text("hi")
+        with pytest.raises(RunFolderError, match="no run directory"):
+            claimed(config, overwrite=True)
+        assert (folder / name).read_text() == "hi"
+    assert not (folder / ".lock").exists()
+
+
+def test_overwriting_removes_what_runs_write_and_nothing_else(config):
+    folder = claimed(config)
+    step = folder / "checkpoints" / "s" / "steps" / "1"
+    step.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}")
+    (folder / "answers.jsonl").write_text("mine")
+    claimed(config.model_copy(update={"seed": 1}), overwrite=True)
+    assert config_io.load(folder / "config.yaml").seed == 1
+    assert not step.exists()
+    assert not (folder / "metrics.jsonl").exists()
+    assert (folder / "answers.jsonl").read_text() == "mine"

@@ -1,0 +1,209 @@
+"""What `train` finds out before anything is trained, written or removed. Nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from unimoe_jax import config_io, evaluate, train
+from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.loop import StageSummary
+from unimoe_jax.params import ParamError
+from unimoe_jax.run_folder import RunFolderError
+from unimoe_jax.setup_data import pool_groups
+from unimoe_jax.sharding import ShardingError, planned_mesh, use_mesh
+from unimoe_jax.stage import check_continues, parameter_table
+from unimoe_jax.train_step import TrainState
+
+RUN = """
+name: run
+tokenizer: {tmp}/missing.model
+model:
+  decoder: {{vocab_size: 64, hidden_size: 16, mlp_dim: 32, num_layers: 1, num_heads: 2,
+            num_kv_heads: 1, moe: {{num_experts: 2, top_k: 1}}}}
+data:
+  sources: {{a: {{path: {tmp}/a.json}}, gone: {{path: {tmp}/gone.json}}}}
+  loader: {{row_length: 64, rows: 8}}
+stages:
+  - {{name: one, mixture: {{a: 1}}, train: [{{match: .*, lr: 1}}],
+     optim: {{learning_rate: 1, steps: 12}}}}
+  - name: two
+    mixture: {{a: 1}}
+    moe: true
+    init:
+      - {{match: ".*/router/.*", source: fresh}}
+      - {{match: ".*/moe/experts/.*", experts: [one, one]}}
+      - {{match: .*, source: one}}
+    train: [{{match: ".*/router/.*", lr: 1}}, {{match: .*, lr: null}}]
+    optim: {{learning_rate: 1, steps: 12}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN.format(tmp=tmp_path))
+    (tmp_path / "a.json").write_text("[]")
+    return tmp_path
+
+
+def load(place: Path, *overrides: str):
+    return config_io.load(place / "run.yaml", [f"output={place / 'out'}", *overrides])
+
+
+def arguments(stage=None, overwrite=False, resume=False):
+    return SimpleNamespace(stage=stage, overwrite=overwrite, resume=resume)
+
+
+def refused(place: Path, kind: type[Exception], *overrides: str, **flags) -> str:
+    """The one line with which the run is refused; nothing has been written."""
+    before = sorted(place.rglob("*"))
+    with pytest.raises(kind) as caught:
+        train.run(load(place, *overrides), arguments(**flags))
+    assert sorted(place.rglob("*")) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def leave(place: Path, name: str, steps: int = 12) -> Path:
+    """A finished stage, in name only."""
+    final = place / "out" / "checkpoints" / name / "final"
+    shapes = {"embed/embedding": [2]}
+    manifest = {"steps": steps, "moe_layers": [False], "shapes": shapes}
+    save_final(final, {"embed/embedding": jnp.zeros(2)}, manifest)
+    return final
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "parts"),
+    [
+        (ConfigError, "stages.two.mixture={gone: 1}", ("data.sources.gone.path", "(stage two)")),
+        (ConfigError, "stages.two.evaluate=[gone]", ("data.sources.gone.path", "gone.json")),
+        (ConfigError, "data.loader.groups=3", ("data.loader.groups = 3", "multiples of 8")),
+        (ConfigError, "data.loader.rows=9", ("data.loader.rows = 9", "mesh's 8 data shards")),
+        (ConfigError, "name=run", ("tokenizer = ", "missing.model", "embedded")),
+        (
+            CheckpointError,
+            "stages.two.init=[{match: .*, source: 'checkpoint:/nope'}]",
+            ("stages.two.init.0: ", "/nope"),
+        ),
+        (
+            ParamError,
+            "model.decoder.moe.num_experts=3",
+            ("stages.two.init.1.experts", "2 origins", "model.decoder.moe.num_experts = 3"),
+        ),
+        (
+            ParamError,
+            "stages.one.init=[{match: embed.*, source: fresh}]",
+            ("stages.one.init", '{match: ".*", source: fresh}'),
+        ),
+        (
+            ParamError,
+            "stages.two.train=[{match: .*/router/.*, lr: 1}]",
+            ("stages.two.train", '{match: ".*", lr: null}'),
+        ),
+        (
+            ParamError,
+            "stages.two.train=[{match: .*, lr: 1}, {match: zzz, lr: 1}]",
+            ("stages.two.train", "zzz"),
+        ),
+    ],
+)
+def test_later_stages_are_checked_before_the_first(place, devices, kind, override, parts):
+    text = refused(place, kind, override)
+    assert all(part in text for part in parts), text
+
+
+def test_one_stage_needs_those_that_it_starts_from(place, devices):
+    assert "run that stage first" in refused(place, CheckpointError, stage="two")
+
+
+def test_a_source_of_another_shape_is_refused(place, devices):
+    leave(place, "one")
+    assert "stages.two.init" in refused(place, ParamError)
+
+
+def test_overwrite_removes_nothing_that_a_refused_run_would_miss(place, devices):
+    leave(place, "one")
+    (place / "out" / "config.yaml").write_text("name: before")
+    refused(place, ConfigError, "data.loader.groups=3", overwrite=True)
+    assert "would remove every stage" in refused(place, ConfigError, overwrite=True, stage="two")
+
+
+def test_a_result_that_is_not_whole_is_named(place, devices):
+    final = leave(place, "one")
+    assert train.finished_steps(place / "out", "one") == 12
+    assert train.finished_steps(place / "out", "two") is None
+    (final / "params" / "_METADATA").unlink()
+    assert "params/_METADATA: missing" in refused(place, CheckpointError)
+    (final / "manifest.json").unlink()
+    assert f"remove {final}" in refused(place, CheckpointError)
+
+
+def test_a_finished_stage_keeps_its_length(place, devices):
+    leave(place, "one")
+    text = refused(place, ConfigError, "stages.one.optim.steps=5", resume=True)
+    assert "stages.one.optim.steps = 5" in text
+    assert "finished with 12" in text
+
+
+def test_a_broken_summary_is_named_at_the_start(place, devices):
+    final = leave(place, "one")
+    path = final.with_name("summary.json")
+    train.write_stage_summary(place / "out", "one", vars(StageSummary(12)))
+    assert train.read_stage_summary(place / "out", "one")["steps"] == 12
+    for text in ("{", "[]", json.dumps({"steps": 12})):
+        path.write_text(text)
+        assert str(path) in refused(place, RunFolderError)
+
+
+def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
+    config = load(place)
+    stage, folder = config.stages[0], place / "steps"
+    infos = parameter_table(config, stage)
+    trained = {path: jnp.zeros(info.shape) for path, info in infos.items()}
+    number = jnp.int32(8)
+    with StepCheckpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(8, TrainState(number, trained, (), number, number), {})
+    check_continues(stage, infos, folder)
+    shorter = stage.model_copy(update={"optim": stage.optim.model_copy(update={"steps": 5})})
+    with pytest.raises(CheckpointError, match=r"stages.one.optim.steps = 5: 8 steps are done"):
+        check_continues(shorter, infos, folder)
+    with pytest.raises(CheckpointError, match=r"stages.one.train: .* now also 'decoder/.*/router"):
+        check_continues(stage, parameter_table(config, config.stages[1]), folder)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_experts_must_divide_over_the_mesh(place, count):
+    config = load(place, "mesh.expert=4", f"model.decoder.moe.num_experts={count}")
+    with (
+        use_mesh(planned_mesh(config.mesh)),
+        pytest.raises(
+            ShardingError, match=rf"^model.decoder.moe.num_experts = {count} .*expert = 4"
+        ),
+    ):
+        parameter_table(config, config.stages[1])
+
+
+def test_groups_that_were_set_are_named(place):
+    config = load(place, "data.loader.groups=3")
+    with pytest.raises(ConfigError, match=r"rows = 8 .* data.loader.groups = 3; .*1 or 2 or 4"):
+        pool_groups(config, config.stages[0], 1)
+
+
+def test_the_next_command_is_one_that_works(place):
+    folder = place / "out"
+    config = load(place)
+    assert "generate --model" in train.next_command(config, folder, ["one", "two"])
+    with pytest.raises(ConfigError, match="no stage of this run has held-out sources"):
+        evaluate.stage_to_score(config, None, folder)
+    scored = load(place, "stages.two.evaluate=[a]")
+    assert "evaluate" in train.next_command(scored, folder, ["one", "two"])
+    assert "generate" in train.next_command(scored, folder, ["one"])
+    assert evaluate.stage_to_score(scored, None, folder).name == "two"
+    with pytest.raises(ConfigError, match="--stage one: has no held-out sources; allowed: two"):
+        evaluate.stage_to_score(scored, "one", folder)
