@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from unimoe_jax.checkpoint import SUMS, CheckpointError
+from unimoe_jax.checkpoint import CheckpointError
 from unimoe_jax.config import MEDIA, MeshConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.conversation import TEMPLATES
@@ -31,7 +31,7 @@ from unimoe_jax.distributed import settle_cpu
 from unimoe_jax.generation.batch_files import answer_file
 from unimoe_jax.generation.chat import Chat, run_chat
 from unimoe_jax.generation.errors import GenerationError
-from unimoe_jax.generation.loader import Settings, find, load
+from unimoe_jax.generation.loader import Settings, load
 from unimoe_jax.generation.model import BATCH, Model
 from unimoe_jax.generation.prompt import unanswered_tags
 from unimoe_jax.generation.request import Media, Sampling, ask
@@ -190,14 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chat:
         run_chat(Chat(model, sampling))
     elif args.input:
-        answered, failed = answer_file(
-            model,
-            args.input,
-            args.output,
-            sampling,
-            args.batch_size,
-            checksums=(find(args.model.expanduser(), args.template).folder / SUMS).read_text(),
-        )
+        answered, failed = answer_file(model, args.input, args.output, sampling, args.batch_size)
         print(f"{answered} answered, {failed} failed -> {args.output}")
     else:
         answer_one(model, args, sampling)

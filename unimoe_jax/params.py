@@ -102,7 +102,9 @@ def table(
     for path, (shape, axes) in shapes.items():
         index = first_match(rules, path, lambda rule: rule.match)
         if index is None:
-            raise ParamError(f"train: no rule matches {path!r}; end the rules with '.*': null")
+            raise ParamError(
+                f'train: no rule matches {path!r}; end the rules with {{match: ".*", lr: null}}'
+            )
         used.add(index)
         rule = rules[index]
         dtype = precision.frozen if rule.lr is None else precision.trained

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from unimoe_jax import lora
 from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, open_source
-from unimoe_jax.config import ModelConfig, Rule, RunConfig, StageConfig, Take
+from unimoe_jax.config import ModelConfig, RunConfig, StageConfig, Take
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -27,7 +27,6 @@ from unimoe_jax.params import (
     ParamError,
     ParamInfo,
     declared,
-    first_match,
     flatten,
     split,
     table,
@@ -67,20 +66,10 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
     mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
     batch = full_batch(config, data_shards(mesh) if mesh else 1)
     shapes = declared(model, batch)
-    uncovered = [path for path in shapes if first_match(stage.train, path, _pattern) is None]
-    if uncovered:
-        raise ParamError(
-            f"stages.{stage.name}.train: no rule matches {uncovered[0]!r}; end the rules with "
-            '{match: ".*", lr: null}'
-        )
     try:
         return table(shapes, stage.train, run.precision)
     except ParamError as error:
         raise ParamError(f"stages.{stage.name}.{error}") from None
-
-
-def _pattern(rule: Rule | Take) -> str:
-    return rule.match
 
 
 @dataclass(frozen=True)
@@ -206,21 +195,16 @@ def check_start(
                 except CheckpointError as error:
                     first = "" if name.startswith("checkpoint:") else "; run that stage first"
                     raise CheckpointError(f"{key}.{number}: {error}{first}") from None
-    for path, info in infos.items():
-        number = first_match(stage.init, path, _pattern)
-        if number is None:
-            raise ParamError(
-                f"{key}: nothing says where {path!r} starts; end the list with "
-                '{match: ".*", source: fresh}'
-            )
-        take = stage.init[number]
-        if take.experts:
-            _check_count(f"{key}.{number}.experts", path, info, take, moe_layers)
-        if sources.keys() >= set(take.origins):
-            try:
+    try:
+        for path, info in infos.items():
+            take = origin_of(path, stage.init)
+            if take.experts:
+                number = stage.init.index(take)
+                _check_count(f"init.{number}.experts", path, info, take, moe_layers)
+            if sources.keys() >= set(take.origins):
                 start_of(path, info.shape, take, sources, moe_layers)
-            except ParamError as error:
-                raise ParamError(f"stages.{stage.name}.{error}") from None
+    except ParamError as error:
+        raise ParamError(f"stages.{stage.name}.{error}") from None
 
 
 def _check_count(

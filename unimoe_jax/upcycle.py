@@ -225,7 +225,10 @@ def origin_of(path: str, takes: Sequence[Take]) -> Take:
     """
     index = first_match(takes, path, lambda take: take.match)
     if index is None:
-        raise ParamError(f"init: nothing says where {path!r} starts; end with '.*': fresh")
+        raise ParamError(
+            f"init: nothing says where {path!r} starts; end the list with "
+            '{match: ".*", source: fresh}'
+        )
     return takes[index]
 
 

@@ -70,13 +70,13 @@ def test_answers_asked_otherwise_are_refused(model, tmp_path):
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
 
-    def answer(asked=model, sampling=SHORT, checksums="a"):
-        return answer_file(asked, source, target, sampling, 2, io.StringIO(), checksums)
+    def answer(asked=model, sampling=SHORT):
+        return answer_file(asked, source, target, sampling, 2, io.StringIO())
 
     assert answer() == (0, 2)
     whole = target.read_text()
     target.write_text(whole[:-5])
-    other = [{"sampling": replace(SHORT, seed=1)}, {"checksums": "b"}]
+    other = [{"sampling": replace(SHORT, seed=1)}, {"asked": replace(model, checksums="b")}]
     other += [{"asked": replace(model, template="vicuna_v1", defaults=Sampling(0.5))}]
     for change in other:
         with pytest.raises(GenerationError, match=r"answers.jsonl:1: .*another --output"):

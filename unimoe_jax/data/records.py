@@ -102,16 +102,21 @@ def _line_spans(data: bytes):
         start += len(line)
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _check_one_line(data: bytes, spans: list[tuple[int, int, int]], path: str) -> None:
     """Refuse an object written over several lines, each of which would count as a broken record."""
     if not spans:
         return
     start, end, line = spans[0]
-    try:
-        json.loads(data[start:end])
+    if _is_json(data[start:end]):
         return
-    except (ValueError, RecursionError):
-        pass
     try:
         text = data[start:].decode("utf-8-sig").lstrip()
         _, stop = json.JSONDecoder().raw_decode(text)

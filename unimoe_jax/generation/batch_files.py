@@ -65,17 +65,14 @@ def answer_file(
     sampling: Sampling,
     batch_size: int,
     progress: TextIO = sys.stderr,
-    checksums: str = "",
 ) -> tuple[int, int]:
     """(answered, failed) of the questions that `answers` did not hold yet.
-
-    checksums: of the model's files; they tell models apart.
 
     Raises:
         GenerationError: a file that cannot be read or written, or answers that were made otherwise.
     """
     todo = _read(questions)
-    settings = _settings(model, sampling, checksums)
+    settings = _settings(model, sampling)
     done = _resume(answers, todo, settings)
     bar = Progress(len(todo), done, progress)
     ready: dict[int, Prepared] = {}
@@ -113,11 +110,11 @@ def _prepare(model: Model, question: Question, root: Path, defaults: Sampling) -
     return model.prepare(request_of(question.content(), root, defaults))
 
 
-def _settings(model: Model, sampling: Sampling, checksums: str) -> str:
+def _settings(model: Model, sampling: Sampling) -> str:
     """A digest of what, beside the question, decides its answer: model, template, precision and
     the sampling that a question does not set itself."""
     decisive = {
-        "checksums": checksums,
+        "checksums": model.checksums,
         "config": model.config.model_dump(mode="json"),
         "template": model.template,
         "precision": str(model.engine.decoder.dtype),

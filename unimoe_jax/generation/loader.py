@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from unimoe_jax import config_io, lora
 from unimoe_jax.checkpoint import (
     MANIFEST,
+    SUMS,
     check_files,
     load_final,
     read_manifest,
@@ -131,7 +132,8 @@ def _build(
     eos, defaults, notes = generation_settings(found)
     engine = Engine(ServedDecoder(config.decoder, dtype), weights, programs, eos, settings.trace)
     media = MediaEncoder(config, options, nest(encoders), programs)
-    return Model(config, found.tokenizer, found.template, defaults, engine, media, notes)
+    sums = (found.folder / SUMS).read_text()
+    return Model(config, found.tokenizer, found.template, defaults, engine, media, notes, sums)
 
 
 # ---------------------------------------------------------------------------------- finding it

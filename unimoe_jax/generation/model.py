@@ -36,7 +36,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Model:
-    """Made by `load`. notes: what a user should know about how it was loaded."""
+    """Made by `load`.
+
+    notes: what a user should know about how it was loaded. checksums: of its files; they tell
+    models apart.
+    """
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -45,6 +49,7 @@ class Model:
     engine: Engine
     media: MediaEncoder
     notes: tuple[str, ...] = ()
+    checksums: str = ""
 
     # ------------------------------------------------------------------------------ asking
 
