@@ -265,14 +265,15 @@ def test_experts_need_top_k_times_a_layer():
     run = config_io.load(CONFIG)
     stage = run.stages[0].model_copy(update={"lora": ()})
     spec, _ = assumed_batch(run, stage, 1, None)
-    total, experts = step_flops(run, stage, spec)
+    total, experts, head = step_flops(run, stage, spec)
     decoder, tokens = run.model.decoder, np.prod(spec.token_id_BT.shape)
     kernels = 3 * decoder.hidden_size * decoder.mlp_dim
     # Frozen experts: forward and the gradient of their input, no gradient of weights.
     assert experts == decoder.moe.top_k * 2 * (2 * tokens * kernels)
+    assert head == 2 * (2 * tokens * decoder.hidden_size * decoder.vocab_size)
     three = decoder.model_copy(update={"moe": decoder.moe.model_copy(update={"top_k": 3})})
     more = run.model_copy(update={"model": run.model.model_copy(update={"decoder": three})})
-    assert step_flops(more, stage, spec)[0] - total == pytest.approx(experts / 2)
+    assert step_flops(more, stage, spec).total - total == pytest.approx(experts / 2)
 
 
 # --------------------------------------------------------------------------------- the program

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimoe_jax.config import AuxLossConfig, RouterLossConfig
-from unimoe_jax.losses import cross_entropy, exact_tokens, router_losses
+from unimoe_jax.losses import cross_entropy, router_losses
 from unimoe_jax.nn.moe import MoEAux
 
 RNG = np.random.default_rng(0)
@@ -38,14 +38,6 @@ def test_uncounted_targets_have_no_gradient():
     gradient = jax.grad(lambda x: cross_entropy(x, TARGET, WEIGHT)[0])(LOGITS)
     np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, WEIGHT > 0)
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
-
-
-def test_exact_tokens():
-    exact = exact_tokens(LOGITS, TARGET, WEIGHT)
-    best = LOGITS.argmax(-1)
-    np.testing.assert_array_equal(exact, (best == TARGET) | (WEIGHT == 0))
-    assert exact_tokens(LOGITS, best, np.ones_like(WEIGHT)).all()
-    assert not exact_tokens(LOGITS, (best + 1) % 7, np.ones_like(WEIGHT)).any()
 
 
 def aux(balance: jax.Array, z: jax.Array) -> MoEAux:

@@ -226,12 +226,14 @@ def _needed(
     run: RunConfig, config: StageConfig, spec: Batch, stats: Stats, devices: int
 ) -> dict[str, float]:
     """What the model needs, and the ratio of what the program does to it."""
-    needed, in_experts = (flops / devices for flops in step_flops(run, config, spec))
-    # Loops over the rows that were routed to an expert have no length before they run.
-    counted = stats.flops + (in_experts if stats.loops_unknown else 0)
+    needed, experts, head = (flops / devices for flops in step_flops(run, config, spec))
+    # Loops over the rows that were routed to an expert, or over positions with a target, have no
+    # length before they run.
+    counted = stats.flops + experts + head
     return {
         "flops_needed_per_device": needed,
-        "flops_needed_in_experts_per_device": in_experts,
+        "flops_needed_in_experts_per_device": experts,
+        "flops_needed_in_head_per_device": head,
         "flops_ratio": counted / needed,
     }
 
@@ -274,8 +276,8 @@ def summary(report: dict[str, Any]) -> str:
             count = report["loops_of_unknown_length"]
             lines.append(f"  and {count} loops whose length depends on the data, {trip:.4g} a trip")
         if "flops_ratio" in report:
-            note = ", such loops as what experts need" if report["loops_of_unknown_length"] else ""
-            lines.append(f"  {report['flops_ratio']:.3f} of what the model needs{note}")
+            note = "such loops as what experts and head need"
+            lines.append(f"  {report['flops_ratio']:.3f} of what the model needs, {note}")
         for row in report["collectives"]:
             note = " (not in every step)" if row["conditional"] else ""
             lines.append(

@@ -9,6 +9,7 @@ import numpy as np
 
 from unimoe_jax import config_io
 from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.nn.head import block_size
 from unimoe_jax.params import ParamInfo, describe
 from unimoe_jax.setup_data import (
     PREFIX,
@@ -117,7 +118,8 @@ def memory(
     shards: int,
 ) -> str:
     """Estimate of memory per device. Parameters, gradients and moments are exact; activations are
-    what rematerialisation keeps (one stream per layer) plus logits twice in float32."""
+    what rematerialisation keeps (one stream per layer) plus logits of the head's block
+    twice in float32."""
 
     def total(trained: bool, itemsize: int | None = None) -> int:
         size = 0
@@ -129,7 +131,7 @@ def memory(
         return size
 
     loader = stage.loader or config.data.loader
-    tokens = loader.rows * loader.row_length / shards
+    tokens = loader.rows * loader.row_length // shards
     decoder = config.model.decoder
     width = jnp.dtype(config.precision.compute).itemsize
     streams = tokens * decoder.hidden_size * decoder.num_layers * width
@@ -139,7 +141,7 @@ def memory(
         "gradients": total(True, 4),
         "optimizer moments": total(True, 8),
         "layer inputs (estimate)": streams,
-        "logits and their gradient (estimate)": 2 * 4 * tokens * decoder.vocab_size,
+        "logits of a block (estimate)": 2 * 4 * block_size(tokens) * decoder.vocab_size,
     }
     lines = [f"  {name:<38}{size / GIB:>10.3f} GiB" for name, size in parts.items()]
     lines.append(f"  {'sum':<38}{sum(parts.values()) / GIB:>10.3f} GiB")

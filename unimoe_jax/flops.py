@@ -8,7 +8,7 @@ gradient, and the trace leaves it out.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,12 +24,23 @@ from unimoe_jax.params import first_match, flatten, nest
 from unimoe_jax.stage import structs
 
 
-def step_flops(run: RunConfig, stage: StageConfig, spec: Batch) -> tuple[float, float]:
-    """FLOPs (two per multiply-add) of loss and gradient for one batch of `spec` on all devices:
-    (in all, of the experts among them)."""
+class Needed(NamedTuple):
+    """FLOPs, two per multiply-add: in all, and of those the experts' and the head's, which programs
+    compute in loops whose length depends on the data. The head's count every position; a program
+    computes those with a target."""
+
+    total: float
+    experts: float
+    head: float
+
+
+def step_flops(run: RunConfig, stage: StageConfig, spec: Batch) -> Needed:
+    """Of loss and gradient for one batch of `spec`, on all devices."""
     model = run.stage_model(stage)
     dense = _without_remat(model.with_experts(()))
     base = _gradient_flops(dense, stage, spec)
+    twice = dense.decoder.model_copy(update={"vocab_size": 2 * dense.decoder.vocab_size})
+    head = _gradient_flops(dense.model_copy(update={"decoder": twice}), stage, spec) - base
     total, in_experts = base, 0.0
     for name, experts in model.experts().items():
         if name == "connector":  # counted as a dense one: a thousandth of the whole
@@ -39,7 +50,7 @@ def step_flops(run: RunConfig, stage: StageConfig, spec: Batch) -> tuple[float, 
         once *= sum(layers) / len(layers)
         total += (experts.top_k - 1) * once
         in_experts += experts.top_k * once
-    return total, in_experts
+    return Needed(total, in_experts, head)
 
 
 def _without_remat(model: ModelConfig) -> ModelConfig:

@@ -59,15 +59,6 @@ def module_router_loss(aux: MoEAux, config: RouterLossConfig) -> jax.Array:
     return jax.lax.stop_gradient(loss) if config.gradient == "none" else loss
 
 
-def exact_tokens(logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
-    """bool [B,T]: the most likely token is the target, or there is no target here.
-
-    A segment that is True throughout is answered exactly by greedy decoding: by induction each
-    greedy token equals the reference, so the next one is predicted from the reference prefix.
-    """
-    return (jnp.argmax(logits_BTV, axis=-1) == target_BT) | (weight_BT == 0)
-
-
 # Modalities that 8e's two extra losses tell apart; padding counts as text, speech as audio.
 _GROUPS: Mapping[str, tuple[int, ...]] = {
     "image": (1,),

@@ -18,11 +18,9 @@ import optax
 from unimoe_jax.config import AuxLossConfig
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.losses import (
-    exact_tokens,
     modality_losses,
     modality_sums,
     router_losses,
-    token_nll,
 )
 from unimoe_jax.metric_series import metric_name
 from unimoe_jax.models.unimoe import UniMoE
@@ -116,16 +114,15 @@ def _micro_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """This micro-batch's share of the loss over `total` target tokens, and its metrics."""
     rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
-    out = model.apply({"params": nest({**frozen, **trained})}, batch, rngs=rngs)
-    nll_BT = batch.weight_BT * token_nll(out.logits_BTV, batch.target_BT)
-    ce = jnp.sum(nll_BT) / total
+    out = model.apply({"params": nest({**frozen, **trained})}, batch, "loss", rngs=rngs)
+    ce = out.loss.total / total
     aux = router_losses(out.aux, aux_config) / accumulate
     metrics = {"loss": ce, **_moe_metrics(out.aux, accumulate)}
     for name, value in modality_losses(out.aux, batch.modality_BT, aux_config.modality).items():
         aux += getattr(aux_config.modality, name) * value / accumulate
         metrics[f"modality_{name}"] = value / accumulate
     metrics["aux"] = aux
-    sums = {"nll_by_modality": nll_BT, "targets_by_modality": batch.weight_BT}
+    sums = {"nll_by_modality": out.loss.nll_BT, "targets_by_modality": batch.weight_BT}
     for name, value_BT in sums.items():
         metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
     return ce + aux, metrics
@@ -180,14 +177,13 @@ def _micro_batches(a: jax.Array, groups: int, accumulate: int) -> jax.Array:
 def make_score_step(model: UniMoE):
     """`score(params, batch) -> (exact_BS, real_BS)`, bool per row and segment (segment s+1).
 
-    A sample is exact when greedy decoding would answer it to the letter, see `exact_tokens`; real
+    A sample is exact when greedy decoding would answer it to the letter, see `TokenLoss`; real
     when it has targets at all. S is half the row length: a sample takes several positions.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         rngs = {"router": jax.random.key(0)}
-        out = model.apply({"params": nest(params)}, batch, rngs=rngs)
-        exact_BT = exact_tokens(out.logits_BTV, batch.target_BT, batch.weight_BT)
+        exact_BT = model.apply({"params": nest(params)}, batch, "exact", rngs=rngs).loss.exact_BT
         segment_BTS = jax.nn.one_hot(batch.segment_BT - 1, batch.segment_BT.shape[1] // 2)
         targets_BS = jnp.einsum("bt,bts->bs", batch.weight_BT, segment_BTS)
         wrong_BS = jnp.einsum("bt,bts->bs", 1.0 - exact_BT, segment_BTS)

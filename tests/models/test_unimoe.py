@@ -19,12 +19,15 @@ from tests.models.tiny import (
     make_batch,
     model_config,
 )
+from unimoe_jax.config import AuxLossConfig, RouterLossConfig
+from unimoe_jax.losses import cross_entropy, router_losses
 from unimoe_jax.models.unimoe import Audio, Pictures, Speech, UniMoE, Vision
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.params import nest
 
 CONFIG = model_config(media=True, decoder=decoder_config(num_layers=1, moe=None))
 LENGTH = 20
+AUX = AuxLossConfig(decoder=RouterLossConfig(balance=0.1, router_z=0.01))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -118,3 +121,36 @@ def test_tied_embeddings():
     np.testing.assert_allclose(out.logits_BTV, expected, rtol=1e-5, atol=1e-6)
     low = UniMoE(config, LayerOptions(dtype=jnp.bfloat16))
     assert run(low, params, batch).logits_BTV.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_needs_no_logits(tied):
+    """With `want="loss"` the same loss and gradients as from the logits, and the same statistics of
+    the routers, though the last layer's experts leave out positions without target."""
+    config = model_config(decoder=decoder_config(tie_embeddings=tied))
+    batch = make_batch(config, 2, LENGTH, 1)
+    weight = np.array(batch.weight_BT) * (np.arange(LENGTH) % 3 > 0)
+    batch = batch._replace(weight_BT=weight)
+    model, params = build(config, batch)
+
+    def of_logits(params):
+        out = model.apply({"params": nest(params)}, batch)
+        loss = cross_entropy(out.logits_BTV, batch.target_BT, weight)[0]
+        return loss + router_losses(out.aux, AUX), out
+
+    def without(params):
+        out = model.apply({"params": nest(params)}, batch, "loss")
+        return out.loss.total + router_losses(out.aux, AUX), out
+
+    (expected, full), gradients = jax.jit(jax.value_and_grad(of_logits, has_aux=True))(params)
+    (loss, out), actual = jax.jit(jax.value_and_grad(without, has_aux=True))(params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for path, gradient in gradients.items():
+        assert relative_error(actual[path], gradient) < 1e-5, path
+    for ours, theirs in zip(out.aux["decoder"], full.aux["decoder"], strict=True):
+        if theirs is not None:
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert out.logits_BTV is None
+    same = np.abs(out.decoder.hidden_BTD - full.decoder.hidden_BTD).max(-1) < 1e-5
+    # Padding visits no expert either way.
+    np.testing.assert_array_equal(same, (weight > 0) | (batch.segment_BT == 0))

@@ -26,13 +26,15 @@ from unimoe_jax.sharding import shard
 
 
 class Context(NamedTuple):
-    """What every layer shares: rotary tables, visibility, modality, validity."""
+    """What every layer shares: rotary tables, visibility, modality, validity, and which positions
+    are read after the last layer (None: all)."""
 
     cos: jax.Array
     sin: jax.Array
     mask_BTS: jax.Array
     modality_BT: jax.Array
     valid_BT: jax.Array
+    read_BT: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -59,14 +61,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed-forward or experts(norm(x))."""
+    """x += attention(norm(x)); x += feed-forward or experts(norm(x)), these where wanted_BT."""
 
     config: DecoderConfig
     is_moe: bool
     options: LayerOptions
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, MoEAux | None]:
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, wanted_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
         h = RMSNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
         x_BTD = x_BTD + Attention(config, options, name="attention")(h, context)
@@ -74,7 +78,7 @@ class Block(nn.Module):
         aux = None
         if self.is_moe:
             moe = MoE(config.moe, SwiGLUForm(config.mlp_dim), options, name="moe")
-            h, aux = moe(h, context.modality_BT, context.valid_BT)
+            h, aux = moe(h, context.modality_BT, context.valid_BT, wanted_BT=wanted_BT)
         else:
             h = SwiGLU(config.mlp_dim, options, name="mlp")(h)
         return shard(x_BTD + h, "batch", "tokens", None), aux
@@ -88,7 +92,8 @@ class LayerOutput(NamedTuple):
 
 
 class Period(nn.Module):
-    """One period of the layer pattern: what a run scans over."""
+    """One period of the layer pattern: what a run scans over, with the word whether it is the last
+    of the decoder. No position is read after that one's last block but those of the context."""
 
     config: DecoderConfig
     period: tuple[bool, ...]
@@ -96,11 +101,12 @@ class Period(nn.Module):
     keep: frozenset[str]
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, layer_input: None, context: Context):
-        outputs = []
+    def __call__(self, x_BTD: jax.Array, last: jax.Array, context: Context):
+        outputs, read_BT = [], context.read_BT
         for number, is_moe in enumerate(self.period):
             block = Block(self.config, is_moe, self.options, name=f"block_{number}")
-            x_BTD, aux = block(x_BTD, context)
+            ends = read_BT is not None and number + 1 == len(self.period)
+            x_BTD, aux = block(x_BTD, context, read_BT | ~last if ends else None)
             outputs.append(LayerOutput(aux, x_BTD if "hidden" in self.keep else None))
         return x_BTD, tuple(outputs)
 
@@ -138,14 +144,17 @@ class Decoder(nn.Module):
         mask_BTS: jax.Array,
         modality_BT: jax.Array,
         valid_BT: jax.Array,
+        read_BT: jax.Array | None = None,
     ) -> DecoderOutput:
+        """read_BT: bool, positions whose hidden states will be read; the last layer's experts leave
+        out the others. None: all."""
         config = self.config
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT)
-        aux, layers = [], []
-        for number, run in enumerate(layer_runs(config.moe_layers())):
+        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT, read_BT)
+        aux, layers, runs = [], [], layer_runs(config.moe_layers())
+        for number, run in enumerate(runs):
             stack = scan_layers(
                 Period,
                 run.repeats,
@@ -156,7 +165,8 @@ class Decoder(nn.Module):
                 options=self.options,
                 keep=self.keep,
             )
-            x_BTD, outputs = stack(x_BTD, None, context)
+            last = (jnp.arange(run.repeats) == run.repeats - 1) & (number + 1 == len(runs))
+            x_BTD, outputs = stack(x_BTD, last, context)
             layers.append(outputs)
             moe = [output.aux for output in outputs if output.aux is not None]
             if moe:

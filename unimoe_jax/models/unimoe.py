@@ -6,7 +6,7 @@ pools that a batch holds are encoded: an encoder that is not needed is not in th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from unimoe_jax.encoders.clip import ClipEncoder
 from unimoe_jax.encoders.whisper import WhisperEncoder
 from unimoe_jax.models.decoder import Decoder, DecoderOutput, causal_mask
 from unimoe_jax.models.token_stream import token_stream
+from unimoe_jax.nn.head import HeadWeights, TokenLoss, tied_head, token_loss
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
 from unimoe_jax.nn.moe import MoEAux, Rows
 from unimoe_jax.sharding import shard
@@ -174,25 +175,34 @@ class Embedding(nn.Module):
         return table.astype(self.options.dtype)
 
 
-class Output(NamedTuple):
-    """logits_BTV float32; aux: router statistics of `encoder`, `connector` and `decoder`, as far as
-    they carry experts and ran; the stream that the decoder read, and what came of it."""
+Wanted = Literal["logits", "loss", "exact"]
 
-    logits_BTV: jax.Array
+
+class Output(NamedTuple):
+    """logits_BTV float32, or None; aux: router statistics of `encoder`, `connector` and `decoder`,
+    as far as they carry experts and ran; the stream that the decoder read, what came of it, and the
+    loss of the batch's targets, where that was wanted instead of logits."""
+
+    logits_BTV: jax.Array | None
     aux: dict[str, MoEAux]
     stream_BTD: jax.Array
     decoder: DecoderOutput
+    loss: TokenLoss | None
 
 
 class UniMoE(nn.Module):
-    """`model.apply({"params": params}, batch)` -> Output. See ModelConfig."""
+    """`model.apply({"params": params}, batch, want)` -> Output. See ModelConfig.
+
+    want: "logits"; "loss" of the batch's targets, for which no logits of the whole batch are made;
+    "exact", the same and which targets are the most likely tokens.
+    """
 
     config: ModelConfig
     options: LayerOptions
     keep: frozenset[str] = frozenset()
 
     @nn.compact
-    def __call__(self, batch: Batch) -> Output:
+    def __call__(self, batch: Batch, want: Wanted = "logits") -> Output:
         config, options = self.config, self.options
         width = config.decoder.hidden_size
         embedding_VD = Embedding(config.decoder.vocab_size, width, options, name="embed")()
@@ -206,17 +216,40 @@ class UniMoE(nn.Module):
             causal_mask(batch.segment_BT, batch.position_BT),
             batch.modality_BT,
             batch.segment_BT > 0,
+            None if want == "logits" else batch.weight_BT > 0,
         )
-        if config.decoder.tie_embeddings:
-            logits = jnp.einsum("btd,vd->btv", decoded.hidden_BTD, embedding_VD)
-        else:
-            head = Linear(
-                config.decoder.vocab_size, options, axes=("embed", "vocab"), name="lm_head"
-            )
-            logits = head(decoded.hidden_BTD)
         if decoded.aux is not None:
             aux["decoder"] = decoded.aux
-        return Output(logits.astype(jnp.float32), aux, stream, decoded)
+        logits, loss = None, None
+        if want == "logits":
+            logits = self.logits(decoded.hidden_BTD, embedding_VD)
+        else:
+            loss = self.loss(decoded.hidden_BTD, embedding_VD, batch, exact=want == "exact")
+        return Output(logits, aux, stream, decoded, loss)
+
+    def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+        """[B,T,V] float32."""
+        decoder = self.config.decoder
+        if decoder.tie_embeddings:
+            logits = jnp.einsum("btd,vd->btv", hidden_BTD, embedding_VD)
+        else:
+            axes = ("embed", "vocab")
+            head = Linear(decoder.vocab_size, self.options, axes=axes, name="lm_head")
+            logits = head(hidden_BTD)
+        return logits.astype(jnp.float32)
+
+    def loss(
+        self, hidden_BTD: jax.Array, embedding_VD: jax.Array, batch: Batch, *, exact: bool
+    ) -> TokenLoss:
+        """Of the batch's targets under the same head."""
+        decoder, options = self.config.decoder, self.options
+        if decoder.tie_embeddings:
+            head, weights, seed = tied_head(embedding_VD, options)
+        else:
+            axes = ("embed", "vocab")
+            declared = HeadWeights(decoder.vocab_size, options, axes=axes, name="lm_head")
+            head, weights, seed = declared(hidden_BTD.shape[-1])
+        return token_loss(head, weights, hidden_BTD, batch.target_BT, batch.weight_BT, seed, exact)
 
     def soft_tokens(self, batch: Batch) -> jax.Array | None:
         """The soft-token table [G,S,D] of each shard: image, video, speech, audio; or None."""

@@ -7,8 +7,9 @@ adapters are decisions about paths, not about modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -117,6 +118,33 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     )
 
 
+def apply_linear(
+    weights: Mapping[str, jax.Array],
+    x: jax.Array,
+    dtype: Any,
+    rule: LoRARule | None = None,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """x[..., I] W (+ b) (+ alpha/rank · drop(x) A B with the adapter `rule`): float32 [..., O].
+
+    weights: kernel [I,O], and where present bias [O], lora_a [I,R], lora_b [R,O].
+    """
+    y = matmul(x, weights["kernel"], dtype)
+    if "bias" in weights:
+        y += jnp.broadcast_to(weights["bias"], y.shape)
+    if rule is not None:
+        down = matmul(drop(x) if drop else x, weights["lora_a"], dtype)
+        y += rule.alpha / rule.rank * matmul(down, weights["lora_b"], dtype)
+    return y
+
+
+def adapter_seed(module: nn.Module, options: LayerOptions, rule: LoRARule | None):
+    """uint32 seed of the adapter's dropout, or None where nothing is dropped."""
+    if rule is None or not options.train or not rule.dropout:
+        return None
+    return jax.random.bits(module.make_rng("dropout"), dtype=jnp.uint32)
+
+
 class Linear(nn.Module):
     """y = x W (+ b) (+ alpha/rank · dropout(x) A B when an adapter rule matches this path).
 
@@ -131,26 +159,25 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        options, dtype, inputs = self.options, self.options.dtype, x.shape[-1]
-        y = matmul(x, declare(self, "kernel", self.init, (inputs, self.features), self.axes), dtype)
+        rule = self.options.adapter(self.path)
+        weights = self.weights(x.shape[-1], rule)
+        seed = adapter_seed(self, self.options, rule)
+        drop = None if seed is None else partial(dropout, seed=seed, rate=rule.dropout)
+        dtype = self.options.dtype
+        return apply_linear(weights, x, dtype, rule, drop).astype(dtype)
+
+    def weights(self, inputs: int, rule: LoRARule | None) -> dict[str, jax.Array]:
+        """Declare what `apply_linear` takes."""
+        features, (first, last) = self.features, self.axes
+        weights = {"kernel": declare(self, "kernel", self.init, (inputs, features), self.axes)}
+        zeros = nn.initializers.zeros
         if self.use_bias:
-            bias = declare(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
-            y += jnp.broadcast_to(bias, y.shape)
-        rule = options.adapter(self.path)
+            weights["bias"] = declare(self, "bias", zeros, (features,), (last,))
         if rule is not None:
-            a = declare(self, "lora_a", lora_init, (inputs, rule.rank), (self.axes[0], "rank"))
-            b = declare(
-                self,
-                "lora_b",
-                nn.initializers.zeros,
-                (rule.rank, self.features),
-                ("rank", self.axes[1]),
-            )
-            if options.train and rule.dropout:
-                seed = jax.random.bits(self.make_rng("dropout"), dtype=jnp.uint32)
-                x = dropout(x, seed, rule.dropout)
-            y += rule.alpha / rule.rank * matmul(matmul(x, a, dtype), b, dtype)
-        return y.astype(dtype)
+            shapes = (inputs, rule.rank), (rule.rank, features)
+            weights["lora_a"] = declare(self, "lora_a", lora_init, shapes[0], (first, "rank"))
+            weights["lora_b"] = declare(self, "lora_b", zeros, shapes[1], ("rank", last))
+        return weights
 
 
 class ExpertLinear(nn.Module):

@@ -129,6 +129,7 @@ class MoE(nn.Module):
         modality_BT: jax.Array,
         valid_BT: jax.Array,
         row_weight_B: jax.Array | None = None,
+        wanted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """Route and compute.
 
@@ -137,6 +138,8 @@ class MoE(nn.Module):
             valid_BT: False: no expert, and not in the statistics.
             row_weight_B: statistics are taken of every row and averaged with these weights (images
                 of an encoder); None: over all tokens of the batch at once.
+            wanted_BT: False: nobody reads the result, so no expert computes it and it is 0; the
+                statistics know nothing of this. None: all are wanted.
         """
         config, options, width = self.config, self.options, x_BTD.shape[-1]
         routing = Router(config, options, name="router")(x_BTD, modality_BT, valid_BT)
@@ -156,6 +159,8 @@ class MoE(nn.Module):
             expert_BTK, weight_BTK, dropped = limit_load(
                 expert_BTK, weight_BTK, config.num_experts, config.capacity_factor
             )
+        if wanted_BT is not None:
+            expert_BTK = jnp.where(wanted_BT[..., None], expert_BTK, config.num_experts)
         way = (config.dispatch, config.exchange, options.keep_hidden)
         y = moe_ffn(expert_fn, weights, x_BTD, expert_BTK, weight_BTK, seed, *way)
         aux = _statistics(routing, modality_BT, valid_BT, row_weight_B)
