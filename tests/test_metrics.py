@@ -89,7 +89,9 @@ def test_other_hosts_write_and_print_nothing(tmp_path, capsys):
 
 def test_tensorboard_gets_the_scalars(tmp_path):
     with MetricsWriter(tmp_path, "align", 5, tensorboard=True) as writer:
-        writer.write(1, {"loss": 1.0, "router_entropy": [0.25, 0.5], "signature": "image"})
+        writer.write(
+            1, {"loss": 1.0, "router_entropy": [0.25, 0.5], "loss_by_modality": {"image": 1.0}}
+        )
     (events,) = (tmp_path / "tb" / "align").iterdir()
     content = events.read_bytes()
     for tag in (b"loss", b"router_entropy/01", b"loss_by_modality/image"):

@@ -96,7 +96,11 @@ class LoaderConfig(Config):
         "to get the same batches on any mesh (default: one per data shard)",
     )
     packing: bool = True
-    group_by_modality: bool = Field(True, description="each batch holds one combination of media")
+    group_by_modality: bool = Field(
+        True,
+        description="each batch holds one combination of media; with packing, samples of text "
+        "alone fill what its rows leave",
+    )
     workers: NonNegative = Field(0, description="processes; 0 reads with threads")
     threads: Positive = 4
     prefetch: Positive = 4

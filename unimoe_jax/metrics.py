@@ -197,8 +197,6 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield from _scalars({f"{name}/{i:02d}": item for i, item in enumerate(value)})
         elif isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
             yield name, float(value)
-    if "signature" in record and "loss" in record:
-        yield f"loss_by_modality/{record['signature']}", float(record["loss"])
 
 
 # ---------------------------------------------------------------------------------- progress

@@ -137,7 +137,7 @@ def _figures(stages: Stages, moe_layers, heldout):
     loss = "loss [nats per token]"
     caption = "Thick: moving mean; faint: single steps; orange crosses: not finite."
     yield "loss", "Loss", caption, _scalar_figure(stages, "loss", loss, smooth=True)
-    caption = "Batches hold one combination of media each."
+    caption = "By the media of each sample, whatever else its batch holds."
     yield "loss_by_modality", "Loss by modality", caption, _signature_figure(stages)
     rate = _scalar_figure(stages, "lr", "learning rate", share=False, from_zero=True)
     yield "learning_rate", "Learning rate", "", rate

@@ -10,6 +10,7 @@ import pytest
 
 from unimoe_jax.config import LoaderConfig
 from unimoe_jax.data.batch import POOLS
+from unimoe_jax.data.packing import fill_ends, fill_rows, row_limit
 from unimoe_jax.data.plan import Plan, Samples
 
 
@@ -60,9 +61,9 @@ def test_nothing_is_lost_and_capacities_hold(packing, grouped):
                     assert data.tokens[members].sum() <= 4096
                     assert packing or len(members) == 1
                     load += data.entries[members].sum(axis=0)
-                    if grouped:
-                        own = [POOLS[i] for i in np.flatnonzero(data.entries[members[0]])]
-                        assert frozenset(own) == signature
+                    for sample in members if grouped else ():
+                        own = frozenset(POOLS[i] for i in np.flatnonzero(data.entries[sample]))
+                        assert own == signature or (packing and not own)
                 for name, most in zip(POOLS, load, strict=True):
                     assert most <= capacity.get(name, 0)
 
@@ -176,3 +177,158 @@ def test_loads_say_how_even_the_shards_of_a_step_are():
         assert loads.sum(axis=0).tolist() == expected
         ratios.append(loads[:, 0].max() / loads[:, 0].mean())
     assert 1 <= np.mean(ratios) < 1.05  # rows are full, so tokens are even
+
+
+# ------------------------------------------------------------------- text beside other media
+
+
+def of_kinds(numbers: dict[tuple[str, ...], int], seed=0) -> Samples:
+    """Samples with the given media. Those with media take 126 to 134 positions, so that five leave
+    much of a row of 720; text alone takes 15 to 60."""
+    random = np.random.default_rng(seed)
+    tokens, entries = [], []
+    for media, number in numbers.items():
+        low, high = (126, 134) if media else (15, 60)
+        tokens.append(random.integers(low, high, number, endpoint=True))
+        entries.append(np.tile([name in media for name in POOLS], (number, 1)).astype(np.int64))
+    tokens, entries = np.concatenate(tokens), np.concatenate(entries)
+    order = random.permutation(len(tokens))
+    source, record = np.zeros(len(tokens), np.int64), np.arange(len(tokens))
+    return Samples(source, record, tokens[order], entries[order], ("s",), (1.0,))
+
+
+def padding_of(plan: Plan, epoch: int) -> float:
+    part = plan.epoch(epoch)
+    slots = part.batches.size * plan.loader.row_length
+    return 1 - plan.samples.tokens[part.members].sum() / slots
+
+
+def rows_by_signature(plan: Plan, epoch: int) -> dict[frozenset, list[list[int]]]:
+    part = plan.epoch(epoch)
+    rows = {signature: [] for signature in plan.signatures}
+    for batch, number in zip(part.batches, part.signature, strict=True):
+        rows[plan.signatures[number]] += [part.row(row) for row in batch[batch >= 0]]
+    return rows
+
+
+MEDIA = {("image",): 803, ("speech",): 411, ("image", "speech"): 290, ("video",): 150}
+TEXT = {(): 2000}
+
+
+def test_text_fills_rows_with_media():
+    data = of_kinds(MEDIA | TEXT)
+    plan = plan_of(data, rows=8, shards=2, length=720)
+    without = of_kinds(MEDIA)
+    alone = plan_of(without, rows=8, shards=2, length=720)
+    for epoch in range(5):
+        assert sorted(all_samples(plan, epoch)) == list(range(len(data)))
+        rows = rows_by_signature(plan, epoch)
+        for signature, members in rows.items():
+            kinds = [[bool(data.entries[sample].any()) for sample in row] for row in members]
+            for row, has_media in zip(members, kinds, strict=True):
+                assert data.tokens[row].sum() <= 720
+                # The text comes last, and whatever has media has the batch's.
+                assert has_media == sorted(has_media, reverse=True)
+                for sample in np.array(row)[has_media]:
+                    own = frozenset(POOLS[i] for i in np.flatnonzero(data.entries[sample]))
+                    assert own == signature
+            if signature:
+                mixed = [any(has_media) and not all(has_media) for has_media in kinds]
+                assert np.mean(mixed) > 0.5
+        assert len(rows[frozenset()]) > 8
+        # No batch but the last of the text has a free place.
+        part = plan.epoch(epoch)
+        assert (part.batches[part.signature > 0] >= 0).all()
+        assert padding_of(plan, epoch) < 0.03
+        assert padding_of(alone, epoch) > 0.05
+    # Text takes no room in the pools.
+    for signature in alone.signatures:
+        assert plan.capacity(signature).keys() == alone.capacity(signature).keys() == signature
+
+
+@pytest.mark.parametrize("text", [1, 40, 150])
+def test_little_text_is_spread_over_the_signatures(text):
+    """It may all go into rows with media; no batch of text alone is left then."""
+    plan = plan_of(of_kinds(MEDIA | {(): text}), rows=8, shards=2, length=720)
+    assert frozenset() in plan.signatures and plan.capacity(frozenset()) == {}
+    for epoch in range(3):
+        assert len(all_samples(plan, epoch)) == len(plan.samples)
+        rows = rows_by_signature(plan, epoch)
+        assert not rows[frozenset()]
+        held = {
+            signature: sum(not plan.samples.entries[sample].any() for row in own for sample in row)
+            for signature, own in rows.items()
+        }
+        assert sum(held.values()) == text
+        if text == 150:
+            assert all(number >= 5 for signature, number in held.items() if signature)
+    assert plan.locate(len(plan.epoch(0))) == (1, 0)
+
+
+def test_text_read_twice_fills_twice():
+    data = of_kinds(MEDIA | {(): 100})
+    is_text = ~data.entries.any(axis=1)
+    source = is_text.astype(np.int64)
+    data = Samples(source, data.record, data.tokens, data.entries, ("media", "text"), (1.0, 2.5))
+    plan = plan_of(data, rows=8, shards=2, length=720)
+    for epoch in range(3):
+        counts = np.bincount(all_samples(plan, epoch), minlength=len(data))
+        assert (counts[~is_text] == 1).all()
+        assert set(counts[is_text]) == {2, 3} and counts[is_text].sum() == 250
+
+
+@pytest.mark.parametrize("kinds", [MEDIA, TEXT, {("image",): 500}])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_without_text_or_without_media_every_signature_is_packed_by_itself(kinds, shuffle):
+    data = of_kinds(kinds)
+    plan = plan_of(data, rows=8, shards=2, length=720, shuffle=shuffle)
+    rows = rows_by_signature(plan, 0)
+    for signature, members in rows.items():
+        own = {sample for row in members for sample in row}
+        wanted = (data.entries > 0) == [name in signature for name in POOLS]
+        assert own == set(np.flatnonzero(wanted.all(axis=1)))
+    if not shuffle:
+        numbers = [np.sort(np.concatenate(own)) for own in rows.values()]
+        limits = [row_limit(data.tokens[own], data.entries[own], 720) for own in numbers]
+        for own, limit, members in zip(numbers, limits, rows.values(), strict=True):
+            packed = fill_rows(data.tokens[own], data.entries[own], 720, limit)
+            assert sorted(members) == sorted(own[row].tolist() for row in packed)
+
+
+def test_shards_do_not_change_which_samples_fill_a_batch():
+    data = of_kinds(MEDIA | TEXT)
+    plans = [plan_of(data, rows=8, shards=shards, length=720) for shards in (1, 2, 8)]
+    assert len({plan.fingerprint for plan in plans}) == 1
+    for epoch in (1, 2):
+        batches = [
+            [
+                sorted(tuple(plan.epoch(epoch).row(row)) for row in batch if row >= 0)
+                for batch in plan.epoch(epoch).batches
+            ]
+            for plan in plans
+        ]
+        assert batches[0] == batches[1] == batches[2]
+
+
+def test_one_sample_per_row_stays_so():
+    data = of_kinds({("image",): 21, (): 30})
+    plan = plan_of(data, rows=8, shards=2, length=720, packing=False)
+    rows = rows_by_signature(plan, 0)
+    assert {signature: len(own) for signature, own in rows.items()} == {
+        frozenset(): 30,
+        frozenset({"image"}): 21,
+    }
+    assert all(len(row) == 1 for own in rows.values() for row in own)
+
+
+def test_ends_are_filled_from_what_fits():
+    tokens = np.array([40, 10, 25, 7, 30, 7])
+    room = np.array([5, 17, 65, 0, 33])
+    added = fill_ends(tokens, room)
+    used = [sample for more in added for sample in more]
+    assert len(used) == len(set(used))
+    left = room - [tokens[more].sum() for more in added]
+    assert (left >= 0).all() and not added[0] and not added[3]
+    assert left[[1, 2]].tolist() == [0, 0]
+    assert fill_ends(np.zeros(0, np.int64), room) == [[]] * 5
+    assert fill_ends(tokens, np.zeros(0, np.int64)) == []

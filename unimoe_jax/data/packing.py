@@ -1,7 +1,8 @@
 """Samples into rows, rows into batches, rows of a batch onto shards. Pure functions of integers.
 
-Rows are filled in the given order and closed by an exact pair; batches and shards are dealt rows of
-like media in turn, so that every batch and every shard receives its share of each pool.
+Rows are filled in the given order and closed by an exact pair; samples without media fill what rows
+with media leave. Batches and shards are dealt rows of like media in turn, so that every batch and
+every shard receives its share of each pool.
 """
 
 from __future__ import annotations
@@ -129,6 +130,23 @@ def fill_rows(
         row.fill()
         rows.append(row.members)
     return rows
+
+
+def fill_ends(tokens: np.ndarray, room: np.ndarray) -> list[list[int]]:
+    """Add samples without media to packed rows: int [n] tokens, int [rows] positions left in each
+    row -> the samples that each row receives. A sample may fit nowhere.
+
+    The ends are filled as `fill_rows` fills rows, from samples in their given order where several
+    fit, so that those which remain still pack well by themselves.
+    """
+    none = np.zeros((len(tokens), 0), np.int64)
+    pool = _Pool(tokens, none, int(room.max(initial=0)))
+    added = []
+    for left in room.tolist():
+        row = _Row(pool, left, [])
+        row.fill()
+        added.append(row.members)
+    return added
 
 
 def row_limit(tokens: np.ndarray, entries: np.ndarray, length: int) -> np.ndarray:

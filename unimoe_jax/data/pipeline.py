@@ -333,18 +333,14 @@ class Pipeline:
         return {"text": text, **media, "labels": labels}
 
     def preview(self, number: int) -> list[str]:
-        """Samples of the first epoch as text, one of each signature in turn (see `render`)."""
-        part = self.plan.epoch(0)
-        queues = [
-            [
-                sample
-                for row in part.batches[part.signature == kind].flat
-                if row >= 0
-                for sample in part.row(row)
-            ]
-            for kind in range(len(self.plan.signatures))
-        ]
-        turns = zip_longest(*queues)
+        """Samples of the first epoch as text, one of each combination of media in turn (see
+        `render`)."""
+        part, entries = self.plan.epoch(0), self.plan.samples.entries
+        queues: dict[tuple[bool, ...], list[int]] = {}
+        for row in part.batches[part.batches >= 0]:
+            for sample in part.row(row):
+                queues.setdefault(tuple(entries[sample] > 0), []).append(sample)
+        turns = zip_longest(*queues.values())
         samples = (sample for turn in turns for sample in turn if sample is not None)
         return [self.render(sample) for sample in islice(samples, number)]
 

@@ -2,6 +2,10 @@
 
 Neither hosts nor workers enter, so any of them may change between runs. A source of weight w is
 read w times per epoch: twice, once, or a quarter that moves on every epoch.
+
+Batches grouped by modality have one signature each. Samples with media are packed among their own
+signature; samples of text alone change neither signature nor pools of any batch, so they fill what
+the others leave: the ends of rows, then places for whole rows. Batches of text alone hold the rest.
 """
 
 from __future__ import annotations
@@ -9,15 +13,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from unimoe_jax.config import LoaderConfig, MediaName
 from unimoe_jax.data.batch import POOLS, Signature
-from unimoe_jax.data.packing import arrange, epoch_slice, fill_rows, row_limit
+from unimoe_jax.data.packing import arrange, epoch_slice, fill_ends, fill_rows, row_limit
 
 SIMULATED_EPOCHS = 3
 """Epochs over which pool capacities must hold without moving rows."""
@@ -71,6 +75,14 @@ class _Packed(NamedTuple):
     row_peak: np.ndarray
 
 
+def _sums(values: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
+    """Sums over the samples of each row: int [n, ...] values of samples -> int [rows, ...]."""
+    if not rows:
+        return values[:0]
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    return np.add.reduceat(values[np.concatenate(rows)], starts, axis=0)
+
+
 class Plan:
     """Batches of all epochs, computed when first asked for.
 
@@ -93,6 +105,8 @@ class Plan:
         self._sizes: list[int] = []
         self._groups = self._group()
         self.signatures: list[Signature] = [group[0] for group in self._groups]
+        # The signatures are sorted: text alone is the first, if there is any.
+        self._text_fills = loader.packing and len(self.signatures) > 1 and not self.signatures[0]
         self._limits = [self._limit(members) for _, members in self._groups]
         self._capacity: list[np.ndarray] | None = None  # unlimited while simulating
         self._capacity = self._simulate()
@@ -150,38 +164,71 @@ class Plan:
             own = np.flatnonzero(self.samples.source == source)
             start, end = epoch_slice(len(own), weight, epoch)
             for cycle in range(start // max(len(own), 1), -(-end // max(len(own), 1))):
-                order = np.arange(len(own))
-                if self.shuffle:
-                    order = self._random(1, source, cycle).permutation(len(own))
+                order = self._order(len(own), 1, source, cycle)
                 first = cycle * len(own)
                 chosen.append(own[order[max(start - first, 0) : end - first]])
         return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
 
-    def _random(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
+    def _order(self, number: int, *key: int) -> np.ndarray:
+        """0 … number - 1, in a random order if the plan shuffles."""
+        if not self.shuffle:
+            return np.arange(number)
+        return np.random.default_rng([self.seed, *key]).permutation(number)
 
-    def _pack(self, epoch: int) -> Iterator[_Packed]:
+    def _pack(self, epoch: int) -> list[_Packed]:
         """The rows and batches of an epoch, signature by signature."""
+        rows = self._rows(epoch)
+        if not self._text_fills:
+            return [self._arrange(epoch, number, own) for number, own in enumerate(rows)]
+        text, *media = rows
+        text = [text[row] for row in self._order(len(text), 5, epoch)]
+        packed = []
+        for number, own in enumerate(media, 1):
+            part = self._arrange(epoch, number, own)
+            # Only now: rows with media that had to move came first.
+            free = np.argwhere(part.batches < 0)[: len(text)]
+            part.batches[tuple(free.T)] = len(own) + np.arange(len(free))
+            packed.append(part._replace(rows=own + text[: len(free)]))
+            text = text[len(free) :]
+        return [self._arrange(epoch, 0, text), *packed]
+
+    def _rows(self, epoch: int) -> list[list[np.ndarray]]:
+        """The rows of an epoch, signature by signature, text in the ends of those with media:
+        numbers of the samples of each."""
         chosen = self._chosen(epoch)
-        if self.shuffle:
-            chosen = self._random(2, epoch).permutation(chosen)
-        for number, (_, members) in enumerate(self._groups):
-            own = chosen[np.isin(chosen, members, assume_unique=False)]
-            tokens, entries = self.samples.tokens[own], self.samples.entries[own]
-            if self.loader.packing:
-                local = fill_rows(tokens, entries, self.loader.row_length, self._limits[number])
-            else:
-                local = [[i] for i in range(len(own))]
-            load = np.array([entries[row].sum(axis=0) for row in local], np.int64)
-            load = load.reshape(-1, len(POOLS))
-            order = np.arange(len(local))
-            if self.shuffle:
-                order = self._random(3, epoch, number).permutation(len(local))
-            capacity = self._capacity[number] if self._capacity is not None else None
-            batches, peak = arrange(load[order], self.loader.rows, self.shards, capacity)
-            batches = np.where(batches < 0, -1, order[batches]) if len(order) else batches
-            row_peak = load.max(axis=0, initial=0)
-            yield _Packed([own[row] for row in local], batches, peak, row_peak)
+        chosen = chosen[self._order(len(chosen), 2, epoch)]
+        groups = [chosen[np.isin(chosen, members)] for _, members in self._groups]
+        if not self._text_fills:
+            return [self._fill(number, own) for number, own in enumerate(groups)]
+        text, *media = groups
+        rows = [self._fill(number, own) for number, own in enumerate(media, 1)]
+        tokens, every = self.samples.tokens, [row for part in rows for row in part]
+        # In random order: where text is scarce, every signature receives its share.
+        order = self._order(len(every), 6, epoch)
+        room = self.loader.row_length - _sums(tokens, every)
+        added = fill_ends(tokens[text], room[order])
+        for at, more in zip(order.tolist(), added, strict=True):
+            every[at] = np.concatenate([every[at], text[more]])
+        rest = np.delete(text, [sample for more in added for sample in more])
+        filled = iter(every)
+        return [self._fill(0, rest), *(list(islice(filled, len(part))) for part in rows)]
+
+    def _fill(self, number: int, own: np.ndarray) -> list[np.ndarray]:
+        """Samples of one signature in rows."""
+        if not self.loader.packing:
+            return list(own[:, None])
+        tokens, entries = self.samples.tokens[own], self.samples.entries[own]
+        rows = fill_rows(tokens, entries, self.loader.row_length, self._limits[number])
+        return [own[row] for row in rows]
+
+    def _arrange(self, epoch: int, number: int, rows: list[np.ndarray]) -> _Packed:
+        """Rows of one signature in batches."""
+        load = _sums(self.samples.entries, rows)
+        order = self._order(len(rows), 3, epoch, number)
+        capacity = self._capacity[number] if self._capacity is not None else None
+        batches, peak = arrange(load[order], self.loader.rows, self.shards, capacity)
+        batches = np.where(batches < 0, -1, order[batches]) if len(order) else batches
+        return _Packed(rows, batches, peak, load.max(axis=0, initial=0))
 
     def epoch(self, number: int) -> EpochPlan:
         """The batches of an epoch; the last few epochs asked for are kept."""
@@ -200,9 +247,7 @@ class Plan:
             signature += [number] * len(shifted)
             rows += packed.rows
         table = np.concatenate(batches)
-        order = np.arange(len(table))
-        if self.shuffle:
-            order = self._random(4, epoch).permutation(len(table))
+        order = self._order(len(table), 4, epoch)
         offsets = np.cumsum([0, *(len(row) for row in rows)])
         members = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return EpochPlan(table[order], np.array(signature, np.int64)[order], members, offsets)
