@@ -21,6 +21,7 @@ from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.flops import jaxpr_flops, step_flops
 from unimoe_jax.hlo_memory import activation_bytes, occupied
 from unimoe_jax.hlo_stats import Array, read
+from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests/multihost.yaml"
@@ -259,6 +260,22 @@ def test_products_of_a_trace():
 
     x, w = jnp.ones((4, 8)), jnp.ones((3, 8, 8))
     assert jaxpr_flops(jax.make_jaxpr(layers)(x, w)) == 3 * 2 * 4 * 8 * 8
+
+
+def test_neither_count_holds_what_attention_does_between_tiles():
+    def attended(q, k, v, mask):
+        tiles = tiles_of(mask, jnp.ones(mask.shape[:2], bool))
+        return attend_packed(q, k, v, tiles, scale=1.0) @ jnp.eye(8)[None, None]
+
+    heads = ((2, 100, 1, 8),) * 3
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in heads]
+    mask = jax.ShapeDtypeStruct((2, 100, 100), bool)
+    needed = jaxpr_flops(jax.make_jaxpr(attended)(*structs, mask))
+    assert needed == 2 * 200 * 8 * 8
+    stats = read(jax.jit(attended).lower(*structs, mask).compile().as_text())
+    # Two tiles of queries; in a trip, two products of 64 positions with 64.
+    assert (stats.flops, stats.loops_unknown) == (needed, 1)
+    assert stats.flops_unknown == 2 * (2 * 2 * (2 * 64 * 64 * 8))
 
 
 def test_experts_need_top_k_times_a_layer():

@@ -228,7 +228,8 @@ def _needed(
     """What the model needs, and the ratio of what the program does to it."""
     needed, experts, head = (flops / devices for flops in step_flops(run, config, spec))
     # Loops over the rows that were routed to an expert, or over positions with a target, have no
-    # length before they run.
+    # length before they run; nor have those over the tiles that packed rows see, which neither
+    # number holds.
     counted = stats.flops + experts + head
     return {
         "flops_needed_per_device": needed,
@@ -276,7 +277,7 @@ def summary(report: dict[str, Any]) -> str:
             count = report["loops_of_unknown_length"]
             lines.append(f"  and {count} loops whose length depends on the data, {trip:.4g} a trip")
         if "flops_ratio" in report:
-            note = "such loops as what experts and head need"
+            note = "of such loops what experts and head need"
             lines.append(f"  {report['flops_ratio']:.3f} of what the model needs, {note}")
         for row in report["collectives"]:
             note = " (not in every step)" if row["conditional"] else ""

@@ -95,7 +95,8 @@ def _gradient_flops(config: ModelConfig, stage: StageConfig, spec: Batch) -> flo
 
 
 def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
-    """FLOPs of the products in `jaxpr`; a loop of unknown length counts once."""
+    """FLOPs of the products in `jaxpr`, without loops whose length depends on the data: what
+    attention does between tiles of packed rows (hlo_stats.py keeps them apart as well)."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
     for equation in jaxpr.eqns:
@@ -109,7 +110,7 @@ def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
-        else:
+        elif name != "while":
             inner = [jaxpr_flops(sub) for sub in _inner(params)]
             if name == "cond":
                 total += max(inner)

@@ -15,6 +15,7 @@ from tests.sources import array_source, gather
 from unimoe_jax.config import Take
 from unimoe_jax.models.decoder import Block, Context, Decoder, causal_mask
 from unimoe_jax.nn.linear import LayerOptions
+from unimoe_jax.nn.packed_attention import tiles_of
 from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
@@ -116,7 +117,8 @@ def test_scans_equal_a_loop_over_layers(layers, num_layers: int):
 
     cos, sin = rope_tables(POSITIONS, config.head_size, config.rope_theta)
     mask = causal_mask(SEGMENTS, POSITIONS)
-    context = Context(cos, sin, mask, jnp.where(SEGMENTS > 0, 0, -1), SEGMENTS > 0)
+    tiles = tiles_of(mask, SEGMENTS > 0)
+    context = Context(cos, sin, tiles, jnp.where(SEGMENTS > 0, 0, -1), SEGMENTS > 0)
     x, statistics = stream(), []
     # Blocks do not depend on where other layers have experts: one program for all placements.
     block_config = config.model_copy(update={"num_layers": 1, "moe": DENSE_DISPATCH})

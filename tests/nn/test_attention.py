@@ -62,27 +62,6 @@ def test_chunks_have_the_same_gradients(monkeypatch):
     assert_close(gradients(q, k, v), whole, 1e-6)
 
 
-@pytest.mark.parametrize("length", [4, 9, 13])
-def test_causal_chunks_skip_only_what_is_masked(monkeypatch, length: int):
-    """Values and gradients, those of a bias included, equal the whole masked matrix."""
-    q, k, v = tensors(length, length)
-    mask = np.tril(np.ones((1, length, length), bool))
-    mask = mask & (np.random.default_rng(0).random((2, length, length)) < 0.8)
-    mask |= np.eye(length, dtype=bool)
-    bias = np.random.default_rng(1).standard_normal((1, HEADS, length, length), np.float32)
-
-    def loss(q, k, v, bias, causal):
-        shared = {"mask_BTS": jnp.asarray(mask), "bias_BNTS": bias, "causal": causal}
-        return jnp.sum(jnp.sin(attend(q, k, v, scale=0.7, **shared)))
-
-    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))
-    whole = gradients(q, k, v, bias, False)
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
-    assert_close(gradients(q, k, v, bias, True), whole, 1e-6)
-    out = attend(q, k, v, scale=0.7, mask_BTS=jnp.asarray(mask), bias_BNTS=bias, causal=True)
-    assert relative_error(out, reference(q, k, v, 0.7, mask, bias)) < 1e-6
-
-
 @pytest.mark.parametrize("shape", [(2, HEADS, 9, 5), (1, HEADS, 1, 5), (2, HEADS, 9, 1)])
 def test_gradient_of_a_shared_bias(monkeypatch, shape):
     """Against differences along a random direction, in chunks."""

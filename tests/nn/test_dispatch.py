@@ -38,7 +38,7 @@ TOLERANCE = 1e-6
 def small_blocks():
     """Blocks of 8 and 2 rows: 26 tokens then fill several blocks and leave tails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(grouped.BLOCKS, "cpu", (8, 2))
+        patch.setitem(grouped.BLOCKS, "cpu", (8, 4, 2))
         yield
 
 

@@ -31,6 +31,7 @@ from unimoe_jax.models.token_stream import token_stream
 from unimoe_jax.models.unimoe import Audio, Pictures, Speech, Vision
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.norm import RMSNorm
+from unimoe_jax.nn.packed_attention import tiles_of
 from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
@@ -235,7 +236,8 @@ class Golden:
         position, mask = positions_and_mask(spliced.attended, stream.shape[1])
         cos, sin = rope_tables(position, config.head_size, config.rope_theta)
         modality = jnp.asarray(spliced.modality)
-        context = Context(cos, sin, mask, modality, jnp.ones(modality.shape, bool))
+        valid = jnp.ones(modality.shape, bool)
+        context = Context(cos, sin, tiles_of(mask, valid), modality, valid)
         x, steps = stream, []
         for layer, place in enumerate(where_is(config.moe_layers())):
             stacked = decoder[f"run_{place.run}"][f"block_{place.block}"]

@@ -31,6 +31,7 @@ from unimoe_jax.models.decoder import Attention, Context, causal_mask
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.norm import RMSNorm
+from unimoe_jax.nn.packed_attention import tiles_of
 from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
@@ -145,7 +146,8 @@ def test_attention(pair: Pair):
     config, batch, x = pair.config.decoder, pair.batch, stream()
     cos, sin = rope_tables(batch.position_BT, config.head_size, config.rope_theta)
     mask = causal_mask(jnp.asarray(batch.segment_BT), jnp.asarray(batch.position_BT))
-    context = Context(cos, sin, mask, batch.modality_BT, batch.segment_BT > 0)
+    valid = jnp.asarray(batch.segment_BT > 0)
+    context = Context(cos, sin, tiles_of(mask, valid), batch.modality_BT, valid)
     params = {"params": pair.layer(1)["attention"]}
     actual = Attention(config, pair.options).apply(params, x, context)
     given, position = torch.from_numpy(x), torch.from_numpy(batch.position_BT.copy())

@@ -14,24 +14,24 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from unimoe_jax.config import DecoderConfig
-from unimoe_jax.nn.attention import attend
 from unimoe_jax.nn.experts import SwiGLUForm
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.mlp import SwiGLU
 from unimoe_jax.nn.moe import MoE, MoEAux
 from unimoe_jax.nn.norm import RMSNorm
+from unimoe_jax.nn.packed_attention import Tiles, attend_packed, tiles_of
 from unimoe_jax.nn.rope import apply_rope, rope_tables
 from unimoe_jax.nn.stack import layer_runs, scan_layers
 from unimoe_jax.sharding import shard
 
 
 class Context(NamedTuple):
-    """What every layer shares: rotary tables, visibility, modality, validity, and which positions
-    are read after the last layer (None: all)."""
+    """What every layer shares: rotary tables, who sees whom, modality, validity, and which
+    positions are read after the last layer (None: all)."""
 
     cos: jax.Array
     sin: jax.Array
-    mask_BTS: jax.Array
+    tiles: Tiles
     modality_BT: jax.Array
     valid_BT: jax.Array
     read_BT: jax.Array | None = None
@@ -54,8 +54,7 @@ class Attention(nn.Module):
         q = apply_rope(project("q_proj", config.num_heads, "heads"), context.cos, context.sin)
         k = apply_rope(project("k_proj", config.num_kv_heads, "kv_heads"), context.cos, context.sin)
         v = project("v_proj", config.num_kv_heads, "kv_heads")
-        # The keys are the rows themselves, in the order of their positions.
-        y = attend(q, k, v, scale=size**-0.5, mask_BTS=context.mask_BTS, causal=True)
+        y = attend_packed(q, k, v, context.tiles, scale=size**-0.5)
         y = rearrange(y, "b t n h -> b t (n h)")
         return Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
 
@@ -152,7 +151,8 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        context = Context(cos, sin, mask_BTS, modality_BT, valid_BT, read_BT)
+        tiles = tiles_of(mask_BTS, valid_BT)
+        context = Context(cos, sin, tiles, modality_BT, valid_BT, read_BT)
         aux, layers, runs = [], [], layer_runs(config.moe_layers())
         for number, run in enumerate(runs):
             stack = scan_layers(

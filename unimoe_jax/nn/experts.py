@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unimoe_jax.config import LoRARule
-from unimoe_jax.nn.linear import LayerOptions, matmul, row_dropout
+from unimoe_jax.nn.linear import LayerOptions, apply_linear, row_dropout
 
 Weights = dict[str, dict[str, jax.Array]]
 AdapterRules = tuple[tuple[str, LoRARule], ...]
@@ -92,19 +93,19 @@ class ExpertFunction:
     ) -> jax.Array:
         """Linear layer `name` of this expert on rows, its bias times `scale_R`; float32 out."""
         w = weights[name]
-        y = matmul(x_RD, w["kernel"], self.dtype)
-        if "bias" in w:
-            bias = jnp.broadcast_to(w["bias"], y.shape)
+        rule, drop = dict(self.adapters).get(name), None
+        if rule is not None and self.train and rule.dropout:
+            salt = [key for key, _ in self.adapters].index(name) + 1
+            seed = seed ^ jnp.uint32(salt * 0x9E3779B9 % 2**32)
+            first = self._first_column(name, x_RD.shape[1])
+            drop = partial(
+                row_dropout, row_R=row_R, seed=seed, rate=rule.dropout, first_column=first
+            )
+        bias = w.get("bias")
+        y = apply_linear({k: a for k, a in w.items() if k != "bias"}, x_RD, self.dtype, rule, drop)
+        if bias is not None:
+            bias = jnp.broadcast_to(bias, y.shape)
             y += bias if scale_R is None else bias * scale_R[:, None]
-        rule = dict(self.adapters).get(name)
-        if rule is not None:
-            if self.train and rule.dropout:
-                salt = [key for key, _ in self.adapters].index(name) + 1
-                seed = seed ^ jnp.uint32(salt * 0x9E3779B9 % 2**32)
-                first = self._first_column(name, x_RD.shape[1])
-                x_RD = row_dropout(x_RD, row_R, seed, rule.dropout, first)
-            down = matmul(x_RD, w["lora_a"], self.dtype)
-            y += rule.alpha / rule.rank * matmul(down, w["lora_b"], self.dtype)
         return y
 
 

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unimoe_jax.nn.experts import ExpertFunction
 
-# Largest and smallest block by platform. A CPU's fit its caches; elsewhere a block pays for reading
-# the expert's weights and the sum of their gradients from memory.
-BLOCKS = {"cpu": (512, 32)}
-ACCELERATOR_BLOCKS = (2048, 128)
+# Blocks by platform. A CPU's fit its caches, and 64 rows take it as long as twice 32; elsewhere a
+# block pays for reading the expert's weights and the sum of their gradients from memory.
+BLOCKS = {"cpu": (512, 256, 128, 32)}
+ACCELERATOR_BLOCKS = (2048, 1024, 512, 256, 128)
 
 
 class Routed(NamedTuple):
@@ -67,27 +66,24 @@ def _sort_slots(expert_XK: jax.Array, experts: int, padding: int) -> _Order:
 
 
 def block_sizes(mean_load: int, platform: str) -> tuple[int, ...]:
-    """Largest block near the mean load of an expert, then halves of it down to the smallest."""
-    largest, smallest = BLOCKS.get(platform, ACCELERATOR_BLOCKS)
-    power = 1 << int(np.floor(np.log2(max(1, mean_load))))
-    sizes = [min(largest, max(smallest, power))]
-    while sizes[-1] > smallest:
-        sizes.append(sizes[-1] // 2)
-    return tuple(sizes)
+    """The platform's blocks that are no larger than the mean load of an expert, or the smallest."""
+    sizes = BLOCKS.get(platform, ACCELERATOR_BLOCKS)
+    return tuple(size for size in sizes if size <= mean_load) or sizes[-1:]
 
 
 def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
     """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
 
-    A block of which seven eighths would be filled is taken whole: every block reads the expert's
-    weights and adds to their gradient, which costs about as much as multiplying 35 rows.
+    A block is taken whole if an eighth of it stays empty, for every block reads the expert's
+    weights and adds to their gradient, which costs about as much as multiplying 35 rows; or if what
+    stays empty is less than a smallest block: filled up with those, it would be as many rows.
     Offsets depend on the loop index, otherwise XLA hoists a body of at most one trip and always
     runs it.
     """
     done = jnp.zeros_like(count)
     for size in sizes:
         left = jnp.maximum(count - done, 0)
-        trips = (left + (size - 1 if size == sizes[-1] else size // 8)) // size
+        trips = (left + max(size // 8, sizes[-1] - 1)) // size
         base = start + done
 
         def step(i, carry, size=size, base=base):

@@ -130,13 +130,16 @@ def apply_linear(
     weights: kernel [I,O], and where present bias [O], lora_a [I,R], lora_b [R,O].
     """
     lead = x.shape[:-1]
+    # One axis of rows: of sums over several, as gradients of weights are, the compiler makes
+    # transposed copies.
     x = x.reshape(-1, x.shape[-1])
     y = matmul(x, weights["kernel"], dtype)
     if "bias" in weights:
         y += jnp.broadcast_to(weights["bias"], y.shape)
     if rule is not None:
-        down = matmul(drop(x) if drop else x, weights["lora_a"], dtype)
-        y += rule.alpha / rule.rank * matmul(down, weights["lora_b"], dtype)
+        # Scaled here, where there are few columns, forward and backward.
+        down = rule.alpha / rule.rank * matmul(drop(x) if drop else x, weights["lora_a"], dtype)
+        y += matmul(down, weights["lora_b"], dtype)
     return y.reshape(*lead, -1)
 
 
