@@ -79,7 +79,8 @@ def compile_case(case: Case, more: list[str]) -> int:
 
 
 def expert_products(text: str) -> dict[str, dict[str, float]]:
-    """{module: {forward, backward}} FLOPs of a trip of loops whose length depends on the data."""
+    """{module: {forward, backward}} FLOPs of a trip of the loops over the rows of experts, whose
+    length depends on the data."""
     computations, entry = parse(text)
     found: dict[str, dict[str, float]] = {}
 
@@ -88,6 +89,8 @@ def expert_products(text: str) -> dict[str, dict[str, float]]:
             flops = count * product_flops(one, computations[name])
             if flops and in_loop:
                 source = re.search(r'op_name="([^"]*)"', one.rest)[1]
+                if re.search(r"/attention/|\.loss/", source):  # in such loops as well
+                    continue
                 module = re.search(r"encoder(?=/)|connector|decoder", source)
                 key = "backward" if "transpose(" in source else "forward"
                 sums = found.setdefault(module[0], {"forward": 0.0, "backward": 0.0})
