@@ -118,8 +118,8 @@ def memory(
     shards: int,
 ) -> str:
     """Estimate of memory per device. Parameters, gradients and moments are exact; activations are
-    what rematerialisation keeps (one stream per layer) plus logits of the head's block
-    twice in float32."""
+    what rematerialisation keeps (one stream per layer) plus a block of logits twice
+    in float32."""
 
     def total(trained: bool, itemsize: int | None = None) -> int:
         size = 0

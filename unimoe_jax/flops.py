@@ -25,9 +25,9 @@ from unimoe_jax.stage import structs
 
 
 class Needed(NamedTuple):
-    """FLOPs, two per multiply-add: in all, and of those the experts' and the head's, which programs
-    compute in loops whose length depends on the data. The head's count every position; a program
-    computes those with a target."""
+    """FLOPs, two per multiply-add: in all, and of those the grouped experts' and the head's, which
+    programs compute in loops whose length depends on the data. The head's count every position; a
+    program computes those with a target."""
 
     total: float
     experts: float
@@ -49,7 +49,8 @@ def step_flops(run: RunConfig, stage: StageConfig, spec: Batch) -> Needed:
         once = _gradient_flops(_widened(dense, name, 2), stage, spec) - base
         once *= sum(layers) / len(layers)
         total += (experts.top_k - 1) * once
-        in_experts += experts.top_k * once
+        if experts.dispatch == "grouped":
+            in_experts += experts.top_k * once
     return Needed(total, in_experts, head)
 
 

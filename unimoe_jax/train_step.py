@@ -17,11 +17,7 @@ import optax
 
 from unimoe_jax.config import AuxLossConfig
 from unimoe_jax.data.batch import Batch
-from unimoe_jax.losses import (
-    modality_losses,
-    modality_sums,
-    router_losses,
-)
+from unimoe_jax.losses import modality_losses, modality_sums, router_losses
 from unimoe_jax.metric_series import metric_name
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.moe import MoEAux

@@ -60,7 +60,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed-forward or experts(norm(x)), these where wanted_BT."""
+    """x += attention(norm(x)); x += feed-forward or experts(norm(x)).
+
+    Experts leave out positions where `wanted_BT` is False.
+    """
 
     config: DecoderConfig
     is_moe: bool

@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from unimoe_jax.config import LoRARule
 from unimoe_jax.nn.linear import LayerOptions, Linear, adapter_seed, apply_linear, row_dropout
-from unimoe_jax.sharding import current_mesh, current_platform, mesh_axes, shard
+from unimoe_jax.sharding import current_mesh, current_platform, data_shards, shard
 
 # Positions per block and data shard: a CPU's logits stay in its caches, elsewhere a block pays for
 # reading the kernel.
@@ -100,7 +100,8 @@ def token_loss(
     Positions without target cost nothing, but for those that fill a data shard's last block.
     """
     row_BT = jnp.arange(target_BT.size, dtype=jnp.uint32).reshape(target_BT.shape)
-    groups = _data_shards()
+    mesh = current_mesh()
+    groups = data_shards(mesh) if mesh else 1
     rows = _Rows(hidden_BTD, target_BT, weight_BT, row_BT)
     rows = jax.tree.map(lambda a: _grouped(a.reshape(groups, -1, *a.shape[2:])), rows)
     total, nll_GN, exact_GN = _loss(_Job(head, exact), dict(weights), rows, seed)
@@ -129,20 +130,13 @@ class _Job:
 
 
 class _Found(NamedTuple):
-    """What blocks leave, positions with a target first. dx_GND and dweights (a list, [G,…] float32)
-    are gradients of the total, None and empty where none are wanted."""
+    """What blocks leave, positions with a target first; None where it is not wanted. dx_GND and
+    dweights (a list, [G,…] float32, of the trained weights) are gradients of the total."""
 
     nll_GN: jax.Array
-    exact_GN: jax.Array
+    exact_GN: jax.Array | None
     dx_GND: jax.Array | None
     dweights: list[jax.Array]
-
-
-def _data_shards() -> int:
-    mesh, count = current_mesh(), 1
-    for axis in mesh_axes("batch"):
-        count *= mesh.shape[axis]
-    return count
 
 
 def _grouped(a: jax.Array) -> jax.Array:
@@ -151,35 +145,30 @@ def _grouped(a: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(job: _Job, weights: Weights, rows: _Rows, seed: jax.Array | None):
-    """(total, summands [G,N], exact [G,N])."""
+    """(total, summands [G,N], exact [G,N] or None)."""
     found, place_GN = _walk(job, weights, rows, seed, None)
     return _in_place(found, rows, place_GN)
 
 
 def _loss_fwd(job: _Job, weights, rows, seed):
-    trained = {name: weight.perturbed for name, weight in weights.items()}
+    trained = [name for name, weight in weights.items() if weight.perturbed]
     weights, rows, seed = jax.tree.map(lambda a: a.value, (weights, rows, seed))
     found, place_GN = _walk(job, weights, rows, seed, trained)
     dx_GND = _wanted(_taken(found.dx_GND, place_GN), rows)
-    # Summed over data shards once, straight into the shards of the weights.
-    sums = iter([jnp.sum(dw, axis=0) for dw in found.dweights])
-    dweights = {name: next(sums) if flag else None for name, flag in trained.items()}
-    dweights = {
-        name: None if dw is None else shard(dw, *_AXES[name]).astype(weights[name].dtype)
-        for name, dw in dweights.items()
-    }
+    dweights = dict.fromkeys(weights)
+    for name, dw in zip(trained, found.dweights, strict=True):
+        # Summed over data shards once, straight into the shards of the weights.
+        dw = shard(jnp.sum(dw, axis=0), *_AXES[name])
+        dweights[name] = dw.astype(weights[name].dtype)
     return _in_place(found, rows, place_GN), (dweights, dx_GND)
 
 
 def _loss_bwd(job: _Job, kept, cotangents):
     del job
-    dweights, dx_GND = kept
     g = cotangents[0]
     g = jnp.zeros(()) if isinstance(g, SymbolicZero) else g
-    dweights = {
-        name: None if dw is None else (g * dw).astype(dw.dtype) for name, dw in dweights.items()
-    }
-    return dweights, _Rows((g * dx_GND).astype(dx_GND.dtype), None, None, None), None
+    dweights, dx_GND = jax.tree.map(lambda a: (g * a).astype(a.dtype), kept)
+    return dweights, _Rows(dx_GND, None, None, None), None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
@@ -197,11 +186,10 @@ def _used(name: str) -> list[str | None]:
     return [None if axis == "embed" else axis for axis in _AXES[name]]
 
 
-def _laid_out(found: _Found, names: Sequence[str]) -> _Found:
+def _laid_out(found: _Found, trained: Sequence[str] | None) -> _Found:
     """Every data shard has its own rows and sums; the vocabulary stays cut."""
-    sums = [
-        shard(dw, "batch", *_used(name)) for name, dw in zip(names, found.dweights, strict=True)
-    ]
+    pairs = zip(trained or (), found.dweights, strict=True)
+    sums = [shard(dw, "batch", *_used(name)) for name, dw in pairs]
     return _Found(*jax.tree.map(_grouped, tuple(found[:3])), sums)
 
 
@@ -210,7 +198,7 @@ def _whole(name: str, weight: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _walk(
-    job: _Job, weights: Weights, rows: _Rows, seed, trained: Mapping[str, bool] | None
+    job: _Job, weights: Weights, rows: _Rows, seed, trained: Sequence[str] | None
 ) -> tuple[_Found, jax.Array]:
     """(what blocks leave, the place of every position there: int32 [G,N]).
 
@@ -224,12 +212,11 @@ def _walk(
     order_GN = jnp.argsort(~asked_GN, axis=1, stable=True).astype(jnp.int32)
     order_GN = jnp.pad(order_GN, ((0, 0), (0, -length % size)))
     positions = order_GN.shape[1]
-    names = [name for name, flag in (trained or {}).items() if flag]
     empty = _Found(
         jnp.zeros((groups, positions)),
-        jnp.ones((groups, positions), bool),
+        jnp.zeros((groups, positions), bool) if job.exact else None,
         None if trained is None else jnp.zeros((groups, positions, width), rows.x_GND.dtype),
-        [jnp.zeros((groups, *weights[name].shape)) for name in names],
+        [jnp.zeros((groups, *weights[name].shape)) for name in trained or ()],
     )
     of_block = jax.vmap(partial(_block, job, weights, seed, trained))
 
@@ -244,10 +231,10 @@ def _walk(
             for a, b in zip(found[:3], new[:3], strict=True)
         ]
         sums = [a + b for a, b in zip(found.dweights, new.dweights, strict=True)]
-        return _laid_out(_Found(*written, sums), names)
+        return _laid_out(_Found(*written, sums), trained)
 
     trips = -(-jnp.max(count_G) // size)
-    found = jax.lax.fori_loop(0, trips, step, _laid_out(empty, names))
+    found = jax.lax.fori_loop(0, trips, step, _laid_out(empty, trained))
     return found, jnp.cumsum(asked_GN, axis=1, dtype=jnp.int32) - 1
 
 
@@ -261,21 +248,18 @@ def _block(job: _Job, weights: Weights, seed, trained, rows: _Rows) -> _Found:
     if trained is None:
         logits_CV = logits_of({}, x_CD)
     else:
-        some = {name: weights[name] for name, flag in trained.items() if flag}
+        some = {name: weights[name] for name in trained}
         logits_CV, pull = jax.vjp(logits_of, some, x_CD)
     log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
     # A comparison, not a gather, which would collect logits that a mesh axis cuts.
     hit_CV = jnp.arange(logits_CV.shape[1])[None] == target_C[:, None]
     nll_C = weight_C * (log_z_C - jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1))
-    exact_C = jnp.ones(len(target_C), bool)
-    if job.exact:
-        exact_C = (jnp.argmax(logits_CV, axis=-1) == target_C) | (weight_C == 0)
+    exact_C = jnp.argmax(logits_CV, axis=-1) == target_C if job.exact else None
     if trained is None:
         return _Found(nll_C, exact_C, None, [])
     probs_CV = jnp.exp(logits_CV - log_z_C[:, None])
     dsome, dx_CD = pull(weight_C[:, None] * (probs_CV - hit_CV))
-    dweights = [dsome[name].astype(jnp.float32) for name, flag in trained.items() if flag]
-    return _Found(nll_C, exact_C, dx_CD, dweights)
+    return _Found(nll_C, exact_C, dx_CD, [dsome[name].astype(jnp.float32) for name in trained])
 
 
 def _taken(a_GN: jax.Array, index_GC: jax.Array) -> jax.Array:
@@ -292,5 +276,7 @@ def _wanted(a_GN: jax.Array, rows: _Rows) -> jax.Array:
 
 def _in_place(found: _Found, rows: _Rows, place_GN: jax.Array):
     nll_GN = _wanted(_taken(found.nll_GN, place_GN), rows)
-    exact_GN = _taken(found.exact_GN, place_GN) | (rows.weight_GN == 0)
+    exact_GN = found.exact_GN
+    if exact_GN is not None:
+        exact_GN = _taken(exact_GN, place_GN) | (rows.weight_GN == 0)
     return jnp.sum(nll_GN), nll_GN, exact_GN
