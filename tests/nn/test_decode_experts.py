@@ -43,7 +43,7 @@ def routed(tokens: int, last: int):
     return random.standard_normal((tokens, WIDTH), np.float32), expert, weight
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 17, FEW, FEW + 1, 2 * BLOCK + 9])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, FEW, FEW + 1, 2 * BLOCK + 9])
 @pytest.mark.parametrize("last", [0, 2])
 def test_equals_the_dense_reference(tokens: int, last: int):
     """With `last` 0 two of the experts have nothing to do, and one has most of the tokens."""
