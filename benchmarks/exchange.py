@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace, topology: str, shards: int, form: str, key
     stats, exchanged = read(text), collectives(text)
     here = EXPERTS // shards
     platform = "cpu" if topology.startswith("cpu") else "tpu"
-    blocks = grouped.block_sizes(args.tokens * TOP_K // here, platform)
+    blocks = grouped.blocks_for(args.tokens * TOP_K // here, platform).sizes
     loads = random_loads(args.tokens, shards)
     once = here * sum(blocks) * 2 * args.width * args.hidden
     row = args.width * ITEM

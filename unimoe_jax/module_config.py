@@ -144,6 +144,11 @@ class DecoderConfig(Config):
     max_positions: Positive = 4096
     tie_embeddings: bool = False
     remat: bool = Field(True, description="recompute each period of layers in the backward pass")
+    attention: Literal["auto", "tiles"] = Field(
+        "auto",
+        description="of packed rows: tiles leaves out what no query sees; auto uses jax's kernel "
+        "on TPUs, for heads of a multiple of 128, and tiles elsewhere",
+    )
     moe: MoEConfig | None = None
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from unimoe_jax.models.decoder import Block, Context, Decoder, causal_mask
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.packed_attention import tiles_of
 from unimoe_jax.nn.rope import rope_tables
+from unimoe_jax.nn.splash_attention import attend_segments
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
 
@@ -169,3 +170,35 @@ def test_remat_changes_nothing(mixed):
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=2)
     assert_close(gradient(params, stream(), again), gradient(params, stream(), decoder), 1e-5)
+
+
+def test_the_kernel_of_a_platform_changes_nothing(monkeypatch):
+    """What TPUs run, step by step, beside tiles: hidden states and gradients of the stream."""
+    decoder, params = build(head_dim=128, num_layers=2)
+    weight = np.random.default_rng(1).standard_normal((1, LENGTH, WIDTH), np.float32)
+    weight[SEGMENTS == 0] = 0
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(decoder: Decoder, x):
+        def total(x):
+            mask, modality = causal_mask(SEGMENTS, POSITIONS), jnp.where(SEGMENTS > 0, 0, -1)
+            arguments = (x, POSITIONS, mask, modality, SEGMENTS > 0, None, SEGMENTS)
+            return jnp.sum(weight * decoder.apply({"params": nest(params)}, *arguments).hidden_BTD)
+
+        return jax.value_and_grad(total)(x)
+
+    tiles = gradient(decoder, stream())
+    calls = []
+
+    def attend_here(*arguments, **settings):
+        calls.append(arguments)
+        return attend_segments(*arguments, **settings, interpret=True)
+
+    monkeypatch.setattr("unimoe_jax.models.decoder.suits", lambda head_size: head_size == 128)
+    monkeypatch.setattr("unimoe_jax.models.decoder.attend_segments", attend_here)
+    asked = Decoder(decoder.config.model_copy(update={"attention": "tiles"}), OPTIONS)
+    assert_close(gradient(asked, stream()), tiles, 0)
+    assert not calls
+    jax.clear_caches()
+    assert_close(gradient(decoder, stream()), tiles, 1e-5)
+    assert calls

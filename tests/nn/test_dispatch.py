@@ -80,6 +80,16 @@ def test_kept_rows_give_the_same_gradients(programs, expert_fn):
         assert_close(run(*args), again(*args), TOLERANCE)
 
 
+def test_weights_read_in_place_give_the_same(programs, monkeypatch):
+    """What TPUs run: blocks find their expert themselves."""
+    monkeypatch.setattr(grouped, "IN_PLACE", ("cpu",))
+    weights, x = weights_of(MLP), inputs_of(ROWS, LENGTH)
+    run = values_and_gradients(MLP, "grouped")
+    for name in ROUTINGS:
+        args = (weights, x, *routing(name, ROWS, LENGTH, 2))
+        assert_close(run(*args), programs[MLP, "grouped"](*args), TOLERANCE)
+
+
 @pytest.mark.parametrize("loads", [(0, 1, 2, 3), (8, 7, 9, 2), (16, 0, 0, 10), (5, 11, 1, 9)])
 def test_loads_around_block_sizes(programs, loads):
     expert = np.repeat(np.arange(EXPERTS + 1), [*loads, ROWS * LENGTH - sum(loads)])

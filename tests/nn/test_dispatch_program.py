@@ -160,7 +160,7 @@ def test_frozen_weights_have_no_gradient_in_the_program(devices):
 def test_products_are_of_rows_routed(devices, expert_fn, products: int):
     """FLOPs of the program, which counts the body of every loop once: blocks of 512, 256, … rows
     through all products forward, and backward all but the last again, and each one's two."""
-    sizes = grouped.block_sizes(TOKENS * TOP_K // EXPERTS, "cpu")
+    sizes = grouped.blocks_for(TOKENS * TOP_K // EXPERTS, "cpu").sizes
     once = sum(sizes) * 2 * WIDTH * HIDDEN
     forward = lowered(devices, expert_fn, (1, 1, 1, 1), "auto", wide=False)
     assert forward.cost_analysis()["flops"] <= 1.05 * products * once
@@ -177,7 +177,7 @@ def test_blocks_hold_few_rows_more_than_were_routed(tokens: int):
     """Of random balanced and of skewed loads."""
     rng = np.random.default_rng(0)
     slots = tokens * TOP_K
-    sizes = grouped.block_sizes(slots // EXPERTS, "cpu")
+    sizes = grouped.blocks_for(slots // EXPERTS, "cpu").sizes
     fold = jax.jit(
         lambda count: grouped._over_blocks(sizes, 0, count, lambda sum, at, size: sum + size, 0)
     )

@@ -21,6 +21,7 @@ from unimoe_jax.nn.moe import MoE, MoEAux
 from unimoe_jax.nn.norm import RMSNorm
 from unimoe_jax.nn.packed_attention import Tiles, attend_packed, tiles_of
 from unimoe_jax.nn.rope import apply_rope, rope_tables
+from unimoe_jax.nn.splash_attention import Segments, attend_segments, suits
 from unimoe_jax.nn.stack import layer_runs, scan_layers
 from unimoe_jax.sharding import shard
 
@@ -31,7 +32,7 @@ class Context(NamedTuple):
 
     cos: jax.Array
     sin: jax.Array
-    tiles: Tiles
+    seen: Tiles | Segments
     modality_BT: jax.Array
     valid_BT: jax.Array
     read_BT: jax.Array | None = None
@@ -54,7 +55,10 @@ class Attention(nn.Module):
         q = apply_rope(project("q_proj", config.num_heads, "heads"), context.cos, context.sin)
         k = apply_rope(project("k_proj", config.num_kv_heads, "kv_heads"), context.cos, context.sin)
         v = project("v_proj", config.num_kv_heads, "kv_heads")
-        y = attend_packed(q, k, v, context.tiles, scale=size**-0.5)
+        if isinstance(context.seen, Segments):
+            y = attend_segments(q, k, v, context.seen.segment_BT, scale=size**-0.5)
+        else:
+            y = attend_packed(q, k, v, context.seen, scale=size**-0.5)
         y = rearrange(y, "b t n h -> b t (n h)")
         return Linear(x_BTD.shape[-1], self.options, axes=("heads", "embed"), name="o_proj")(y)
 
@@ -147,15 +151,19 @@ class Decoder(nn.Module):
         modality_BT: jax.Array,
         valid_BT: jax.Array,
         read_BT: jax.Array | None = None,
+        segment_BT: jax.Array | None = None,
     ) -> DecoderOutput:
         """read_BT: bool, positions whose hidden states will be read; the last layer's experts leave
-        out the others. None: all."""
+        out the others. None: all. segment_BT: given if the mask is that of causal attention within
+        segments and nothing else, for platforms that have a kernel for it."""
         config = self.config
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        tiles = tiles_of(mask_BTS, valid_BT)
-        context = Context(cos, sin, tiles, modality_BT, valid_BT, read_BT)
+        by_segment = segment_BT is not None and config.attention == "auto"
+        kernel = by_segment and suits(config.head_size)
+        seen = Segments(segment_BT) if kernel else tiles_of(mask_BTS, valid_BT)
+        context = Context(cos, sin, seen, modality_BT, valid_BT, read_BT)
         aux, layers, runs = [], [], layer_runs(config.moe_layers())
         for number, run in enumerate(runs):
             stack = scan_layers(

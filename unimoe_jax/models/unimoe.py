@@ -217,6 +217,7 @@ class UniMoE(nn.Module):
             batch.modality_BT,
             batch.segment_BT > 0,
             None if want == "logits" else batch.weight_BT > 0,
+            batch.segment_BT,
         )
         if decoded.aux is not None:
             aux["decoder"] = decoded.aux

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from unimoe_jax.nn import exchange, grouped
 from unimoe_jax.nn.exchange import ExchangeForm, Group
 from unimoe_jax.nn.experts import ExpertFunction
-from unimoe_jax.nn.grouped import Routed
+from unimoe_jax.nn.grouped import Blocks, Routed
 from unimoe_jax.sharding import (
     ShardingError,
     current_mesh,
@@ -137,14 +137,14 @@ class _Leaf:
 class _Job:
     """What is static about one call.
 
-    sizes: of blocks. mesh: None on one device; the rest then has no meaning. batch: mesh axes that
+    blocks: of rows. mesh: None on one device; the rest then has no meaning. batch: mesh axes that
     cut tokens. hidden: those that cut the hidden width. group: devices that exchange tokens; None
     if every device has the tokens of its experts, or all experts. held: mesh axes that cut experts
     but not tokens. keep: see `keep_hidden` of `moe_ffn`.
     """
 
     expert_fn: ExpertFunction
-    sizes: tuple[int, ...]
+    blocks: Blocks
     mesh: AbstractMesh | None = None
     batch: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
@@ -176,8 +176,8 @@ def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange, 
     experts = jax.tree.leaves(weights)[0].shape[0]
     mesh, slots = current_mesh(), rows.expert_XK.size
     if mesh is None or mesh.size == 1:
-        sizes = grouped.block_sizes(slots // experts, current_platform())
-        return _Job(expert_fn, sizes, keep=keep)
+        blocks = grouped.blocks_for(slots // experts, current_platform())
+        return _Job(expert_fn, blocks, keep=keep)
     batch, cut, hidden = mesh_axes("batch"), mesh_axes("expert"), mesh_axes("mlp")
     if set(cut) & set(batch) and not set(cut) <= set(batch):
         raise ShardingError(
@@ -195,7 +195,7 @@ def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange, 
     shards, tokens = _size(mesh, cut), rows.row_X.size // _size(mesh, batch)
     top_k, here = rows.expert_XK.shape[-1], experts // shards
     # A device computes the slots of `shards` devices, for one in `shards` of the experts.
-    blocks = grouped.block_sizes(tokens * top_k // here, current_platform())
+    blocks = grouped.blocks_for(tokens * top_k // here, current_platform())
     job = _Job(replace(expert_fn, hidden_cut=hidden), blocks, mesh, batch, hidden, leaves=leaves)
     if not cut or not set(cut) <= set(batch):
         return replace(job, held=cut, keep=keep)
@@ -294,7 +294,7 @@ def _forward_here(job: _Job, keep: bool, weights: Any, rows: Routed, seed: jax.A
     weights, rows = _whole(job, weights), _held(job, weights, jax.tree.map(_flat, rows))
 
     def apply(rows: Routed) -> tuple[jax.Array, Any]:
-        return grouped.forward(job.expert_fn, weights, rows, seed, job.sizes, keep)
+        return grouped.forward(job.expert_fn, weights, rows, seed, job.blocks, keep)
 
     if job.group is None:
         y, first = apply(rows)
@@ -313,7 +313,7 @@ def _backward_here(job: _Job, trained, weights: Any, rows: Routed, seed: jax.Arr
 
     def pull(rows: Routed, g_XD: jax.Array, dtrained: list[jax.Array]):
         return grouped.backward(
-            job.expert_fn, whole, trained, rows, seed, job.sizes, g_XD, dtrained, first
+            job.expert_fn, whole, trained, rows, seed, job.blocks, g_XD, dtrained, first
         )
 
     wanted = grouped.selected(jax.tree.leaves(whole), trained)

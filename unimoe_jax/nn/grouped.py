@@ -9,7 +9,7 @@ kept on demand, else every block is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from unimoe_jax.nn.experts import ExpertFunction
 # block pays for reading the expert's weights and the sum of their gradients from memory.
 BLOCKS = {"cpu": (512, 256, 128, 32)}
 ACCELERATOR_BLOCKS = (2048, 1024, 512, 256, 128)
+IN_PLACE = ("tpu",)
+"""Platforms whose blocks read weights in place, see `Blocks`."""
 
 
 class Routed(NamedTuple):
@@ -37,14 +39,28 @@ class Routed(NamedTuple):
     row_X: jax.Array
 
 
+class Blocks(NamedTuple):
+    """How the rows of experts are walked: sizes of blocks, the largest first.
+
+    in_place: a block reads its expert where the weights of all lie. A TPU multiplies a part of an
+    array as it lies, and putting an expert aside takes it as long as hundreds of rows; elsewhere
+    every block would put it aside again.
+    """
+
+    sizes: tuple[int, ...]
+    in_place: bool
+
+
 class _Order(NamedTuple):
     """Slots (token-major, S = X·K) sorted by expert.
 
+    expert_of: [S] expert of each slot, E for none.
     slot_of: [S + largest block] slot at each sorted position; the tail is padding.
     position_of: [S] sorted position of each slot.
     start, count: [E] rows of each expert.
     """
 
+    expert_of: jax.Array
     slot_of: jax.Array
     position_of: jax.Array
     start: jax.Array
@@ -62,13 +78,14 @@ def _sort_slots(expert_XK: jax.Array, experts: int, padding: int) -> _Order:
     position_of = start[slot_expert] + rank_of
     slots = jnp.arange(slot_expert.shape[0], dtype=jnp.int32)
     slot_of = jnp.zeros(slots.shape[0] + padding, jnp.int32).at[position_of].set(slots)
-    return _Order(slot_of, position_of, start[:experts], count[:experts])
+    return _Order(slot_expert, slot_of, position_of, start[:experts], count[:experts])
 
 
-def block_sizes(mean_load: int, platform: str) -> tuple[int, ...]:
+def blocks_for(mean_load: int, platform: str) -> Blocks:
     """The platform's blocks that are no larger than the mean load of an expert, or the smallest."""
     sizes = BLOCKS.get(platform, ACCELERATOR_BLOCKS)
-    return tuple(size for size in sizes if size <= mean_load) or sizes[-1:]
+    sizes = tuple(size for size in sizes if size <= mean_load) or sizes[-1:]
+    return Blocks(sizes, in_place=platform in IN_PLACE)
 
 
 def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
@@ -94,6 +111,36 @@ def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
     return carry
 
 
+def _over_experts(
+    blocks: Blocks, order: _Order, weights: Any, sums: list[jax.Array], block: Callable, carry: Any
+) -> tuple[Any, list[jax.Array]]:
+    """(carry, sums) after `block(carry, w, offset, size, end) -> (carry, more)` for every block of
+    every expert: w is the expert's, its rows end at `end`, and `more` is added to its sums.
+
+    weights and sums: arrays [E,…].
+    """
+
+    def read(offset):
+        # Asked of the block's first row: an expert known before the loop is put aside there.
+        number = order.expert_of[order.slot_of[offset]]
+        part = partial(jax.lax.dynamic_index_in_dim, index=number, axis=0, keepdims=False)
+        return jax.tree.map(part, weights)
+
+    def one_expert(carry, expert):
+        w, own, start, count = expert
+
+        def step(state, offset, size):
+            carry, own = state
+            mine = read(offset) if blocks.in_place else w
+            carry, more = block(carry, mine, offset, size, start + count)
+            return carry, [a + b.astype(a.dtype) for a, b in zip(own, more, strict=True)]
+
+        return _over_blocks(blocks.sizes, start, count, step, (carry, own))
+
+    aside = None if blocks.in_place else weights
+    return jax.lax.scan(one_expert, carry, (aside, sums, order.start, order.count))
+
+
 def sum_choices(
     rows: jax.Array, at_XK: jax.Array, wanted_XK: jax.Array, weight_XK: jax.Array | None = None
 ) -> jax.Array:
@@ -112,38 +159,34 @@ def forward(
     weights: Any,
     rows: Routed,
     seed: jax.Array,
-    sizes: tuple[int, ...],
+    blocks: Blocks,
     keep: bool = False,
 ) -> tuple[jax.Array, Any]:
     """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x, and
     what `backward` may be given, None without `keep`: `expert_fn.first` of every slot, sorted.
 
-    weights: pytree with a leading axis of E experts. sizes: of blocks, see `block_sizes`.
+    weights: pytree with a leading axis of E experts. blocks: see `blocks_for`.
     """
     x_XD, expert_XK, weight_XK, row_X = rows
     experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
-    order = _sort_slots(expert_XK, experts, sizes[0])
+    order = _sort_slots(expert_XK, experts, blocks.sizes[0])
 
     def compute(w, x, row):
         first = expert_fn.first(w, x, row, seed)
         return expert_fn.rest(w, first, row, seed), first if keep else None
 
-    def one_expert(out, expert):
-        w, start, count = expert
-
-        def block(out, offset, size):
-            token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
-            # A tail block may write into the next expert's rows; that expert overwrites them.
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
-            return jax.tree.map(write, out, compute(w, x_XD[token], row_X[token]))
-
-        return _over_blocks(sizes, start, count, block, out), None
+    def block(out, w, offset, size, end):
+        del end
+        token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
+        # A tail block may write into the next expert's rows; that expert overwrites them.
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
+        return jax.tree.map(write, out, compute(w, x_XD[token], row_X[token])), []
 
     one = jax.tree.map(lambda w: w[0], weights)
     shapes = jax.eval_shape(compute, one, x_XD[:1], row_X[:1])
     positions = order.slot_of.shape[0]
     empty = jax.tree.map(lambda s: jnp.zeros((positions, *s.shape[1:]), s.dtype), shapes)
-    (y_sorted, first), _ = jax.lax.scan(one_expert, empty, (weights, order.start, order.count))
+    (y_sorted, first), _ = _over_experts(blocks, order, weights, [], block, empty)
     # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
     at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
     return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype), first
@@ -198,7 +241,7 @@ def backward(
     trained: Sequence[bool],
     rows: Routed,
     seed: jax.Array,
-    sizes: tuple[int, ...],
+    blocks: Blocks,
     g_XD: jax.Array,
     dtrained: list[jax.Array],
     first: Any = None,
@@ -211,34 +254,27 @@ def backward(
     """
     x_XD, expert_XK, weight_XK, row_X = rows
     experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
-    order = _sort_slots(expert_XK, experts, sizes[0])
+    order = _sort_slots(expert_XK, experts, blocks.sizes[0])
     slot_weight = weight_XK.reshape(-1)
 
-    def one_expert(carry, expert):
-        w, dw, start, count = expert
-
-        def block(carry, offset, size):
-            dx_sorted, dweight_sorted, dw = carry
-            slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
-            token = slot // k
-            cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
-            mine = (offset + jnp.arange(size) < start + count)[:, None]
-            g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
-            work = (x_XD[token], slot_weight[slot], row_X[token])
-            kept = None if first is None else jax.tree.map(cut, first)
-            some, dx, dweight = _of_block(expert_fn, w, trained, work, seed, g, kept)
-            dw = [total + add.astype(total.dtype) for total, add in zip(dw, some, strict=True)]
-            dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
-            dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
-            return dx_sorted, dweight_sorted, dw
-
-        dx_sorted, dweight_sorted, dw = _over_blocks(sizes, start, count, block, (*carry, dw))
+    def block(carry, w, offset, size, end):
+        dx_sorted, dweight_sorted = carry
+        slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
+        token = slot // k
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
+        mine = (offset + jnp.arange(size) < end)[:, None]
+        g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
+        work = (x_XD[token], slot_weight[slot], row_X[token])
+        kept = None if first is None else jax.tree.map(cut, first)
+        dw, dx, dweight = _of_block(expert_fn, w, trained, work, seed, g, kept)
+        dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
+        dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
         return (dx_sorted, dweight_sorted), dw
 
     positions = order.slot_of.shape[0]
     empty = jnp.zeros((positions, x_XD.shape[1]), x_XD.dtype), jnp.zeros(positions, jnp.float32)
-    (dx_sorted, dweight_sorted), dtrained = jax.lax.scan(
-        one_expert, empty, (weights, dtrained, order.start, order.count)
+    (dx_sorted, dweight_sorted), dtrained = _over_experts(
+        blocks, order, weights, dtrained, block, empty
     )
     at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
     dx = sum_choices(dx_sorted, at_XK, real_XK)

@@ -1,0 +1,257 @@
+"""How long a TPU's compiler expects the hot loops of a step to take, beside its best product.
+
+    pip install -e '.[tpu]'
+    python benchmarks/tpu_cycles.py [--topologies v5e:2x2 v5p:2x2x1 v6e:2x2] [--output FILE]
+    python benchmarks/tpu_cycles.py --table
+
+No TPU is needed: its compiler writes estimated cycles beside every operation. They leave out what
+runs side by side and what waits, so they are compared with one another only.
+
+- Expert layer: cycles of one trip of every loop, times the trips under random balanced routers, and
+  of what lies outside the loops, divided by those of one dense SwiGLU on as many rows.
+- Attention over packed rows: FLOPs per cycle of one visit to a tile, divided by the FLOPs per cycle
+  of a product of 4096 x 4096 matrices. The compiler estimates no cycles of the kernel that TPUs run
+  instead (nn/splash_attention.py); it is compiled, and what surrounds it is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from exchange import EXPERTS, TOP_K, random_loads
+from jax.sharding import SingleDeviceSharding
+
+from unimoe_jax.compile_targets import target_devices
+from unimoe_jax.config import MeshConfig
+from unimoe_jax.hlo_stats import Instruction, parse, product_flops, trips
+from unimoe_jax.nn import grouped
+from unimoe_jax.nn.dispatch import moe_ffn
+from unimoe_jax.nn.experts import SwiGLUExpert
+from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
+from unimoe_jax.nn.splash_attention import attend_segments
+from unimoe_jax.sharding import make_mesh, use_mesh
+
+WIDTH, HIDDEN = 4096, 11008
+ROWS, LENGTH, HEADS, SIZE = 2, 4096, 32, 128
+PASSES = ("forward", "gradient")
+# Products per row of an expert: forward, and of the backward loop, 2 of them repeated.
+PRODUCTS = {"forward": 3, "backward": 8}
+
+
+class Costs:
+    """FLOPs and estimated cycles of a compiled program."""
+
+    def __init__(self, compiled: jax.stages.Compiled):
+        self.computations, self.entry = parse(compiled.as_text())
+
+    def of(self, name: str, fused: bool = False) -> np.ndarray:
+        """[FLOPs, cycles] of a computation; loops of unknown length are left out."""
+        inside = self.computations[name]
+        total = np.zeros(2)
+        for one in inside.values():
+            total += product_flops(one, inside), 0 if fused else _cycles(one)
+            if one.op == "while":
+                total += (trips(one, self.computations) or 0) * self.of(one.attribute("body"))
+            elif one.op in ("fusion", "call", "async-start"):
+                for other in one.called():
+                    total += self.of(other, fused or one.op == "fusion")
+        return total
+
+    def loops(self) -> Iterator[np.ndarray]:
+        """[FLOPs, cycles] of one trip of every loop of unknown length that multiplies."""
+        for inside in self.computations.values():
+            for one in inside.values():
+                if one.op == "while" and trips(one, self.computations) is None:
+                    cost = self.of(one.attribute("body"))
+                    if cost[0]:
+                        yield cost
+
+
+def _cycles(one: Instruction) -> int:
+    found = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+    return int(found[1]) if found else 0
+
+
+def compiled(device: jax.Device, function, *shapes) -> Costs:
+    """shapes: trees of (shape, dtype) as ShapeDtypeStruct without sharding."""
+    placed = SingleDeviceSharding(device)
+    structs = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes
+    )
+    with use_mesh(make_mesh(MeshConfig(data=1), [device])):
+        return Costs(jax.jit(function).lower(*structs).compile())
+
+
+def struct(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def best_product(device: jax.Device) -> float:
+    """FLOPs per cycle of the product of two matrices of 4096 x 4096 in bfloat16."""
+    matrix = struct(4096, 4096)
+    costs = compiled(device, lambda a, b: a @ b, matrix, matrix)
+    flops, cycles = costs.of(costs.entry)
+    return flops / cycles
+
+
+# ---------------------------------------------------------------------------------- experts
+
+
+def with_gradients(function, arguments: int):
+    """Gradients of the sum of its sines with respect to the first arguments."""
+
+    def loss(*values):
+        return jnp.sum(jnp.sin(function(*values).astype(jnp.float32)))
+
+    return jax.grad(loss, argnums=tuple(range(arguments)))
+
+
+def kernels(*lead: int) -> dict:
+    axes = {"embed": WIDTH, "mlp": HIDDEN}
+    named = SwiGLUExpert(jnp.bfloat16).axes()
+    return {k: {"kernel": struct(*lead, *(axes[a] for a in own))} for k, own in named.items()}
+
+
+def experts(device: jax.Device, tokens: int) -> list[dict]:
+    """The expert layer beside a dense layer on `tokens` * TOP_K rows."""
+    expert_fn = SwiGLUExpert(jnp.bfloat16)
+
+    def layer(weights, x, weight, expert):
+        return moe_ffn(expert_fn, weights, x, expert, weight, np.uint32(0), "grouped", "auto")
+
+    def dense(weights, x):
+        gate, up, down = (weights[k]["kernel"] for k in ("gate_proj", "up_proj", "down_proj"))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    routed = (struct(1, tokens, TOP_K, dtype=t) for t in (jnp.float32, jnp.int32))
+    inputs = kernels(EXPERTS), struct(1, tokens, WIDTH), *routed
+    blocks = grouped.blocks_for(tokens * TOP_K // EXPERTS, "tpu").sizes
+    visits = mean_trips(tokens, blocks)
+    rows = []
+    for key in PASSES:
+        grad = key == "gradient"
+        sparse = compiled(device, with_gradients(layer, 3) if grad else layer, *inputs)
+        plain = compiled(
+            device,
+            with_gradients(dense, 2) if grad else dense,
+            kernels(),
+            struct(tokens * TOP_K, WIDTH),
+        )
+        outside = sparse.of(sparse.entry)[1]
+        inside = sum(cost[1] * visits[_block(cost[0])] for cost in sparse.loops())
+        ideal = plain.of(plain.entry)[1]
+        rows.append(
+            {
+                "pass": key,
+                "cycles_in_loops": round(inside),
+                "cycles_outside": round(outside),
+                "cycles_dense": round(ideal),
+                "ratio_to_dense": round((inside + outside) / ideal, 3),
+            }
+        )
+    return rows
+
+
+def _block(flops: float) -> int:
+    """Rows of the block that a loop of so many FLOPs per trip multiplies."""
+    for products in PRODUCTS.values():
+        rows = flops / (products * 2 * WIDTH * HIDDEN)
+        if rows == int(rows) and int(rows) in grouped.ACCELERATOR_BLOCKS:
+            return int(rows)
+    raise RuntimeError(f"a loop of {flops:.3g} FLOPs per trip is none of the experts'")
+
+
+def mean_trips(tokens: int, blocks: tuple[int, ...]) -> dict[int, float]:
+    """Trips of the loop over blocks of every size, all experts together: the mean over random
+    balanced routers. The arithmetic of `grouped._over_blocks`."""
+    left = random_loads(tokens, 1).astype(np.int64)
+    found = {}
+    for size in blocks:
+        number = (left + max(size // 8, blocks[-1] - 1)) // size
+        found[size] = float(number.sum(axis=1).mean())
+        left = np.maximum(left - number * size, 0)
+    return found
+
+
+# -------------------------------------------------------------------------------- attention
+
+
+def attention(device: jax.Device, best: float) -> dict:
+    """Tiles beside the best product, and what surrounds the kernel."""
+    x, segment = struct(ROWS, LENGTH, HEADS, SIZE), struct(ROWS, LENGTH, dtype=jnp.int32)
+    mask = struct(ROWS, LENGTH, LENGTH, dtype=jnp.bool_)
+    tiles = jax.eval_shape(tiles_of, mask, struct(ROWS, LENGTH, dtype=jnp.bool_))
+
+    def in_tiles(q, k, v, tiles):
+        return attend_packed(q, k, v, tiles, scale=SIZE**-0.5)
+
+    def in_kernel(q, k, v, segment):
+        return attend_segments(q, k, v, segment, scale=SIZE**-0.5)
+
+    costs = compiled(device, with_gradients(in_tiles, 3), x, x, x, tiles)
+    visits = [(flops, cycles) for flops, cycles in costs.loops()]
+    kernel = compiled(device, with_gradients(in_kernel, 3), x, x, x, segment)
+    return {
+        "tile": int(tiles.visible_CJBST.shape[-1]),
+        "visits": [
+            {"gflop": flops / 1e9, "cycles": cycles, "share": round(flops / cycles / best, 3)}
+            for flops, cycles in visits
+        ],
+        "cycles_around_the_kernel": round(kernel.of(kernel.entry)[1]),
+    }
+
+
+# ------------------------------------------------------------------------------------- all
+
+
+def table(result: dict) -> str:
+    """Markdown, a line per topology."""
+    lines = [
+        "| topology | best product, FLOPs per cycle | experts ÷ dense, forward / with gradients "
+        "| attention in tiles ÷ best product, forward / backward |",
+        "|---|---|---|---|",
+    ]
+    for name, one in result["topologies"].items():
+        ratios = " / ".join(f"{row['ratio_to_dense']:.2f}" for row in one["experts"])
+        shares = " / ".join(f"{visit['share']:.3f}" for visit in one["attention"]["visits"])
+        lines.append(f"| {name} | {one['best_product']:,.0f} | {ratios} | {shares} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the expert layer")
+    parser.add_argument(
+        "--output", type=Path, default=common.ROOT / "benchmarks/results/tpu_cycles.json"
+    )
+    parser.add_argument("--table", action="store_true", help="print FILE as a table, no more")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.output.read_text())))
+        return
+    sizes = {"experts": EXPERTS, "top_k": TOP_K, "width": WIDTH, "hidden": HIDDEN}
+    sizes |= {"tokens": args.tokens, "rows": ROWS, "length": LENGTH, "heads": HEADS, "head": SIZE}
+    result = {"machine": common.machine(), "sizes": sizes, "topologies": {}}
+    for name in args.topologies:
+        device = target_devices(name)[0]
+        best = best_product(device)
+        result["topologies"][name] = {
+            "best_product": round(best),
+            "attention": attention(device, best),
+            "experts": experts(device, args.tokens),
+        }
+        common.save(args.output, result)
+        print(table(result).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
