@@ -30,17 +30,19 @@ def command(folder: Path, cache: Path, *arguments: str) -> list[str]:
     ]
 
 
-def environment(devices: int = 1) -> dict[str, str]:
+def environment(devices: int = 1, quick: bool = False) -> dict[str, str]:
+    """quick: programs that are compiled with little effort, for runs of few steps."""
     own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     flags = f"--xla_force_host_platform_device_count={devices}"
+    flags += " --xla_backend_optimization_level=0" if quick else ""
     return {**os.environ, **own, "XLA_FLAGS": flags}
 
 
-def train(folder: Path, cache: Path, *arguments: str, devices: int = 1) -> str:
+def train(folder: Path, cache: Path, *arguments: str, devices: int = 1, quick: bool = False) -> str:
     """Runs to the end; returns what it printed, both streams in order."""
     done = subprocess.run(
         command(folder, cache, *arguments),
-        env={**environment(devices), "PYTHONUNBUFFERED": "1", "JAX_LOG_COMPILES": "1"},
+        env={**environment(devices, quick), "PYTHONUNBUFFERED": "1", "JAX_LOG_COMPILES": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -203,7 +205,7 @@ def test_other_settings_are_refused(finished, cache):
 @pytest.fixture(scope="session")
 def reduced_run(tmp_path_factory, cache) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("runs") / "one"
-    return folder, train(folder, cache, *short(4))
+    return folder, train(folder, cache, *short(4), quick=True)
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +223,8 @@ def test_nothing_is_compiled_after_the_first_step(reduced_run):
 
 def test_eight_devices_equal_one(reduced, cache, tmp_path):
     folder = tmp_path / "eight"
-    train(folder, cache, *short(4), "mesh={data: 2, fsdp: 2, expert: 2, tensor: 1}", devices=8)
+    mesh = "mesh={data: 2, fsdp: 2, expert: 2, tensor: 1}"
+    train(folder, cache, *short(4), mesh, devices=8, quick=True)
     one, eight = metrics(reduced), metrics(folder)
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in eight]
     for a, b in zip(one, eight, strict=True):
@@ -234,7 +237,10 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
     folder = tmp_path / "stopped"
     arguments = [*short(4), "checkpoint.every=100"]
     process = subprocess.Popen(
-        command(folder, cache, *arguments), env=environment(), stdout=subprocess.PIPE, text=True
+        command(folder, cache, *arguments),
+        env=environment(quick=True),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     log = folder / "metrics.jsonl"
     deadline = time.monotonic() + 600
@@ -247,7 +253,7 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
     assert process.returncode == 0
     assert "SIGTERM: saved" in printed
     assert not (folder / "checkpoints/tune/final").exists()
-    train(folder, cache, *arguments)
+    train(folder, cache, *arguments, quick=True)
 
     def comparable(records: list[dict]) -> list[dict]:
         timed = ("time", "tokens_per_s", "data_wait_share")
