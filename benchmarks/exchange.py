@@ -96,17 +96,20 @@ def sent_by_random_router(tokens: int, shards: int) -> float:
     return float(goes.sum() / shards)
 
 
-def rows_to_needed(loads: np.ndarray, sizes: tuple[int, ...]) -> float:
-    """Rows of the blocks that cover the loads of experts, in relation to the rows routed.
-
-    The same arithmetic as `grouped._over_blocks`: whole blocks, and one that is seven eighths full.
-    """
-    left, multiplied = loads.astype(np.int64), 0
+def trips_of_blocks(loads: np.ndarray, sizes: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Blocks of every size that cover the loads of experts, shaped like `loads`."""
+    left, trips = loads.astype(np.int64), {}
     for size in sizes:
-        trips = (left + (size - 1 if size == sizes[-1] else size // 8)) // size
-        multiplied += int(np.sum(trips) * size)
-        left = np.maximum(left - trips * size, 0)
-    return multiplied / float(np.sum(loads))
+        trips[size] = grouped.block_trips(left, size, sizes[-1])
+        left = np.maximum(left - trips[size] * size, 0)
+    return trips
+
+
+def rows_to_needed(loads: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """Rows of the blocks that cover the loads of experts, in relation to the rows routed."""
+    trips = trips_of_blocks(loads, sizes)
+    rows = sum(size * np.sum(number) for size, number in trips.items())
+    return float(rows / np.sum(loads))
 
 
 def random_loads(tokens: int, shards: int, draws: int = 20) -> np.ndarray:

@@ -26,7 +26,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from exchange import EXPERTS, TOP_K, random_loads
+from exchange import EXPERTS, TOP_K, random_loads, trips_of_blocks
 from jax.sharding import SingleDeviceSharding
 
 from unimoe_jax.compile_targets import target_devices
@@ -81,7 +81,7 @@ def _cycles(one: Instruction) -> int:
 
 
 def compiled(device: jax.Device, function, *shapes) -> Costs:
-    """shapes: trees of (shape, dtype) as ShapeDtypeStruct without sharding."""
+    """shapes: trees of ShapeDtypeStruct, without shardings."""
     placed = SingleDeviceSharding(device)
     structs = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes
@@ -171,14 +171,9 @@ def _block(flops: float) -> int:
 
 def mean_trips(tokens: int, blocks: tuple[int, ...]) -> dict[int, float]:
     """Trips of the loop over blocks of every size, all experts together: the mean over random
-    balanced routers. The arithmetic of `grouped._over_blocks`."""
-    left = random_loads(tokens, 1).astype(np.int64)
-    found = {}
-    for size in blocks:
-        number = (left + max(size // 8, blocks[-1] - 1)) // size
-        found[size] = float(number.sum(axis=1).mean())
-        left = np.maximum(left - number * size, 0)
-    return found
+    balanced routers."""
+    trips = trips_of_blocks(random_loads(tokens, 1), blocks)
+    return {size: float(number.sum(axis=1).mean()) for size, number in trips.items()}
 
 
 # -------------------------------------------------------------------------------- attention
@@ -197,13 +192,12 @@ def attention(device: jax.Device, best: float) -> dict:
         return attend_segments(q, k, v, segment, scale=SIZE**-0.5)
 
     costs = compiled(device, with_gradients(in_tiles, 3), x, x, x, tiles)
-    visits = [(flops, cycles) for flops, cycles in costs.loops()]
     kernel = compiled(device, with_gradients(in_kernel, 3), x, x, x, segment)
     return {
         "tile": int(tiles.visible_CJBST.shape[-1]),
         "visits": [
             {"gflop": flops / 1e9, "cycles": cycles, "share": round(flops / cycles / best, 3)}
-            for flops, cycles in visits
+            for flops, cycles in costs.loops()
         ],
         "cycles_around_the_kernel": round(kernel.of(kernel.entry)[1]),
     }

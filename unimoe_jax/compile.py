@@ -229,7 +229,7 @@ def _needed(
     needed, experts, head = (flops / devices for flops in step_flops(run, config, spec))
     # Loops over the rows that were routed to an expert, or over positions with a target, have no
     # length before they run; nor have those over the tiles that packed rows see, which neither
-    # number holds.
+    # number holds, nor what the kernel does that TPUs run instead.
     counted = stats.flops + experts + head
     return {
         "flops_needed_per_device": needed,

@@ -96,8 +96,8 @@ def _gradient_flops(config: ModelConfig, stage: StageConfig, spec: Batch) -> flo
 
 
 def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
-    """FLOPs of the products in `jaxpr`, without loops whose length depends on the data: what
-    attention does between tiles of packed rows (hlo_stats.py keeps them apart as well)."""
+    """FLOPs of the products in `jaxpr`, without loops whose length depends on the data and kernels:
+    what attention does on packed rows (hlo_stats.py keeps them apart as well)."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
     for equation in jaxpr.eqns:
@@ -111,7 +111,7 @@ def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
-        elif name != "while":
+        elif name not in ("while", "pallas_call"):
             inner = [jaxpr_flops(sub) for sub in _inner(params)]
             if name == "cond":
                 total += max(inner)

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from tests.close import assert_close, relative_error
+from tests.nn.attention_cases import placed
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.models.decoder import causal_mask
 from unimoe_jax.nn import packed_attention
 from unimoe_jax.nn.attention import attend
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
-from unimoe_jax.sharding import make_mesh, spec_for, use_mesh
+from unimoe_jax.sharding import make_mesh, use_mesh
 
 HEADS, KV_HEADS, SIZE = 4, 2, 3
 TILE = 4
@@ -122,13 +122,9 @@ def test_a_mesh_changes_nothing(devices):
     arguments = *tensors(LENGTH, rows=4), *packed(samples, LENGTH)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     with use_mesh(mesh):
-        heads, rows = spec_for(("batch", None, "heads", None)), spec_for(("batch",))
-        placed = [
-            jax.device_put(x, NamedSharding(mesh, heads if x.ndim == 4 else rows))
-            for x in arguments
-        ]
-        program = in_tiles.lower(*placed).compile()
-    assert_close(program(*placed), whole(*arguments), 1e-6)
+        given = placed(mesh, arguments)
+        program = in_tiles.lower(*given).compile()
+    assert_close(program(*given), whole(*arguments), 1e-6)
     text = program.as_text()
     assert "all-reduce" in text
     assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute"))

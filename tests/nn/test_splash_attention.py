@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from tests.close import assert_close, relative_error
+from tests.nn.attention_cases import placed
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.models.decoder import causal_mask
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
 from unimoe_jax.nn.splash_attention import attend_segments, suits
-from unimoe_jax.sharding import make_mesh, spec_for, use_mesh
+from unimoe_jax.sharding import make_mesh, use_mesh
 
 HEADS, KV_HEADS, SIZE, LENGTH = 4, 2, 128, 200
 SAMPLES = ((150, 50), (90, 70))
@@ -81,14 +81,10 @@ def test_a_mesh_changes_nothing(devices):
     arguments = *tensors(4), packed(4)[0]
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2), devices)
     with use_mesh(mesh):
-        heads, rows = spec_for(("batch", None, "heads", None)), spec_for(("batch",))
-        placed = [
-            jax.device_put(x, NamedSharding(mesh, heads if x.ndim == 4 else rows))
-            for x in arguments
-        ]
-        program = kernel.lower(*placed).compile()
+        given = placed(mesh, arguments)
+        program = kernel.lower(*given).compile()
     q, k, v, g = tensors(4)
-    assert_close(program(*placed), in_tiles(q, k, v, g, *packed(4)), 1e-5)
+    assert_close(program(*given), in_tiles(q, k, v, g, *packed(4)), 1e-5)
     exchanges = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     assert not any(op in program.as_text() for op in exchanges)
 

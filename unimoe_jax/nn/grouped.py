@@ -88,19 +88,26 @@ def blocks_for(mean_load: int, platform: str) -> Blocks:
     return Blocks(sizes, in_place=platform in IN_PLACE)
 
 
-def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
-    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
+def block_trips(left, size: int, smallest: int):
+    """How many blocks of `size` rows are taken of those `left` (int, or an array of any kind).
 
     A block is taken whole if an eighth of it stays empty, for every block reads the expert's
     weights and adds to their gradient, which costs about as much as multiplying 35 rows; or if what
     stays empty is less than a smallest block: filled up with those, it would be as many rows.
+    """
+    return (left + max(size // 8, smallest - 1)) // size
+
+
+def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
+    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
+
     Offsets depend on the loop index, otherwise XLA hoists a body of at most one trip and always
     runs it.
     """
     done = jnp.zeros_like(count)
     for size in sizes:
         left = jnp.maximum(count - done, 0)
-        trips = (left + max(size // 8, sizes[-1] - 1)) // size
+        trips = block_trips(left, size, sizes[-1])
         base = start + done
 
         def step(i, carry, size=size, base=base):
