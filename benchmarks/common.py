@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases, weights and batches on disk, hardware and versions."""
+"""What the benchmarks share: run files, lengths of samples, hardware and versions, results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = {"tiny": "configs/run/tiny.yaml", "small": "benchmarks/small.yaml"}
-ROWS, ROW_LENGTH, SEGMENTS = 4, 512, 4
 
 
 def machine() -> dict:
@@ -69,32 +68,9 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def make_batch(vocab_size: int, image_size: int | None, patches: int) -> dict[str, np.ndarray]:
-    """A full batch of random tokens, four samples to a row, half of the positions with targets.
-    With `image_size`, each sample begins with one image."""
-    random = np.random.default_rng(0)
-    shape, length = (ROWS, ROW_LENGTH), ROW_LENGTH // SEGMENTS
-    position = np.tile(np.arange(length, dtype=np.int32), (ROWS, SEGMENTS))
-    segment = np.repeat(np.arange(1, SEGMENTS + 1, dtype=np.int32), length)
-    batch = {
-        "token_id_BT": random.integers(3, vocab_size, shape, dtype=np.int32),
-        "target_BT": random.integers(3, vocab_size, shape, dtype=np.int32),
-        "weight_BT": (position >= length // 2).astype(np.float32),
-        "segment_BT": np.tile(segment, (ROWS, 1)),
-        "position_BT": position,
-        "modality_BT": np.zeros(shape, np.int32),
-        "slot_BT": np.full(shape, -1, np.int32),
-    }
-    if image_size:
-        images = ROWS * SEGMENTS
-        pixels = (1, images, image_size, image_size, 3)
-        batch["image_GIHWC"] = random.standard_normal(pixels, dtype=np.float32)
-        inside = (position >= 1) & (position <= patches)
-        image = np.arange(ROWS)[:, None] * SEGMENTS + batch["segment_BT"] - 1
-        batch["slot_BT"] = np.where(inside, image * patches + position - 1, -1).astype(np.int32)
-        batch["modality_BT"] = inside.astype(np.int32)
-        batch["token_id_BT"][inside] = 0
-    return batch
+def text_lengths(random: np.random.Generator, number: int, longest: int) -> np.ndarray:
+    """Tokens of made-up instruction samples: log-normal around 120, at least 20."""
+    return np.clip(random.lognormal(4.8, 0.7, number), 20, longest).astype(np.int64)
 
 
 def save(path: Path, result: dict) -> None:

@@ -105,7 +105,7 @@ def long_samples(number: int, longest: int) -> Samples:
     """Made-up samples: a fifth text alone, half with an image of 576 positions, a tenth with a
     video and speech, a fifth with speech; the text is log-normal around 120 tokens."""
     random = np.random.default_rng(0)
-    text = np.clip(random.lognormal(4.8, 0.7, number), 20, 1500).astype(np.int64)
+    text = common.text_lengths(random, number, 1500)
     kind = random.choice(4, number, p=[0.2, 0.5, 0.1, 0.2])
     speech = np.where(kind >= 2, random.geometric(0.6, number).clip(1, 8), 0)
     entries = np.zeros((number, len(POOLS)), np.int64)

@@ -184,7 +184,8 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k experts; returns the output, the balance loss and the router z-loss."""
+    """Top-k experts; returns the output, the balance loss and the router z-loss. As in the
+    original, padding goes through experts too; the losses leave it out, for the comparison."""
 
     def __init__(self, config: dict, width: int, hidden: int, path: str, rules: list[dict]):
         super().__init__()
@@ -194,8 +195,8 @@ class MoE(nn.Module):
             SwiGLU(width, hidden, f"{path}/experts", rules) for _ in range(config["num_experts"])
         )
 
-    def forward(self, x):
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    def forward(self, x, valid):
+        shape, x, valid = x.shape, x.reshape(-1, x.shape[-1]), valid.flatten()
         logits = self.router(x)
         top, chosen = torch.topk(logits, self.top_k)
         weights = torch.softmax(top, dim=-1)
@@ -203,6 +204,7 @@ class MoE(nn.Module):
         for number, expert in enumerate(self.experts):
             token, choice = torch.where(chosen == number)
             y[token] += weights[token, choice, None] * expert(x[token])
+        logits, chosen = logits[valid], chosen[valid]
         share = F.one_hot(chosen[:, 0], len(self.experts)).to(x.dtype).mean(0)
         balance = len(self.experts) * (torch.softmax(logits, -1).mean(0) * share).sum()
         z = torch.logsumexp(logits, -1).pow(2).mean()
@@ -248,12 +250,12 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(width, hidden, f"{path}/mlp", rules)
 
-    def forward(self, x, cos, sin, mask):
+    def forward(self, x, cos, sin, mask, valid):
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         h = self.mlp_norm(x)
         if not self.is_moe:
             return x + self.mlp(h), None
-        h, balance, z = self.moe(h)
+        h, balance, z = self.moe(h, valid)
         return x + h, (balance, z)
 
 
@@ -297,7 +299,7 @@ class Model(nn.Module):
         mask = (same & (position[:, :, None] >= position[:, None, :]))[:, None]
         aux = []
         for layer in self.decoder.layers:
-            x, losses = layer(x, cos, sin, mask)
+            x, losses = layer(x, cos, sin, mask, segment > 0)
             if losses is not None:
                 aux.append(torch.stack(losses))
         logits = self.lm_head(self.decoder.final_norm(x))

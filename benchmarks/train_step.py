@@ -2,6 +2,10 @@
 
     python benchmarks/train_step.py [--sizes tiny small] [--rounds 5] [--output FILE]
 
+Samples are either of equal length and packed on both sides, which compares the same positions; or
+of varied length, packed here and one to a row on PyTorch's side, as the originals collate them.
+Tokens are those of samples, without padding.
+
 Each case runs three processes, which start from the same weights and batch: this library as
 `unimoe_jax.train` runs it, PyTorch as it comes, and PyTorch with the allocator settings that
 `unimoe_jax.train` makes for itself (see `unimoe_jax/host_memory.py`). They take turns (A B C A B C
@@ -26,78 +30,12 @@ from pathlib import Path
 
 import common
 import numpy as np
+import train_case
 
 from unimoe_jax.host_memory import HUGE_PAGES
 
 SIDES = ("jax", "torch", "torch_kept")
-LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 TOLERANCE = 1e-4
-
-
-# --------------------------------------------------------------------------------- the case
-
-
-def make_stage(size: str, name: str):
-    """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
-    from unimoe_jax import config_io
-    from unimoe_jax.config import OptimConfig, Rule, Take
-
-    run = config_io.load(common.ROOT / common.RUN_FILES[size])
-    stage = next(stage for stage in run.stages if stage.name == "tune")
-    changes = {
-        "init": (Take(match=".*", source="fresh"),),
-        "optim": OptimConfig(
-            learning_rate=LEARNING_RATE,
-            steps=10_000,
-            schedule="constant",
-            warmup_ratio=0.0,
-            clip_norm=CLIP_NORM,
-        ),
-    }
-    if name == "full":
-        changes |= {"lora": (), "train": (Rule(match=".*", lr=1.0),)}
-    return run, stage.model_copy(update=changes)
-
-
-def prepare(folder: Path, size: str, name: str, signature: str) -> None:
-    """Weights, batch and description of a case, as files that both sides read."""
-    import jax
-
-    from unimoe_jax.config import MeshConfig
-    from unimoe_jax.nn.stack import where_is
-    from unimoe_jax.sharding import make_mesh, use_mesh
-    from unimoe_jax.stage import build_stage, initial_params
-
-    run, stage = make_stage(size, name)
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    with use_mesh(mesh):
-        built = build_stage(run, stage, mesh, 10_000)
-        params = initial_params(built, {}, mesh, 0)
-    random = np.random.default_rng(1)
-    for path, value in params.items():
-        # Adapters start as no change; some change, so that the comparison can see them.
-        if path.endswith("/lora_b"):
-            noise = random.standard_normal(value.shape, dtype=np.float32)
-            params[path] = 0.01 * noise
-    np.savez(folder / "params.npz", **{path: np.asarray(v) for path, v in params.items()})
-    vision = built.model_config.vision
-    side = vision.encoder.image_size if signature == "image" else None
-    batch = common.make_batch(built.model_config.decoder.vocab_size, side, vision.num_tokens)
-    np.savez(folder / "batch.npz", **batch)
-    kinds = built.model_config.decoder.moe_layers()
-    description = {
-        "parameters": sum(info.size for info in built.infos.values()),
-        "trained": [path for path, info in built.infos.items() if info.trained],
-        "model": built.model_config.model_dump(),
-        "lora": [rule.model_dump() for rule in stage.lora],
-        "aux": stage.aux.model_dump(),
-        "places": [
-            (place.prefix, place.index, kind)
-            for place, kind in zip(where_is(kinds), kinds, strict=True)
-        ],
-        "tokens": int((batch["segment_BT"] > 0).sum()),
-    }
-    (folder / "case.json").write_text(json.dumps(description))
 
 
 # -------------------------------------------------------------------------------- the sides
@@ -118,7 +56,7 @@ def jax_side(folder: Path, size: str, name: str):
 
     settle_cpu()
     keep_freed_memory()
-    run, stage = make_stage(size, name)
+    run, stage = train_case.make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use_mesh(mesh):
         built = build_stage(run, stage, mesh, 10_000)
@@ -167,11 +105,12 @@ def torch_side(folder: Path, attention: str, keep: bool):
     with np.load(folder / "params.npz") as arrays:
         model.load(arrays, set(case["trained"]))
     with np.load(folder / "batch.npz") as arrays:
-        batch = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        batch = train_case.one_per_row(dict(arrays)) if case["one_per_row"] else dict(arrays)
+    batch = {key: torch.from_numpy(value) for key, value in batch.items()}
     for key in ("token_id_BT", "target_BT", "slot_BT"):
         batch[key] = batch[key].long()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=train_case.LEARNING_RATE, weight_decay=0.0)
 
     def gradient():
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +119,7 @@ def torch_side(folder: Path, attention: str, keep: bool):
         aux = decoder["balance"] * balance + decoder["router_z"] * z
         (loss + aux).backward()
         # Parameters of absent media have no gradient on this side and zero on the other.
-        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(trained, train_case.CLIP_NORM)
         return {"loss": loss.item(), "aux": aux.item(), "grad_norm": norm.item()}
 
     model.eval()
@@ -266,13 +205,13 @@ class Side:
         self.process.wait()
 
 
-def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> dict:
+def measure(size: str, stage: str, signature: str, samples: str, args: argparse.Namespace) -> dict:
     """One case: prepare, check, warm up, take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run(
             [sys.executable, __file__, "--prepare", "--folder", name, "--sizes", size]
-            + ["--stages", stage, "--signatures", signature],
+            + ["--stages", stage, "--signatures", signature, "--samples", samples],
             check=True,
         )
         case = json.loads((folder / "case.json").read_text())
@@ -289,8 +228,9 @@ def measure(size: str, stage: str, signature: str, args: argparse.Namespace) -> 
         finally:
             for side in sides.values():
                 side.close()
-    result = {"size": size, "stage": stage, "signature": signature, "attention": args.attention}
-    result |= {"parameters": case["parameters"], "tokens": case["tokens"], "check": checks}
+    result = {"size": size, "stage": stage, "signature": signature, "lengths": samples}
+    result |= {key: case[key] for key in ("parameters", "samples", "tokens", "longest")}
+    result |= {"attention": args.attention, "check": checks}
     for side in SIDES:
         result[side] = summary(turns[side], sides[side].first, case["tokens"])
     for side in SIDES[1:]:
@@ -346,6 +286,13 @@ def parse() -> argparse.Namespace:
         "--signatures", nargs="+", default=["text", "image"], choices=["text", "image"]
     )
     parser.add_argument(
+        "--samples",
+        nargs="+",
+        default=list(train_case.SAMPLES),
+        choices=train_case.SAMPLES,
+        help="equal: packed on both sides; varied: one to a row in PyTorch, as the originals",
+    )
+    parser.add_argument(
         "--attention",
         default="eager",
         choices=["eager", "sdpa"],
@@ -367,10 +314,13 @@ def main() -> None:
     if args.worker:
         return worker(args)
     if args.prepare:
-        return prepare(args.folder, args.sizes[0], args.stages[0], args.signatures[0])
+        return train_case.prepare(
+            args.folder, args.sizes[0], args.stages[0], args.signatures[0], args.samples[0]
+        )
     result = {"machine": common.machine(), "rounds": args.rounds, "steps": args.steps, "cases": []}
-    for size, stage, signature in itertools.product(args.sizes, args.stages, args.signatures):
-        case = measure(size, stage, signature, args)
+    cases = (args.sizes, args.stages, args.signatures, args.samples)
+    for size, stage, signature, samples in itertools.product(*cases):
+        case = measure(size, stage, signature, samples, args)
         speeds = " ".join(
             f"{side} {case[side]['tokens_per_s']:,.0f} tokens/s {case[side]['peak_mib']:,} MiB;"
             for side in SIDES
@@ -378,7 +328,7 @@ def main() -> None:
         faster = ", ".join(
             f"{case[f'to_{side}']['speed_ratio']:.2f} times {side}" for side in SIDES[1:]
         )
-        print(f"{size:<6}{stage:<5}{signature:<6}{speeds} {faster}", flush=True)
+        print(f"{size:<6}{stage:<5}{signature:<6}{samples:<7}{speeds} {faster}", flush=True)
         result["cases"].append(case)
         result["load_average_after"] = common.machine()["load_average"]
         common.save(args.output, result)

@@ -1,0 +1,154 @@
+"""The cases of train_step.py: a stage, its weights and a batch, as files that both sides read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import common
+import numpy as np
+
+LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
+ROWS, ROW_LENGTH, SEGMENTS = 4, 512, 4
+SAMPLES = ("equal", "varied")
+
+
+def make_stage(size: str, name: str):
+    """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
+    from unimoe_jax import config_io
+    from unimoe_jax.config import OptimConfig, Rule, Take
+
+    run = config_io.load(common.ROOT / common.RUN_FILES[size])
+    stage = next(stage for stage in run.stages if stage.name == "tune")
+    changes = {
+        "init": (Take(match=".*", source="fresh"),),
+        "optim": OptimConfig(
+            learning_rate=LEARNING_RATE,
+            steps=10_000,
+            schedule="constant",
+            warmup_ratio=0.0,
+            clip_norm=CLIP_NORM,
+        ),
+    }
+    if name == "full":
+        changes |= {"lora": (), "train": (Rule(match=".*", lr=1.0),)}
+    return run, stage.model_copy(update=changes)
+
+
+def prepare(folder: Path, size: str, name: str, signature: str, samples: str) -> None:
+    """Weights, batch and description of a case, as files that both sides read."""
+    import jax
+
+    from unimoe_jax.config import MeshConfig
+    from unimoe_jax.nn.stack import where_is
+    from unimoe_jax.sharding import make_mesh, use_mesh
+    from unimoe_jax.stage import build_stage, initial_params
+
+    run, stage = make_stage(size, name)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with use_mesh(mesh):
+        built = build_stage(run, stage, mesh, 10_000)
+        params = initial_params(built, {}, mesh, 0)
+    random = np.random.default_rng(1)
+    for path, value in params.items():
+        # Adapters start as no change; some change, so that the comparison can see them.
+        if path.endswith("/lora_b"):
+            noise = random.standard_normal(value.shape, dtype=np.float32)
+            params[path] = 0.01 * noise
+    np.savez(folder / "params.npz", **{path: np.asarray(v) for path, v in params.items()})
+    vision = built.model_config.vision
+    side = vision.encoder.image_size if signature == "image" else None
+    media = 1 + vision.num_tokens if side else 0
+    lengths = varied_samples(media) if samples == "varied" else equal_samples()
+    vocabulary = built.model_config.decoder.vocab_size
+    batch = make_batch(vocabulary, side, vision.num_tokens, lengths)
+    np.savez(folder / "batch.npz", **batch)
+    kinds = built.model_config.decoder.moe_layers()
+    description = {
+        "parameters": sum(info.size for info in built.infos.values()),
+        "trained": [path for path, info in built.infos.items() if info.trained],
+        "model": built.model_config.model_dump(),
+        "lora": [rule.model_dump() for rule in stage.lora],
+        "aux": stage.aux.model_dump(),
+        "places": [
+            (place.prefix, place.index, kind)
+            for place, kind in zip(where_is(kinds), kinds, strict=True)
+        ],
+        "one_per_row": samples == "varied",
+        "samples": sum(len(row) for row in lengths),
+        "tokens": sum(sum(row) for row in lengths),
+        "longest": max(max(row) for row in lengths),
+    }
+    (folder / "case.json").write_text(json.dumps(description))
+
+
+def equal_samples() -> list[list[int]]:
+    """Lengths of the samples of each row: four alike, rows full."""
+    return [[ROW_LENGTH // SEGMENTS] * SEGMENTS] * ROWS
+
+
+def varied_samples(media: int) -> list[list[int]]:
+    """The same of text as long as in instruction data, after `media` positions of an image: samples
+    as they come, each in the first row that holds it, until one fits nowhere."""
+    rows: list[list[int]] = [[] for _ in range(ROWS)]
+    random = np.random.default_rng(
+        8
+    )  # padded one to a row, 2.4 times the tokens: the median of seeds
+    for length in media + common.text_lengths(random, 1000, ROW_LENGTH - media):
+        row = next((row for row in rows if sum(row) + length <= ROW_LENGTH), None)
+        if row is None:
+            break
+        row.append(int(length))
+    return rows
+
+
+def make_batch(
+    vocab_size: int, image_size: int | None, patches: int, samples: list[list[int]]
+) -> dict[str, np.ndarray]:
+    """A batch of random tokens in samples of these lengths, the later half of each with targets.
+    With `image_size`, each sample begins with one image."""
+    random = np.random.default_rng(0)
+    shape = (ROWS, ROW_LENGTH)
+    position, segment, length = (np.zeros(shape, np.int32) for _ in range(3))
+    image, images = np.zeros(shape, np.int32), 0
+    for row, lengths in enumerate(samples):
+        start = 0
+        for number, tokens in enumerate(lengths, 1):
+            place = np.s_[row, start : start + tokens]
+            position[place], segment[place] = np.arange(tokens), number
+            length[place], image[place] = tokens, images
+            start, images = start + tokens, images + 1
+    batch = {
+        "token_id_BT": random.integers(3, vocab_size, shape, dtype=np.int32),
+        "target_BT": random.integers(3, vocab_size, shape, dtype=np.int32),
+        "weight_BT": ((segment > 0) & (position >= length // 2)).astype(np.float32),
+        "segment_BT": segment,
+        "position_BT": position,
+        "modality_BT": np.where(segment > 0, 0, -1).astype(np.int32),
+        "slot_BT": np.full(shape, -1, np.int32),
+    }
+    if image_size:
+        pixels = (1, images, image_size, image_size, 3)
+        batch["image_GIHWC"] = random.standard_normal(pixels, dtype=np.float32)
+        inside = (segment > 0) & (position >= 1) & (position <= patches)
+        batch["slot_BT"] = np.where(inside, image * patches + position - 1, -1).astype(np.int32)
+        batch["modality_BT"][inside] = 1
+        batch["token_id_BT"][inside] = 0
+    return batch
+
+
+def one_per_row(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The samples of a packed batch as the originals collate them: one in a row, padded on the
+    right to the longest. What belongs to no position stays as it is."""
+    rows, segment = [], batch["segment_BT"]
+    for row, numbers in enumerate(segment):
+        rows += [(row, numbers == number) for number in range(1, numbers.max() + 1)]
+    longest = max(int(here.sum()) for _, here in rows)
+    padding = {"slot_BT": -1, "modality_BT": -1}
+    alone = dict(batch)
+    for name in (name for name in batch if name.endswith("_BT")):
+        full = np.full((len(rows), longest), padding.get(name, 0), batch[name].dtype)
+        for number, (row, here) in enumerate(rows):
+            full[number, : here.sum()] = batch[name][row, here]
+        alone[name] = full
+    return alone
