@@ -31,7 +31,7 @@ def serving_program(
     """
     config = run.stage_model(stage).model_copy(update={"lora": ()})
     dtype = jnp.dtype(run.precision.compute)
-    decoder = ServedDecoder(config.decoder, dtype)
+    decoder = ServedDecoder(config.decoder, dtype, config.attention)
     weights = _weights(run, stage, mesh, dtype)
     programs = DecodingPrograms(decoder, weights, Programs(mesh, run.mesh.rules), eos=(0,))
     rows = programs.round_rows(rows)

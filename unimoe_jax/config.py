@@ -14,6 +14,7 @@ from unimoe_jax.model_config import AudioConfig, ModelConfig, SpeechConfig, Visi
 from unimoe_jax.module_config import (
     MEDIA,
     MODULES,
+    AttentionProgram,
     BeatsConfig,
     ClipConfig,
     Config,
@@ -36,6 +37,7 @@ from unimoe_jax.module_config import (
 
 __all__ = [
     "MEDIA",
+    "AttentionProgram",
     "AudioConfig",
     "AuxLossConfig",
     "BeatsConfig",
@@ -176,8 +178,8 @@ class OptimConfig(Config):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
     final_ratio: Fraction = 0.0
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
+    b1: float = Field(0.9, ge=0.0, lt=1.0)
+    b2: float = Field(0.999, ge=0.0, lt=1.0)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None

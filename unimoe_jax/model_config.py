@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from unimoe_jax.module_config import (
     MODULES,
+    AttentionProgram,
     BeatsConfig,
     ClipConfig,
     Config,
@@ -112,6 +113,11 @@ class ModelConfig(Config):
     speech: SpeechConfig | None = None
     audio: AudioConfig | None = None
     lora: tuple[LoRARule, ...] = ()
+    attention: AttentionProgram = Field(
+        "auto",
+        description="auto: on TPUs jax's kernel, for rows and prompts from 256 positions and for "
+        "encoders from 1024 without bias; xla: products of XLA everywhere",
+    )
 
     def experts(self) -> dict[ModuleName, MoEConfig]:
         """The modules that carry experts: vision encoder, vision connector, decoder."""

@@ -12,6 +12,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 MediaName = Literal["image", "video", "speech", "audio"]
+AttentionProgram = Literal["auto", "xla"]
 MEDIA: tuple[MediaName, ...] = ("image", "video", "speech", "audio")
 ModuleName = Literal["encoder", "connector", "decoder"]
 MODULES: tuple[ModuleName, ...] = ("encoder", "connector", "decoder")
@@ -134,8 +135,8 @@ class DecoderConfig(Config):
     num_heads: Positive
     num_kv_heads: Positive
     head_dim: Positive | None = Field(None, description="default hidden_size / num_heads")
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    norm_eps: float = Field(1e-5, ge=0.0)
+    rope_theta: float = Field(10000.0, gt=0.0)
     rope_table_dtype: FloatType | Literal["float16_bfloat16"] = Field(
         "float32",
         description="what cos/sin are rounded to, one after the other: the released Uni-MoE audio "
@@ -144,11 +145,6 @@ class DecoderConfig(Config):
     max_positions: Positive = 4096
     tie_embeddings: bool = False
     remat: bool = Field(True, description="recompute each period of layers in the backward pass")
-    attention: Literal["auto", "tiles"] = Field(
-        "auto",
-        description="of packed rows: tiles leaves out what no query sees; auto uses jax's kernel "
-        "on TPUs, for heads of a multiple of 128, and tiles elsewhere",
-    )
     moe: MoEConfig | None = None
 
     @model_validator(mode="after")
@@ -167,6 +163,15 @@ class DecoderConfig(Config):
             beyond = [layer for layer in self.moe.layers if layer >= self.num_layers]
             if beyond:
                 raise ValueError(f"moe.layers {beyond} are beyond num_layers = {self.num_layers}")
+        if self.moe and not any(self.moe_layers()):
+            raise ValueError(
+                f"moe.layers = {self.moe.layers!r} is none of num_layers = {self.num_layers}; for "
+                "a dense decoder leave moe out"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"heads of {self.head_size}: rotary positions turn pairs, make it even"
+            )
         return self
 
     @property

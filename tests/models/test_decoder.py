@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -174,7 +175,7 @@ def test_remat_changes_nothing(mixed):
 
 def test_the_kernel_of_a_platform_changes_nothing(monkeypatch):
     """What TPUs run, step by step, beside tiles: hidden states and gradients of the stream."""
-    decoder, params = build(head_dim=128, num_layers=2)
+    decoder, params = build(num_layers=2)
     weight = np.random.default_rng(1).standard_normal((1, LENGTH, WIDTH), np.float32)
     weight[SEGMENTS == 0] = 0
 
@@ -194,9 +195,9 @@ def test_the_kernel_of_a_platform_changes_nothing(monkeypatch):
         calls.append(arguments)
         return attend_segments(*arguments, **settings, interpret=True)
 
-    monkeypatch.setattr("unimoe_jax.models.decoder.suits", lambda head_size: head_size == 128)
+    monkeypatch.setattr("unimoe_jax.models.decoder.suits", lambda setting, *size: setting == "auto")
     monkeypatch.setattr("unimoe_jax.models.decoder.attend_segments", attend_here)
-    asked = Decoder(decoder.config.model_copy(update={"attention": "tiles"}), OPTIONS)
+    asked = Decoder(decoder.config, replace(OPTIONS, attention="xla"))
     assert_close(gradient(asked, stream()), tiles, 0)
     assert not calls
     jax.clear_caches()

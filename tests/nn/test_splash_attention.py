@@ -13,8 +13,9 @@ from tests.close import assert_close, relative_error
 from tests.nn.attention_cases import placed
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.models.decoder import causal_mask
+from unimoe_jax.nn.attention import attend
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
-from unimoe_jax.nn.splash_attention import attend_segments, suits
+from unimoe_jax.nn.splash_attention import attend_all, attend_segments, suits
 from unimoe_jax.sharding import make_mesh, use_mesh
 
 HEADS, KV_HEADS, SIZE, LENGTH = 4, 2, 128, 200
@@ -89,5 +90,49 @@ def test_a_mesh_changes_nothing(devices):
     assert not any(op in program.as_text() for op in exchanges)
 
 
-def test_other_platforms_do_not_use_it():
-    assert not suits(SIZE)
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (20, 300)])
+def test_all_keys(queries, keys):
+    """What encoders do, and queries that read one: no mask, heads of any size, tiles made up."""
+    random, heads = np.random.default_rng(1), 2
+    lengths = (queries, keys, keys, queries)
+    q, k, v, g = (
+        jnp.asarray(random.standard_normal((2, t, heads, 24), np.float32)) for t in lengths
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def outcome(attend, q, k, v, g):
+        out, pull = jax.vjp(partial(attend, scale=0.2), q, k, v)
+        return out, *pull(g)
+
+    expected = outcome(attend, q, k, v, g)
+    assert_close(outcome(partial(attend_all, interpret=True), q, k, v, g), expected, 1e-5)
+
+
+def test_what_a_mesh_does_not_divide_stays_whole(devices):
+    """One row and three heads, over two groups of devices and four devices."""
+    random = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(random.standard_normal((1, 40, 3, 24), np.float32)) for _ in range(3))
+    with use_mesh(make_mesh(MeshConfig(data=2, tensor=4), devices)):
+        whole = jax.jit(partial(attend_all, scale=0.2, interpret=True))(q, k, v)
+    assert_close(whole, attend(q, k, v, scale=0.2), 1e-5)
+
+
+def test_queries_stay_with_their_keys(devices):
+    """A rule that cuts query heads and not key heads: no query head meets another's key head."""
+    segment_BT, position_BT = packed(2)
+    q, k, v, g = tensors(2)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), devices[:4])
+    with use_mesh(mesh, {"kv_heads": None}):
+        cut = kernel(q, k, v, g, segment_BT)
+    assert_close(cut, in_tiles(q, k, v, g, segment_BT, position_BT), 1e-5)
+
+
+def test_where_it_is_used(monkeypatch):
+    """On TPUs, unless told otherwise, and not for few positions."""
+    assert not suits("auto", "causal", 2048)
+    monkeypatch.setattr("unimoe_jax.nn.splash_attention.current_platform", lambda: "tpu")
+    assert suits("auto", "causal", 2048)
+    assert suits("auto", "all", 1500)
+    assert not suits("auto", "causal", 128)
+    assert not suits("auto", "all", 577)
+    assert not suits("xla", "causal", 2048)

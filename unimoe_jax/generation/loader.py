@@ -130,7 +130,13 @@ def _build(
         }
     programs = Programs(mesh, mesh_config.rules, tell)
     eos, defaults, notes = generation_settings(found)
-    engine = Engine(ServedDecoder(config.decoder, dtype), weights, programs, eos, settings.trace)
+    engine = Engine(
+        ServedDecoder(config.decoder, dtype, config.attention),
+        weights,
+        programs,
+        eos,
+        settings.trace,
+    )
     media = MediaEncoder(config, options, nest(encoders), programs)
     sums = (found.folder / SUMS).read_text()
     return Model(config, found.tokenizer, found.template, defaults, engine, media, notes, sums)

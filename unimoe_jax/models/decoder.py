@@ -160,8 +160,7 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        by_segment = segment_BT is not None and config.attention == "auto"
-        kernel = by_segment and suits(config.head_size)
+        kernel = segment_BT is not None and suits(self.options.attention, "causal", x_BTD.shape[1])
         seen = Segments(segment_BT) if kernel else tiles_of(mask_BTS, valid_BT)
         context = Context(cos, sin, seen, modality_BT, valid_BT, read_BT)
         aux, layers, runs = [], [], layer_runs(config.moe_layers())

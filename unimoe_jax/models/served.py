@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from unimoe_jax.config import DecoderConfig, MoEConfig
+from unimoe_jax.config import AttentionProgram, DecoderConfig, MoEConfig
 from unimoe_jax.models.token_stream import token_stream
 from unimoe_jax.nn import decode_attention, decode_experts
 from unimoe_jax.nn.attention import attend
@@ -28,6 +28,7 @@ from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.moe import Router
 from unimoe_jax.nn.rope import apply_rope, rope_tables
 from unimoe_jax.nn.router import Routing
+from unimoe_jax.nn.splash_attention import attend_segments, suits
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
 from unimoe_jax.sharding import shard
@@ -136,10 +137,12 @@ def rms_norm(x_DX: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 @dataclass(frozen=True)
 class ServedDecoder:
-    """Prefill and one step of decoding; `dtype`: computations and cache."""
+    """Prefill and one step of decoding; `dtype`: computations and cache; `attention`: of the
+    model's configuration."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
+    attention: AttentionProgram = "auto"
 
     def prefill(
         self,
@@ -163,8 +166,12 @@ class ServedDecoder:
         def attention(q_BTNH, k_BTKH, v_BTKH, layer):
             del layer
             # Padding comes after every token: what is causal does not see it.
-            mask_BTS = at_BT[:1, :, None] >= at_BT[:1, None, :]
-            y = attend(q_BTNH, k_BTKH, v_BTKH, scale=self.scale, mask_BTS=mask_BTS)
+            if suits(self.attention, "causal", length):
+                whole_BT = jnp.zeros((batch, length), jnp.int32)
+                y = attend_segments(q_BTNH, k_BTKH, v_BTKH, whole_BT, scale=self.scale)
+            else:
+                mask_BTS = at_BT[:1, :, None] >= at_BT[:1, None, :]
+                y = attend(q_BTNH, k_BTKH, v_BTKH, scale=self.scale, mask_BTS=mask_BTS)
             k, v = rearrange(k_BTKH, "b t k h -> b k h t"), rearrange(v_BTKH, "b t k h -> b k t h")
             return y, KVCache(k, v)
 

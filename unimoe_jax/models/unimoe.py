@@ -6,6 +6,7 @@ pools that a batch holds are encoded: an encoder that is not needed is not in th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -201,9 +202,13 @@ class UniMoE(nn.Module):
     options: LayerOptions
     keep: frozenset[str] = frozenset()
 
+    @property
+    def layer_options(self) -> LayerOptions:
+        return replace(self.options, attention=self.config.attention)
+
     @nn.compact
     def __call__(self, batch: Batch, want: Wanted = "logits") -> Output:
-        config, options = self.config, self.options
+        config, options = self.config, self.layer_options
         width = config.decoder.hidden_size
         embedding_VD = Embedding(config.decoder.vocab_size, width, options, name="embed")()
         text_BTD = embedding_VD[batch.token_id_BT]
@@ -258,7 +263,7 @@ class UniMoE(nn.Module):
 
     def encode(self, batch: Batch) -> tuple[jax.Array | None, dict[str, MoEAux]]:
         """`soft_tokens`, and the router statistics of what made them."""
-        config, width, options = self.config, self.config.decoder.hidden_size, self.options
+        config, width, options = self.config, self.config.decoder.hidden_size, self.layer_options
         tables: list[jax.Array] = []
         aux: dict[str, MoEAux] = {}
         if batch.image_GIHWC is not None or batch.video_GIFHWC is not None:

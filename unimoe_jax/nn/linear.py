@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimoe_jax.config import LoRARule
+from unimoe_jax.config import AttentionProgram, LoRARule
 
 Initializer = Callable[..., jax.Array]
 # Uniform, not normal: a third of the program that draws a whole model, hence of its compile time.
@@ -43,12 +43,14 @@ class LayerOptions:
         train: draw adapter dropout (needs the `dropout` rng).
         keep_hidden: experts keep what their first layers computed for the backward pass; for
             layers that are not recomputed as a whole.
+        attention: "auto" or "xla", see `ModelConfig`, whose word counts in a whole model.
     """
 
     dtype: Any = jnp.float32
     lora: tuple[LoRARule, ...] = ()
     train: bool = False
     keep_hidden: bool = False
+    attention: AttentionProgram = "auto"
 
     def adapter(self, path: Sequence[str]) -> LoRARule | None:
         """The adapter rule for the module at `path`, if any."""

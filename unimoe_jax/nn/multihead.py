@@ -11,6 +11,7 @@ from einops import rearrange
 
 from unimoe_jax.nn.attention import attend
 from unimoe_jax.nn.linear import LayerOptions, Linear
+from unimoe_jax.nn.splash_attention import attend_all, suits
 
 
 def project_heads(
@@ -62,5 +63,9 @@ class MultiHeadAttention(nn.Module):
         k_BSNH = project_heads(memory_BSD, width, heads, options, self.key_bias, "k_proj")
         v_BSNH = project_heads(memory_BSD, width, heads, options, True, "v_proj")
         scale = (width // heads) ** -0.5
-        out_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, scale=scale, mask_BTS=mask_BTS)
+        fewer = min(q_BTNH.shape[1], k_BSNH.shape[1])
+        if mask_BTS is None and suits(options.attention, "all", fewer):
+            out_BTNH = attend_all(q_BTNH, k_BSNH, v_BSNH, scale=scale)
+        else:
+            out_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, scale=scale, mask_BTS=mask_BTS)
         return merge_heads(out_BTNH, width, options, "o_proj")
