@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimoe_jax.config import AuxLossConfig, RouterLossConfig
-from unimoe_jax.losses import cross_entropy, router_losses
+from unimoe_jax.losses import cross_entropy, modality_sums, router_losses
 from unimoe_jax.nn.moe import MoEAux
 
 RNG = np.random.default_rng(0)
@@ -38,6 +38,16 @@ def test_uncounted_targets_have_no_gradient():
     gradient = jax.grad(lambda x: cross_entropy(x, TARGET, WEIGHT)[0])(LOGITS)
     np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, WEIGHT > 0)
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
+
+
+def test_every_sample_counts_by_modality():
+    """Samples of two positions, as many as a row can hold; one with two media counts for both."""
+    segment = np.array([[1, 1, 2, 2, 3, 3, 4, 4], [1, 1, 1, 2, 2, 0, 0, 0]])
+    modality = np.array([[0, 0, 1, 0, 0, 0, 0, 0], [1, 3, 0, 0, 0, -1, -1, -1]])
+    sums = modality_sums(2.0 ** np.arange(16).reshape(2, 8), segment, modality)
+    row = [3, 12, 48, 192], [(1 + 2 + 4) * 256, (8 + 16) * 256]
+    expected = [row[0][0] + row[0][2] + row[0][3] + row[1][1], row[0][1] + row[1][0], 0, row[1][0]]
+    np.testing.assert_array_equal(sums, [*expected, 0])
 
 
 def aux(balance: jax.Array, z: jax.Array) -> MoEAux:

@@ -34,9 +34,9 @@ def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.A
 
     A sample (segment) without media counts as text; one with two media counts for both.
     """
-    # Products with one-hot segments instead of scatters, which are slow everywhere. No template
-    # makes a sample shorter than eight positions.
-    segment_BTS = jax.nn.one_hot(segment_BT - 1, segment_BT.shape[1] // 8)
+    # Products with one-hot segments instead of scatters, which are slow everywhere. A sample takes
+    # two positions or more: one, and one that it predicts.
+    segment_BTS = jax.nn.one_hot(segment_BT - 1, max(segment_BT.shape[1] // 2, 1))
     present_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES).at[..., 0].set(0)
     holds_BSM = jnp.minimum(jnp.einsum("bts,btm->bsm", segment_BTS, present_BTM), 1)
     holds_BSM = holds_BSM.at[..., 0].set(1 - jnp.max(holds_BSM[..., 1:], axis=-1))

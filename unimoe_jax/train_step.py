@@ -174,7 +174,7 @@ def make_score_step(model: UniMoE):
     """`score(params, batch) -> (exact_BS, real_BS)`, bool per row and segment (segment s+1).
 
     A sample is exact when greedy decoding would answer it to the letter, see `TokenLoss`; real
-    when it has targets at all. S is half the row length: a sample takes several positions.
+    when it has targets at all. S is half the row length: a sample takes two positions or more.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:

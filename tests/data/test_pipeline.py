@@ -323,7 +323,7 @@ def test_the_index_is_cached_and_looks_again_at_bad_records(build, mixed, folder
     )
     again = build(data, loader)
     assert looked == [0]
-    assert again.plan.fingerprint == first.plan.fingerprint
+    assert again.plan.fingerprint() == first.plan.fingerprint()
     folder.image("late.png")
     assert build(data, loader).tally.bad == 0
     looked.clear()
@@ -345,7 +345,7 @@ def test_a_damaged_index_is_measured_again(build, folder, caplog, damage):
     else:
         file.write_bytes({"empty": b"", "cut": content[:-99], "garbage": b"?" * 500}[damage])
     caplog.clear()
-    assert build(data).plan.fingerprint == whole.plan.fingerprint
+    assert build(data).plan.fingerprint() == whole.plan.fingerprint()
     (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert f"{file}: damaged" in told
     assert "source all is measured again" in told

@@ -156,6 +156,21 @@ def test_bfloat16():
     assert actual[0].dtype == jnp.bfloat16
 
 
+def test_no_expert_sees_the_numbers_of_another():
+    """A block ends among the next expert's rows: what would overflow float16 here must not show,
+    not even as 0 · inf in a gradient."""
+    own = np.repeat([0, 1], LENGTH // 2 + 1)[None, :LENGTH]
+    x = inputs_of(1, LENGTH)
+    x[0, :, 0] = np.where(own == 1, 3e3, 1.0)
+    weights = jax.tree.map(np.array, weights_of(SWIGLU))
+    for name in ("gate_proj", "up_proj"):
+        weights[name]["kernel"][0, 0], weights[name]["kernel"][1, 0] = 1, 0
+    args = weights, jnp.asarray(x, jnp.float16), own[..., None], np.ones((1, LENGTH, 1), np.float32)
+    low = replace(SWIGLU, dtype=jnp.float16, adapters=())
+    found = values_and_gradients(low, "grouped")(*args)
+    assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_dropout_is_the_same_in_both_paths(seed: int):
     expert_fn = replace(SWIGLU, train=True)

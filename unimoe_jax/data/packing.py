@@ -155,10 +155,10 @@ def row_limit(tokens: np.ndarray, entries: np.ndarray, length: int) -> np.ndarra
     "Well" is at most half a percent more padding than without a limit, judged on a sample of the
     data. Small limits keep the pools of a shard, and so the encoders' work, even.
     """
+    need = entries.max(axis=0, initial=0)
     if len(tokens) > 20_000:
         chosen = np.linspace(0, len(tokens) - 1, 20_000).astype(np.int64)
         tokens, entries = tokens[chosen], entries[chosen]
-    need = entries.max(axis=0, initial=0)
     free = np.full(entries.shape[1], np.iinfo(np.int32).max)
     allowed = len(fill_rows(tokens, entries, length, free)) * 1.005
     mean = length * entries.sum(axis=0) / max(tokens.sum(), 1)

@@ -250,7 +250,7 @@ class Pipeline:
         return {
             "step": step,
             "seed": self.seed,
-            "plan": self.plan.fingerprint,
+            "plan": self.plan.fingerprint(step),
             "sources": {
                 name: {"sha256": index.digest, "good": int(index.good.sum())}
                 for name, index in zip(self.names, self.indices, strict=True)
@@ -281,7 +281,8 @@ class Pipeline:
         if not reasons:
             reasons.append(
                 "mixture weights, row_length, rows, packing, the tokenizer or the number of data "
-                "shards changed which samples form a batch"
+                "shards changed which samples form a batch (loader.groups, set from the start, "
+                "keeps batches alike on any number of shards)"
             )
         raise ValueError("the data differ from the checkpoint's: " + "; ".join(reasons))
 

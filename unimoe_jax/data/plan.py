@@ -103,6 +103,7 @@ class Plan:
         self._lock = threading.RLock()
         self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
         self._sizes: list[int] = []
+        self._digests: dict[int, str] = {}
         self._groups = self._group()
         self.signatures: list[Signature] = [group[0] for group in self._groups]
         # The signatures are sorted: text alone is the first, if there is any.
@@ -285,11 +286,18 @@ class Plan:
         table = np.array([sizes[members].sum(axis=0) for members in own], np.int64)
         return table.reshape(self.shards, -1, sizes.shape[1]).sum(axis=1)
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the first epoch's batches: which samples form each, whatever the shards."""
-        plan = self.epoch(0)
-        digest = hashlib.sha256()
+    def fingerprint(self, step: int = 0) -> str:
+        """Digest of the epoch that a step lies in: where it begins, and which samples form each of
+        its batches, whatever the shards."""
+        epoch, _ = self.locate(step)
+        with self._lock:
+            if epoch not in self._digests:
+                self._digests[epoch] = self._digest(epoch)
+            return self._digests[epoch]
+
+    def _digest(self, epoch: int) -> str:
+        plan = self.epoch(epoch)
+        digest = hashlib.sha256(str(self.start_of(epoch)).encode())
         samples = self.samples
         for rows in plan.batches:
             for row in np.sort(rows[rows >= 0]):

@@ -267,10 +267,12 @@ def backward(
     def block(carry, w, offset, size, end):
         dx_sorted, dweight_sorted = carry
         slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
+        mine = offset + jnp.arange(size) < end
+        # Another expert's rows have a gradient of zero, but in float16 could overflow in this one.
+        slot = jnp.where(mine, slot, order.slot_of[end - 1])
         token = slot // k
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
-        mine = (offset + jnp.arange(size) < end)[:, None]
-        g = jnp.where(mine, g_XD[token], 0).astype(expert_fn.dtype)
+        g = jnp.where(mine[:, None], g_XD[token], 0).astype(expert_fn.dtype)
         work = (x_XD[token], slot_weight[slot], row_X[token])
         kept = None if first is None else jax.tree.map(cut, first)
         dw, dx, dweight = _of_block(expert_fn, w, trained, work, seed, g, kept)
