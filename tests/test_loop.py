@@ -82,6 +82,14 @@ def test_a_resumed_stage_ends_with_the_losses_of_one_that_was_not_stopped(device
         assert [step for step, _ in resumed.records] == list(range(step + 1, STEPS + 1))
 
 
+def test_the_last_loss_is_a_mean_of_the_last_steps(devices):
+    """Of all where there are less than ten, so that it does not lean on the first."""
+    rig = Rig(devices[0], stop_at=6)
+    rig.run()
+    assert rig.summary.first_loss == 1
+    assert rig.summary.last_loss == pytest.approx(np.mean([1 / step for step in range(1, 7)]))
+
+
 def test_seconds_are_taken_over():
     first = StageSummary(STEPS, seconds=12.5)
     later = StageSummary(STEPS)

@@ -202,6 +202,12 @@ def test_result_block():
     assert max(map(len, lines)) <= 80
 
 
+def test_result_block_of_some_stages():
+    stages = {"one": {"steps": 3, "seconds": 1.0}}
+    summary = {"name": "run", "seconds": 1.0, "stages": stages, "stages_in_all": 4}
+    assert "run: 1 of 4 stages finished" in report.result_block(summary)
+
+
 def test_result_block_counts_the_samples_that_were_bad_or_cut():
     summary = json.loads(json.dumps(SUMMARY))
     summary["stages"]["align"]["samples"] = {"total": 9000}
@@ -251,7 +257,7 @@ def run_with(aux) -> RunConfig:
     """A run with one stage `s`."""
     stage = {"name": "s", "aux": aux, "mixture": {"a": 1}, "train": [], "optim": OPTIM}
     data = {"sources": {"a": {"path": "a"}}, "loader": {"row_length": 1, "rows": 1}}
-    model = {"decoder": dict.fromkeys(DECODER, 1)}
+    model = {"decoder": dict.fromkeys(DECODER, 1) | {"head_dim": 2}}
     return RunConfig(name="x", model=model, data=data, stages=[stage])
 
 

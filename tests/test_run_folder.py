@@ -35,8 +35,23 @@ def test_a_run_directory_is_written_locked_and_continued(config):
         with pytest.raises(RunFolderError, match="another run is writing it"):
             claimed(config)
     assert claimed(config) == folder
+    # Where nothing has been trained, there is nothing that other settings would mix with.
+    assert config_io.load(claimed(config.model_copy(update={"seed": 2})) / "config.yaml").seed == 2
+    claimed(config)
+    (folder / "checkpoints" / "s" / "steps").mkdir(parents=True)
+    claimed(config)
+    (folder / "metrics.jsonl").touch()
     with pytest.raises(RunFolderError, match=r"\+seed: 1"):
         claimed(config.model_copy(update={"seed": 1}))
+
+
+def test_what_trained_a_run_is_kept(config):
+    folder = claimed(config)
+    (folder / "env.json").write_text("of the training")
+    with claim(config, overwrite=False, resume=False, trains=False):
+        assert (folder / "env.json").read_text() == "of the training"
+    claimed(config)
+    assert (folder / "env.json").read_text() != "of the training"
 
 
 def test_a_folder_of_other_things_is_not_overwritten(config, tmp_path):

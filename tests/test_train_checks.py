@@ -118,6 +118,33 @@ def test_later_stages_are_checked_before_the_first(place, devices, kind, overrid
     assert all(part in text for part in parts), text
 
 
+def scoring_fails(capsys, folder: Path, *overrides: str) -> str:
+    """The one line with which `evaluate` ends."""
+    assert evaluate.main([str(folder), *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_cannot_be_scored_is_refused_in_a_line(place, devices, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "config.yaml").write_text(
+        config_io.dump(load(place, "stages.two.evaluate=[a]"))
+    )
+    assert "mesh.data=3" in scoring_fails(capsys, place / "out", "mesh.data=3")
+    for path in (place, "/nope.json"):
+        line = scoring_fails(capsys, place / "out", f"data.sources.a.path={path}")
+        assert f"data.sources.a.path = '{path}' (stage two)" in line
+    (place / "a.json").write_text("# no JSON")
+    assert "a.json: neither a JSON list" in scoring_fails(capsys, place / "out")
+
+
+def test_a_cache_that_cannot_be_written_is_named(place, devices):
+    (place / "file").touch()
+    text = refused(place, ConfigError, "tokenizer=embedded", f"data.cache={place / 'file'}")
+    assert f"data.cache {place / 'file'}" in text
+    assert "XDG_CACHE_HOME" in text
+
+
 def test_one_stage_needs_those_that_it_starts_from(place, devices):
     assert "run that stage first" in refused(place, CheckpointError, stage="two")
 

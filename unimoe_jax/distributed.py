@@ -323,6 +323,8 @@ def guard(body: Callable[[], int]) -> int:
     """
     try:
         code = body()
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
     except Exception as error:
         if not _joined():
             raise

@@ -67,7 +67,7 @@ def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
     missing = {
         name: source.path
         for name, source in data.sources.items()
-        if not source.path.startswith(PREFIX) and not Path(source.path).exists()
+        if not source.path.startswith(PREFIX) and not Path(source.path).is_file()
     }
     kept = {name: s for name, s in data.sources.items() if name not in missing}
     return resolve_sources(data.model_copy(update={"sources": kept})), missing

@@ -26,12 +26,14 @@ from unimoe_jax.config import RunConfig, StageConfig, Take
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.batch import Batch, Signature
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.distributed import DistributedError
 from unimoe_jax.host_memory import keep_freed_memory
-from unimoe_jax.params import Flat
+from unimoe_jax.params import Flat, ParamError
 from unimoe_jax.programs import lower_score
 from unimoe_jax.setup_data import (
     chance_levels,
+    check_sources,
     heldout_pipeline,
     load_tokenizer,
     pool_groups,
@@ -39,6 +41,7 @@ from unimoe_jax.setup_data import (
     with_shuffled_media,
 )
 from unimoe_jax.sharding import (
+    ShardingError,
     batch_sharding,
     data_shards,
     make_mesh,
@@ -46,6 +49,8 @@ from unimoe_jax.sharding import (
     use_mesh,
 )
 from unimoe_jax.stage import build_stage, read_params
+
+SCORING_ERRORS = (ConfigError, ParamError, ShardingError, CheckpointError, DistributedError)
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
@@ -108,6 +113,7 @@ def score_stage(
         raise ConfigError(
             f"stage {stage.name}: has no held-out sources, or left only a part behind"
         )
+    check_sources(run, [stage])
     mesh = make_mesh(run.mesh)
     with use_mesh(mesh, run.mesh.rules), tempfile.TemporaryDirectory() as scratch:
         data = distributed.writer_first("data", lambda: resolve_sources(run.data))
@@ -145,7 +151,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table; returns 0, or 2 where the run cannot be scored."""
+    """Prints a table; returns 0, 1 where too many samples are bad, or 2 where the run cannot be
+    scored."""
     args = parse(arguments)
     return distributed.guard(lambda: _main(args))
 
@@ -158,8 +165,12 @@ def _main(args: argparse.Namespace) -> int:
         run = config_io.load(args.run / "config.yaml", args.overrides)
         stage = stage_to_score(run, args.stage, args.run)
         scores = score_stage(run, stage, args.run, shuffle_media=args.shuffle_media)
-    except (ConfigError, CheckpointError, DistributedError, FileNotFoundError) as error:
+    except (*SCORING_ERRORS, OSError, ValueError) as error:
+        if distributed.lost_peer(error):
+            raise
         return distributed.fail(f"error: {error}", 2)
+    except TooManyBadSamples as error:
+        return distributed.fail(f"stopped: {error}", 1)
     if distributed.is_writer():
         print_scores(scores, shuffled=args.shuffle_media)
     return 0

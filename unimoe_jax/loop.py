@@ -128,9 +128,11 @@ class _Log:
         if math.isfinite(loss):
             if self.summary.first_loss is None:
                 self.summary.first_loss = loss
-            # Signatures differ in difficulty: the last loss is a mean over recent steps.
+            # Signatures differ in difficulty: the last loss is a mean over the last steps, about
+            # ten of them.
             last = self.summary.last_loss
-            self.summary.last_loss = loss if last is None else 0.9 * last + 0.1 * loss
+            share = max(0.1, 1 / step)
+            self.summary.last_loss = loss if last is None else last + share * (loss - last)
         if step % self.every == 0 or step == self.steps or step == 1:
             self._write(step, signature, metrics)
 

@@ -108,7 +108,9 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
 
     `run_dir` is where the run lies (default: `summary["run_dir"]`, left out if there is none).
     """
-    title = f"── {summary['name']}: finished in {format_seconds(summary['seconds'])} "
+    done, planned = len(summary["stages"]), summary.get("stages_in_all", 0)
+    what = f"{done} of {planned} stages finished" if done < planned else "finished"
+    title = f"── {summary['name']}: {what} in {format_seconds(summary['seconds'])} "
     lines = ["", title + "─" * max(0, 78 - len(title))]
     rows = [["stage", "steps", "loss", "tokens/s", "time"]]
     for name, stage in summary["stages"].items():

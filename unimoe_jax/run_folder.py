@@ -27,13 +27,16 @@ WRITTEN = (
 
 
 @contextlib.contextmanager
-def claim(config: RunConfig, *, overwrite: bool, resume: bool) -> Iterator[Path]:
+def claim(
+    config: RunConfig, *, overwrite: bool, resume: bool, trains: bool = True
+) -> Iterator[Path]:
     """The run's directory, locked for the duration, with config.yaml and env.json written.
 
     The same settings continue a run. Other settings are refused with their differences, unless
-    `resume` accepts them or `overwrite` starts over, which removes what a run has written and
-    nothing else. So whatever can be checked is checked before. Process 0 does all that before the
-    others go on; they check that they see the same directory.
+    nothing has been trained, `resume` accepts them, or `overwrite` starts over, which removes what
+    a run has written and nothing else. So whatever can be checked is checked before. Process 0 does
+    all that before the others go on; they check that they see the same directory. Where nothing is
+    left to train (not `trains`), env.json stays that of the training.
 
     Raises:
         RunFolderError: in use by another run, not writable, other settings, nothing that a run has
@@ -42,13 +45,17 @@ def claim(config: RunConfig, *, overwrite: bool, resume: bool) -> Iterator[Path]
         DistributedError: on the other processes, where process 0 could not claim it.
     """
     with contextlib.ExitStack() as stack:
-        yield writer_first("run directory", lambda: _open(config, overwrite, resume, stack))
+        yield writer_first("run directory", lambda: _open(config, overwrite, resume, trains, stack))
 
 
-def _open(config: RunConfig, overwrite: bool, resume: bool, stack: contextlib.ExitStack) -> Path:
+def _open(
+    config: RunConfig, overwrite: bool, resume: bool, trains: bool, stack: contextlib.ExitStack
+) -> Path:
     folder = run_dir(config)
     if is_writer():
-        stack.enter_context(_locked(config, folder, overwrite=overwrite, resume=resume))
+        stack.enter_context(_locked(config, folder, overwrite, resume))
+        if trains or not (folder / "env.json").exists():
+            write_json_atomic(folder / "env.json", env_info())
     elif not (folder / "config.yaml").exists() or (folder / "config.yaml").read_text() != dump(
         config
     ):
@@ -60,7 +67,7 @@ def _open(config: RunConfig, overwrite: bool, resume: bool, stack: contextlib.Ex
 
 
 @contextlib.contextmanager
-def _locked(config: RunConfig, folder: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def _locked(config: RunConfig, folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
     if overwrite:
         _check_is_run(folder)
     try:
@@ -75,9 +82,9 @@ def _locked(config: RunConfig, folder: Path, *, overwrite: bool, resume: bool) -
             raise RunFolderError(f"output {folder}: another run is writing it") from None
         if overwrite:
             _remove_run(folder)
-        _check_settings(folder / "config.yaml", dump(config), resume)
+        if not resume and _has_trained(folder):
+            _check_settings(folder / "config.yaml", dump(config))
         write_text_atomic(folder / "config.yaml", dump(config))
-        write_json_atomic(folder / "env.json", env_info())
         yield
 
 
@@ -104,8 +111,13 @@ def _remove_run(folder: Path) -> None:
         raise RunFolderError(f"{error.filename}: cannot be removed ({error.strerror})") from error
 
 
-def _check_settings(path: Path, text: str, resume: bool) -> None:
-    if resume or not path.exists():
+def _has_trained(folder: Path) -> bool:
+    """Whether there is anything that other settings would mix with."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*/*/*"))
+
+
+def _check_settings(path: Path, text: str) -> None:
+    if not path.exists():
         return
     changes = [
         line

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,25 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(data.cache or home).expanduser()
 
 
+@contextlib.contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    """What is made on first use lies in the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache {folder}: cannot be written ({error.strerror or error}); set data.cache, "
+            "or XDG_CACHE_HOME, to a folder that can"
+        ) from error
+
+
 def resolve_sources(data: DataConfig) -> DataConfig:
     """`embedded:SPLIT/NAME` paths become files on disk; the set is built on first use."""
     folder, sources = cache_folder(data), {}
     for name, source in data.sources.items():
         if source.path.startswith(PREFIX):
-            path = Path(embedded.resolve(source.path, folder, size=data.embedded_size))
+            with _cache_errors(folder):
+                path = Path(embedded.resolve(source.path, folder, size=data.embedded_size))
             root = str(path.parent.parent)
             source = source.model_copy(update={"path": str(path), "root": root})
         sources[name] = source
@@ -61,7 +75,9 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
     """
     path = run.tokenizer
     if path == "embedded":
-        path = embedded.tokenizer_path(cache_folder(run.data), size=run.data.embedded_size)
+        folder = cache_folder(run.data)
+        with _cache_errors(folder):
+            path = embedded.tokenizer_path(folder, size=run.data.embedded_size)
     try:
         return Tokenizer.load(path), Path(path)
     except (OSError, RuntimeError, ValueError, AttributeError) as error:  # also SentencePiece's
@@ -164,10 +180,13 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
 
 
 def _records(source: SourceConfig) -> list[dict]:
-    text = Path(source.path).read_text()
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    try:
+        text = Path(source.path).read_text()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({error})") from error
 
 
 def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:

@@ -4,8 +4,9 @@
 
 A run starts in one of four ways: from nothing; where it stopped (the same command again); from an
 earlier stage (`--stage NAME` runs that stage alone); from converted checkpoints (`init:` in the run
-file). Exit codes: 0 done, or stopped by SIGTERM after saving (then UNIMOE_STOPPED_CODE, if that is
-set, for a launcher that starts it again); 1 training stopped; 2 bad settings.
+file). Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving (then UNIMOE_STOPPED_CODE,
+if that is set, for a launcher that starts it again); 1 training stopped; 2 bad settings; 130
+interrupted where nothing had to be saved, or a second time.
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.distributed import DistributedError, require_same, wait_for_all, writer_first
+from unimoe_jax.distributed import require_same, wait_for_all, writer_first
 from unimoe_jax.dry_run import dry_run
-from unimoe_jax.evaluate import is_scorable
+from unimoe_jax.evaluate import SCORING_ERRORS, is_scorable
 from unimoe_jax.host_memory import keep_freed_memory
 from unimoe_jax.loop import Runtime, StageSummary, TrainingStopped, train_stage
 from unimoe_jax.metric_series import by_stage
-from unimoe_jax.metrics import read_metrics, write_json_atomic
-from unimoe_jax.params import ParamError
+from unimoe_jax.metrics import METRICS_FILE, read_metrics, write_json_atomic
 from unimoe_jax.report import result_block, write_report
 from unimoe_jax.router_trends import as_json, router_trends
 from unimoe_jax.run_folder import RunFolderError, claim
@@ -51,14 +51,11 @@ from unimoe_jax.setup_data import (
     pool_groups,
     resolve_sources,
 )
-from unimoe_jax.sharding import ShardingError, current_mesh, data_shards, make_mesh, use_mesh
+from unimoe_jax.sharding import current_mesh, data_shards, make_mesh, use_mesh
 from unimoe_jax.stage import check_continues, check_start, parameter_table
 from unimoe_jax.stop import StopSignal
 
-SETTINGS_ERRORS = (
-    *(ConfigError, ParamError, ShardingError, RunFolderError, CheckpointError),
-    DistributedError,
-)
+SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
 LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
 SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
 STOPPED_CODE = int(os.environ.get("UNIMOE_STOPPED_CODE", "0"))
@@ -140,14 +137,16 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
     with use_mesh(mesh, config.mesh.rules):
         data, tokenizer = check(config, args)
         wait_for_all("checks")  # before one of them removes what another would have refused
-        with claim(config, overwrite=args.overwrite, resume=args.resume) as folder:
+        trains = bool(stages_ahead(config, args))
+        options = {"overwrite": args.overwrite, "resume": args.resume, "trains": trains}
+        with claim(config, **options) as folder:
             enable_compilation_cache(config)
             stop = StopSignal(mesh)
             stop.install()
             runtime = Runtime(config, folder, mesh, data, tokenizer, stop)
             done = run_stages(runtime, args.stage)
             if done and runtime.is_writer:
-                finish(runtime, time.monotonic() - started)
+                finish(runtime, time.monotonic() - started if trains else None)
     return 0 if done else STOPPED_CODE
 
 
@@ -181,7 +180,7 @@ def check(config: RunConfig, args: argparse.Namespace) -> tuple[DataConfig, Toke
     """
     folder = config_io.run_dir(config)
     done = {} if args.overwrite else finished_stages(config, folder)
-    ahead = [s for s in config.stages if args.stage in (None, s.name) and s.name not in done]
+    ahead = stages_ahead(config, args)
     for stage in config.stages:
         pool_groups(config, stage, data_shards(current_mesh()))
         if args.resume and stage.name in done:
@@ -197,6 +196,12 @@ def check(config: RunConfig, args: argparse.Namespace) -> tuple[DataConfig, Toke
     # The embedded data set is made by one process and found by the others.
     tokenizer, _ = writer_first("tokenizer", lambda: load_tokenizer(config))
     return writer_first("data", lambda: resolve_sources(config.data)), tokenizer
+
+
+def stages_ahead(config: RunConfig, args: argparse.Namespace) -> list[StageConfig]:
+    """The stages that are to be trained now."""
+    done = {} if args.overwrite else finished_stages(config, config_io.run_dir(config))
+    return [s for s in config.stages if args.stage in (None, s.name) and s.name not in done]
 
 
 def finished_stages(config: RunConfig, folder: Path) -> dict[str, int]:
@@ -295,29 +300,37 @@ def next_command(config: RunConfig, folder: Path, done: Collection[str]) -> str:
     return f"python -m unimoe_jax.generate --model {folder} --chat"
 
 
-def finish(runtime: Runtime, seconds: float) -> None:
-    """summary.json, plots, report, and the block at the end."""
+def finish(runtime: Runtime, seconds: float | None) -> None:
+    """summary.json, plots, report, and the block at the end. seconds: that this call took; None if
+    it has trained nothing, then the time of the last that has stays."""
     config, folder = runtime.run, runtime.folder
     found = {stage.name: read_stage_summary(folder, stage.name) for stage in config.stages}
     stages = {name: summary for name, summary in found.items() if summary is not None}
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     before = last["heldout_before"] if last else {}
     levels = chance_levels(runtime.data, before)
+    if seconds is None and (folder / "summary.json").exists():
+        seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
+    recorded = (folder / METRICS_FILE).exists()
+    if not recorded:
+        runtime.tell(f"{folder / METRICS_FILE}: missing, so there is no report of the stages")
+    records = by_stage(read_metrics(folder)) if recorded else {}
     summary = {
         "name": config.name,
         "seconds": sum(stage["seconds"] for stage in stages.values()),
         "wall_seconds": seconds,
         "stages": stages,
+        "stages_in_all": len(config.stages),
         "heldout": {
             task: {"before": share, "after": last["heldout"][task], "chance": levels[task]}
             for task, share in before.items()
         },
-        "routers": as_json(router_trends(by_stage(read_metrics(folder)), config)),
+        "routers": as_json(router_trends(records, config)),
         "run_dir": str(folder),
         "next_command": next_command(config, folder, stages),
     }
     write_json_atomic(folder / "summary.json", summary)
-    if config.log.plots:
+    if config.log.plots and recorded:
         write_report(folder)
     print(result_block(summary, folder))
 

@@ -22,6 +22,10 @@ MIN_SEEN = 1000
 """The bad share is judged over at least so many samples (or all there are)."""
 
 
+MOST_TOLD = 50
+"""Samples of one kind and reason that are logged."""
+
+
 class BadSample(Exception):
     """A record that cannot be trained on. `reason` is a short key, `message` names the culprit."""
 
@@ -103,9 +107,7 @@ class Tally:
             self.counts[event.kind, event.reason] += 1
             told = f"{event.where}: {event.message}"
             self.examples.setdefault((event.kind, event.reason), told)
-            level = logging.WARNING if event.kind == "bad" else logging.INFO
-            teller = log if loaded else index_log
-            teller.log(level, "%s (%s: %s)", told, event.kind, event.reason)
+            self._tell(event, told, log if loaded else index_log)
             if event.kind == "bad":
                 self._bad_loads += loaded > 0
                 if self.strict:
@@ -113,6 +115,14 @@ class Tally:
         self._check(self.bad, self.total, "of the data set")
         seen = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
         self._check(self._bad_loads, seen, "loaded")
+
+    def _tell(self, event: Event, told: str, teller: logging.Logger) -> None:
+        number = self.counts[event.kind, event.reason]
+        level = logging.WARNING if event.kind == "bad" else logging.INFO
+        if number <= MOST_TOLD:
+            teller.log(level, "%s (%s: %s)", told, event.kind, event.reason)
+        if number == MOST_TOLD:  # a wrong file has a bad sample on every line
+            teller.log(level, "more of these (%s: %s) are only counted", event.kind, event.reason)
 
     def _check(self, bad: int, base: int, of_what: str) -> None:
         if bad > self.max_bad_share * base:
