@@ -12,6 +12,8 @@ runs side by side and what waits, so they are compared with one another only.
 - Attention over packed rows: FLOPs per cycle of one visit to a tile, divided by the FLOPs per cycle
   of a product of 4096 x 4096 matrices. The compiler estimates no cycles of the kernel that TPUs run
   instead (nn/splash_attention.py); it is compiled, and what surrounds it is counted.
+- Attention of prompts and encoders, forward: cycles of XLA's, and of what surrounds the kernel with
+  the least that the kernel's products take at the speed of the best product.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import jax
@@ -33,10 +36,11 @@ from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.hlo_stats import Instruction, parse, product_flops, trips
 from unimoe_jax.nn import grouped
+from unimoe_jax.nn.attention import attend
 from unimoe_jax.nn.dispatch import moe_ffn
 from unimoe_jax.nn.experts import SwiGLUExpert
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
-from unimoe_jax.nn.splash_attention import attend_segments
+from unimoe_jax.nn.splash_attention import LANES, attend_all, attend_segments, tile_of
 from unimoe_jax.sharding import make_mesh, use_mesh
 
 WIDTH, HIDDEN = 4096, 11008
@@ -203,6 +207,60 @@ def attention(device: jax.Device, best: float) -> dict:
     }
 
 
+class Attended(NamedTuple):
+    """Who attends: [rows, positions, heads, size]; prompts are causal, encoders are not."""
+
+    shape: tuple[int, int, int, int]
+    causal: bool
+
+    @property
+    def kernel_flops(self) -> float:
+        """Of both products, heads filled up to 128, whole tiles; half of them where causal."""
+        rows, length, heads, size = self.shape
+        filled = max(size, LANES) * (length + -length % tile_of(length)) ** 2
+        return 4 * rows * heads * filled / (2 if self.causal else 1)
+
+
+ATTENDED = {
+    "prompt": Attended((2, 2048, 32, 128), causal=True),
+    "whisper": Attended((4, 1500, 12, 64), causal=False),
+    "clip": Attended((8, 577, 16, 64), causal=False),
+}
+
+
+def whole_attention(device: jax.Device, best: float) -> list[dict]:
+    """XLA's attention beside the kernel, for everything in `ATTENDED`."""
+    rows = []
+    for name, one in ATTENDED.items():
+        (batch, length, _, size), x = one.shape, struct(*one.shape)
+        scale, more = size**-0.5, ()
+        if one.causal:
+            more = (
+                struct(batch, length, length, dtype=jnp.bool_),
+                struct(batch, length, dtype=jnp.int32),
+            )
+
+        def in_xla(q, k, v, mask=None, segment=None, scale=scale):
+            return attend(q, k, v, scale=scale, mask_BTS=mask)
+
+        def in_kernel(q, k, v, mask=None, segment=None, scale=scale):
+            if segment is None:
+                return attend_all(q, k, v, scale=scale)
+            return attend_segments(q, k, v, segment, scale=scale)
+
+        plain = compiled(device, in_xla, x, x, x, *more)
+        kernel = compiled(device, in_kernel, x, x, x, *more)
+        rows.append(
+            {
+                "of": name,
+                "cycles_xla": round(plain.of(plain.entry)[1]),
+                "cycles_around_the_kernel": round(kernel.of(kernel.entry)[1]),
+                "least_cycles_in_the_kernel": round(one.kernel_flops / best),
+            }
+        )
+    return rows
+
+
 # ------------------------------------------------------------------------------------- all
 
 
@@ -210,14 +268,22 @@ def table(result: dict) -> str:
     """Markdown, a line per topology."""
     lines = [
         "| topology | best product, FLOPs per cycle | experts ÷ dense, forward / with gradients "
-        "| attention in tiles ÷ best product, forward / backward |",
-        "|---|---|---|---|",
+        "| attention in tiles ÷ best product, forward / backward "
+        "| least of the kernel ÷ XLA's attention, " + " / ".join(ATTENDED) + " |",
+        "|---|---|---|---|---|",
     ]
     for name, one in result["topologies"].items():
         ratios = " / ".join(f"{row['ratio_to_dense']:.2f}" for row in one["experts"])
         shares = " / ".join(f"{visit['share']:.3f}" for visit in one["attention"]["visits"])
-        lines.append(f"| {name} | {one['best_product']:,.0f} | {ratios} | {shares} |")
+        kernel = " / ".join(f"{_least(row):.2f}" for row in one["whole_attention"])
+        lines.append(f"| {name} | {one['best_product']:,.0f} | {ratios} | {shares} | {kernel} |")
     return "\n".join(lines)
+
+
+def _least(row: dict) -> float:
+    """The least that attention takes with the kernel, divided by what it takes without."""
+    parts = row["cycles_around_the_kernel"] + row["least_cycles_in_the_kernel"]
+    return parts / row["cycles_xla"]
 
 
 def main() -> None:
@@ -241,6 +307,7 @@ def main() -> None:
         result["topologies"][name] = {
             "best_product": round(best),
             "attention": attention(device, best),
+            "whole_attention": whole_attention(device, best),
             "experts": experts(device, args.tokens),
         }
         common.save(args.output, result)

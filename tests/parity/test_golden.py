@@ -169,4 +169,9 @@ def sample_reader(system: System, model) -> SampleReader:
     data = system.folder / "data.json"
     records = RecordReader("golden", RecordFile(data), system.folder, system.voice, accepts)
     tuned = next(source.path for source in system.sources if source.role == "tuned")
-    return SampleReader(records, Tokenizer.load(tuned), Processors(model), "vicuna_v1", 4096)
+    # Whether images are padded is a setting of training, which the fine-tune's config.json tells;
+    # the model that is imported from it cuts them, as inference does.
+    aspect = system.config.get("image_aspect_ratio") or "square"
+    vision = model.vision.model_copy(update={"aspect": aspect})
+    processors = Processors(model.model_copy(update={"vision": vision}))
+    return SampleReader(records, Tokenizer.load(tuned), processors, "vicuna_v1", 4096)

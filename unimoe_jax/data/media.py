@@ -242,7 +242,7 @@ def _container_sound_length(path: str) -> int:
             if not seconds:
                 seconds = (container.duration or 0) / 1e6
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadSample("unreadable_audio", f"{path}: {error}") from error
+        raise BadSample("unreadable_audio", f"{path}: cannot be read as sound ({error})") from error
     return math.ceil(seconds * SAMPLE_RATE) if seconds else len(load_waveform(path))
 
 
@@ -262,7 +262,7 @@ def _decode_sound(path: str) -> tuple[np.ndarray, int]:
                 for block in resampler.resample(frame)
             ]
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadSample("unreadable_audio", f"{path}: {error}") from error
+        raise BadSample("unreadable_audio", f"{path}: cannot be read as sound ({error})") from error
     if not blocks:
         raise BadSample("empty_audio", f"{path}: no sound could be decoded")
     return np.concatenate(blocks, axis=1).T.astype(np.float32), rate

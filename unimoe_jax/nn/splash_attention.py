@@ -105,7 +105,7 @@ def _spec(mesh: jax.sharding.AbstractMesh, *axes: str | None) -> PartitionSpec:
 
 def _attend(scale, causal, interpret, q_BTNH, k_BSKH, v_BSKH, segment_BT=None) -> jax.Array:
     queries, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    q_tile, k_tile = _tile(queries), _tile(keys)
+    q_tile, k_tile = tile_of(queries), tile_of(keys)
     if segment_BT is None:
         segment_BT, segment_BS = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q_BTNH, k_BSKH))
     else:
@@ -124,7 +124,8 @@ def _attend(scale, causal, interpret, q_BTNH, k_BSKH, v_BSKH, segment_BT=None) -
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :queries]
 
 
-def _tile(length: int) -> int:
+def tile_of(length: int) -> int:
+    """Queries or keys of a tile, in a row of so many."""
     if length <= LANES:
         return LANES
     return min(BLOCKS, key=lambda size: (-length % size, -size))
