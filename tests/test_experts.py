@@ -313,6 +313,18 @@ def refusals(dense: Path, moe: Path) -> dict[str, tuple[tuple, str]]:
             "has no 'decoder/run_0/block_0/mlp/",
         ),
         "seed": ((*up, "--module", "encoder", "--seed", -1, "--to", "x"), "--seed -1: allowed: 0"),
+        "keep": (
+            ("prune", "--from", moe, "--keep", "a,b", "--to", "x"),
+            "numbers from 0 up, as 0,2",
+        ),
+        "layers": (
+            (*up, "--module", "decoder", "--layers", "0,x", "--to", "x"),
+            "--layers: '0,x': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+        ),
+        "named layers": (
+            (*up, "--module", "decoder", "--layers", "odd", "--to", "x"),
+            "--layers: 'odd': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+        ),
         "beyond": (
             (*up, "--module", "decoder", "--layers", "0,9", "--to", "x"),
             "[9] are beyond num_layers = 3",
