@@ -19,8 +19,11 @@ usage() {
 tpu='' zone='' action=run
 while (($# > 0)); do
   case $1 in
-    --tpu) tpu=${2:-} && shift 2 ;;
-    --zone) zone=${2:-} && shift 2 ;;
+    --tpu | --zone)
+      (($# > 1)) || usage # the value was forgotten
+      if [[ $1 == --tpu ]]; then tpu=$2; else zone=$2; fi
+      shift 2
+      ;;
     --install | --stop) action=${1#--} && shift ;;
     --) shift && break ;;
     *) usage ;;

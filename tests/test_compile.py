@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unimoe_jax import config_io
-from unimoe_jax.compile import assumed_batch, parse_media, verdict
+from unimoe_jax.compile import PROGRAMS, assumed_batch, main, parse_media, report_path, verdict
 from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.flops import jaxpr_flops, step_flops
@@ -307,16 +307,51 @@ def test_batches_are_half_soft_tokens_unless_told():
     assert assumed_batch(run, run.stages[0], 4, {"image": 3})[0].video_GIFHWC is None
 
 
-@pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,"])
+@pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,", "image=0"])
 def test_bad_media_are_refused(text):
     with pytest.raises(ConfigError, match="NAME=COUNT"):
         parse_media(text, config_io.load(CONFIG).model)
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5p", "cpu:x", "v5p:2by2", "h200:2x4"])
+@pytest.mark.parametrize(
+    "topology", ["v9:2x2", "v5p", "cpu:x", "v5p:2by2", "h200:2x4", "cpu:0", "h200:0", "v5e:0x4"]
+)
 def test_bad_topologies_are_refused(topology):
     with pytest.raises(ConfigError, match="KIND:SHAPE"):
         target_devices(topology)
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--length"])
+@pytest.mark.parametrize("text", ["0", "-4", "x"])
+def test_sizes_of_generation_count_something(flag, text, capsys):
+    command = ["--config", str(CONFIG), "--topology", "cpu:1", "--program", "decode"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, f"{flag}={text}"])
+    assert stopped.value.code == 2
+    assert f"argument {flag}: {text!r} is not a whole number from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--hlo"])
+def test_targets_are_checked_before_compiling(flag, devices, tmp_path, capsys, monkeypatch):
+    def compile_program(*_):
+        raise AssertionError("compiles before it looks where results go")
+
+    monkeypatch.setattr("unimoe_jax.compile.compile_program", compile_program)
+    monkeypatch.setattr("unimoe_jax.compile.set_effort", lambda name: None)  # of this process
+    monkeypatch.setattr("unimoe_jax.compile.target_devices", lambda topology: devices)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for target, said in ((tmp_path, "is a folder"), (tmp_path / "file/x", "cannot be made")):
+        arguments = ["--config", str(CONFIG), "--topology", "cpu:8", flag, str(target)]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {flag} {target}: ") and said in line
+
+
+def test_reports_of_programs_have_names_of_their_own():
+    names = [str(report_path("run", "tune", "cpu:8", name)) for name in PROGRAMS]
+    assert names[0] == "run_tune_cpu_8.json"
+    assert names[2:] == ["run_tune_cpu_8_prefill.json", "run_tune_cpu_8_decode.json"]
 
 
 def test_verdicts():

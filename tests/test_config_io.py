@@ -205,6 +205,10 @@ def test_invariants_name_the_setting_and_its_file(run):
     text = problem(run(), "stages.tune.mixture={nothing: 1}")
     mentions(text, "command line: stages.1.mixture.nothing = 1", "['pairs', 'talk']")
     mentions(problem(run(), "output=runs/{nam}"), "command line: output", "{name}")
+    text = problem(run(), "mesh.data=0")
+    mentions(text, "command line: mesh.data = 0: allowed: -1 or integer > 0")
+    text = problem(run(), "mesh.fsdp=-1")  # the other one is a default
+    mentions(text, "command line: mesh.fsdp = -1: data and fsdp are -1", "-1 at most once")
 
 
 def test_bad_files(run, tmp_path):

@@ -136,6 +136,15 @@ def test_language_model_has_the_published_size(run, billions):
     assert count(infos, kernels) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
+@pytest.mark.parametrize("run", [*PUBLISHED, "unimoe_union", *CUMO])
+def test_first_lines_say_what_a_dry_run_counts(run):
+    text = (CONFIGS / "run" / f"{run}.yaml").read_text()
+    said = re.search(r"^#.* ([\d.]+) billion parameters", text, re.MULTILINE)[1]
+    decimals = len(said.partition(".")[2])
+    billions = count(table(run, load(run).stages[-1].name), ".*") / 1e9
+    assert said == f"{billions:.{decimals}f}"
+
+
 @pytest.mark.parametrize("run", [*PUBLISHED, "unimoe_union"])
 def test_encoders_and_connectors_have_the_published_sizes(run):
     infos, model = table(run, "tune"), load(run).model

@@ -14,7 +14,7 @@ from tests.convert.folders import llama_tensors, write_llama
 from tests.golden_dir import golden_dir
 from unimoe_jax import config_io
 from unimoe_jax.checkpoint import load_final, open_source, read_manifest, save_final
-from unimoe_jax.config import ModelConfig, RunConfig
+from unimoe_jax.config import ModelConfig, RunConfig, Take
 from unimoe_jax.convert.__main__ import main as convert_main
 from unimoe_jax.convert.plan import parameter_shapes
 from unimoe_jax.experts.__main__ import main
@@ -55,6 +55,7 @@ def leave(folder: Path, settings: RunConfig, stage_name: str, seed: int) -> Path
     manifest = {
         "stage": stage_name,
         "moe_layers": list(model.decoder.moe_layers()),
+        "init": [take.model_dump(exclude_none=True) for take in stage.init],
         "shapes": {path: list(shape) for path, shape in shapes.items()},
     }
     save_final(final, params, manifest)
@@ -144,6 +145,25 @@ def test_assemble_names_every_expert(dense, other, tmp_path, capsys):
     capsys.readouterr()
     assert run("list", out) == 0
     assert "decoder expert 1  from old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("take", "origins"),
+    [
+        ({"upcycle": "pft"}, ["pft"] * 4),
+        ({"experts": ["pft", "pt", "a", "b"]}, ["pft", "pt", "a", "b"]),
+        ({"source": "pft"}, [f"pft expert {number}" for number in range(4)]),
+    ],
+)
+def test_what_a_stage_left_has_origins(take, origins, tmp_path, settings, capsys):
+    stage = next(stage for stage in settings.stages if stage.name == "sft")
+    init = (Take(match="vision/.*/moe/experts/.*", **take), Take(match=".*", source="fresh"))
+    run_of = settings.model_copy(update={"stages": (stage.model_copy(update={"init": init}),)})
+    assert run("list", leave(tmp_path, run_of, "sft", 4)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for expert, origin in enumerate(origins):
+        assert f"encoder expert {expert}  from {origin}" in printed
+        assert f"connector expert {expert}  from {origin}" in printed
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -293,6 +313,18 @@ def refusals(dense: Path, moe: Path) -> dict[str, tuple[tuple, str]]:
             "has no 'decoder/run_0/block_0/mlp/",
         ),
         "seed": ((*up, "--module", "encoder", "--seed", -1, "--to", "x"), "--seed -1: allowed: 0"),
+        "keep": (
+            ("prune", "--from", moe, "--keep", "a,b", "--to", "x"),
+            "numbers from 0 up, as 0,2",
+        ),
+        "layers": (
+            (*up, "--module", "decoder", "--layers", "0,x", "--to", "x"),
+            "--layers: '0,x': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+        ),
+        "named layers": (
+            (*up, "--module", "decoder", "--layers", "odd", "--to", "x"),
+            "--layers: 'odd': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+        ),
         "beyond": (
             (*up, "--module", "decoder", "--layers", "0,9", "--to", "x"),
             "[9] are beyond num_layers = 3",

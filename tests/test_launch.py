@@ -42,6 +42,14 @@ def test_without_arguments_scripts_say_how_they_are_used(path):
     assert f"launch/{path.name}" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--tpu"], ["--tpu", "pod", "--zone"]])
+def test_a_forgotten_value_is_said(arguments):
+    script = LAUNCH / "tpu_pod.sh"
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "launch/tpu_pod.sh --tpu NAME --zone ZONE" in done.stderr
+
+
 def test_slurm_sends_sigterm_in_time_and_queues_again():
     options = re.findall(r"^#SBATCH (.+)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
     assert {"--signal=TERM@120", "--requeue"} <= set(options)

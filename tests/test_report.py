@@ -140,6 +140,15 @@ def test_errors_say_what_is_missing(tmp_path, capsys):
         report.write_report(tmp_path)
 
 
+def test_folders_that_hold_no_report_are_one_line(tmp_path, capsys):
+    stage(tmp_path, "align", steps=5)
+    (tmp_path / "plots").touch()  # as on a read-only disk: the folder cannot be made
+    for given, said in ((tmp_path / "plots", "is a file; give"), (tmp_path, "where you may write")):
+        assert report.main([str(given)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / 'plots'}") and said in line
+
+
 def test_expert_load_is_summed_over_the_last_quarter():
     records = [{"stage": "a", "step": s, "expert_load": [[[s, 1]]]} for s in range(1, 9)]
     np.testing.assert_array_equal(metric_series.expert_load(records), [[[7 + 8, 2]]])
@@ -292,6 +301,7 @@ def test_verdict_on_router_trends(changes, verdict):
     }
     block = report.result_block(summary)
     assert verdict in next(line for line in block.splitlines() if line.startswith("s encoder"))
+    assert "balance is about 1 when experts are used alike" in report._trend_table(summary)
 
 
 def test_only_routers_with_losses_are_judged():

@@ -6,8 +6,8 @@
 TPU topologies need `pip install -e '.[tpu]'` and no TPU; names are KIND:SHAPE, as v5e:2x4 or
 v5p:2x2x2. `h200:8` needs `.[gpu]` and no GPU. No parameter is made and no data are read: batches
 hold half soft tokens, in equal parts of every medium the model takes (`--media image=2,speech=10`
-says otherwise, in entries per pool group). Prints a summary and writes it as JSON. Exit codes: 0
-fits, 1 does not, 2 bad settings.
+says otherwise, in entries per pool group). Prints a summary and writes it as JSON, here unless
+`--json` names a file. Exit codes: 0 fits, 1 does not, 2 bad settings.
 
 Memory per device, in classes:
   parameters, optimizer, batch, weights, cache    what the program is given; by shape and sharding
@@ -21,6 +21,7 @@ Memory per device, in classes:
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -73,17 +74,19 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
     """`image=2,speech=10` -> entries per pool group.
 
     Raises:
-        ConfigError: not of this form, or a medium that the model does not take.
+        ConfigError: not of this form, nothing of a medium, or one that the model does not take.
     """
     if text is None:
         return None
-    pairs = re.findall(r"(\w+)=(\d+)(?:,|$)", text)
+    pairs = re.findall(r"(\w+)=(0*[1-9]\d*)(?:,|$)", text)
     known = set(model.tokens_per_medium())
     if (
         ",".join(f"{name}={count}" for name, count in pairs) != text
         or {p[0] for p in pairs} - known
     ):
-        raise ConfigError(f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}")
+        raise ConfigError(
+            f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}, COUNT from 1 up"
+        )
     return {name: int(count) for name, count in pairs}
 
 
@@ -302,17 +305,53 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", help="default: the last")
     parser.add_argument("--topology", required=True, help="v5p:2x2x4, h200:8, cpu:8, …")
     parser.add_argument("--program", choices=PROGRAMS, default="train")
-    parser.add_argument("--rows", type=int, default=8, help="of prefill and decode; default: 8")
-    parser.add_argument("--length", type=int, help="of prompt or cache; default: row_length")
+    parser.add_argument(
+        "--rows", type=_positive, default=8, help="of prefill and decode; default: 8"
+    )
+    parser.add_argument("--length", type=_positive, help="of prompt or cache; default: row_length")
     parser.add_argument("--media", help="pool entries per pool group, as image=2,speech=10")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="per device; default: the kind's"
     )
     parser.add_argument("--effort", choices=EFFORT, default="quick", help="of the compiler")
     parser.add_argument("--hlo", type=Path, help="write the optimised program's text here")
-    parser.add_argument("--json", type=Path, help="default: NAME_STAGE_TOPOLOGY.json here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="default: NAME_STAGE_TOPOLOGY.json here, with _PROGRAM unless it is train",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(arguments)
+
+
+def _positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def report_path(run: str, stage: str, topology: str, program: str) -> Path:
+    """Where the report goes unless told; programs of one run do not overwrite one another."""
+    suffix = "" if program == "train" else f"_{program}"
+    return Path(f"{run}_{stage}_{topology.replace(':', '_')}{suffix}.json")
+
+
+def check_target(flag: str, path: Path) -> None:
+    """Makes the folder of `path`; what is wrong with it must show before the compiler runs.
+
+    Raises:
+        ConfigError: `path` cannot be written; `flag` says what is to be changed.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"its folder cannot be made ({error.strerror})"
+        raise ConfigError(f"{flag} {path}: {reason}; name a file elsewhere") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: its folder is read-only; name a file elsewhere")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,6 +365,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in stages:
             raise ConfigError(f"--stage {name}: no such stage; the run has {', '.join(stages)}")
         mesh = make_mesh(run.mesh, target_devices(args.topology))
+        path = args.json or report_path(run.name, name, args.topology, args.program)
+        check_target("--json", path)
+        if args.hlo:
+            check_target("--hlo", args.hlo)
         # Abstract: what is computed while preparing must not be sent to devices that are not here.
         with use_mesh(mesh.abstract_mesh, run.mesh.rules):
             report = compile_program(run, stages[name], mesh, args)
@@ -343,7 +386,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **report,
     }
     report["verdict"] = verdict(report, limit)
-    path = args.json or Path(f"{run.name}_{name}_{args.topology.replace(':', '_')}.json")
     write_json_atomic(path, report)
     print(summary(report))
     return 0 if not report["verdict"].startswith("does not") else 1

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.distributed import settle_cpu
 
+COUNT = r"[1-9]\d*"
 TPU_KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # A TPU's: what its compiler gives out, as its messages say it. An H200's: three quarters of its
 # memory, what JAX reserves at start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -62,14 +63,14 @@ def target_devices(topology: str) -> list[jax.Device]:
         ConfigError: no such topology, or the compiler for it is not installed.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and shape.isdigit():
+    if kind == "cpu" and re.fullmatch(COUNT, shape):
         return _cpu_devices(int(shape))
-    if kind == "h200" and shape.isdigit():
+    if kind == "h200" and re.fullmatch(COUNT, shape):
         return _described(topology, "cuda", f"1x1x{shape}", "gpu", target_config=H200)
-    if kind not in TPU_KINDS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    if kind not in TPU_KINDS or not re.fullmatch(rf"{COUNT}(x{COUNT})*", shape):
         raise ConfigError(
             f"--topology {topology}: neither cpu:N nor h200:N nor KIND:SHAPE with KIND of "
-            f"{sorted(TPU_KINDS)}, as v5p:2x2x4"
+            f"{sorted(TPU_KINDS)}, as v5p:2x2x4; all numbers from 1 up"
         )
     return _described(topology, "tpu", topology, "tpu")
 

@@ -71,6 +71,7 @@ __all__ = [
     "WhisperConfig",
 ]
 
+AxisSize = Literal[-1] | Positive
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # stages add to it, and it must fit 32 bits
 
 
@@ -274,13 +275,23 @@ class StageConfig(Config):
 class MeshConfig(Config):
     """Sizes of the mesh axes (-1 once: what the devices leave) and logical axis -> mesh axis."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    expert: AxisSize = 1
+    tensor: AxisSize = 1
     rules: dict[str, str | tuple[str, ...] | None] = Field(
         default_factory=dict, description="changes to the table in sharding.py"
     )
+
+    @model_validator(mode="after")
+    def _one_takes_what_is_left(self):
+        wild = [name for name, size in self if size == -1]
+        if len(wild) > 1:
+            raise ValueError(
+                f"{' and '.join(wild)} are -1, which stands for what the other axes leave; "
+                "allowed: -1 at most once"
+            )
+        return self
 
 
 class PrecisionConfig(Config):

@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from pydantic import ValidationError
 
 from unimoe_jax.checkpoint import CheckpointError
 from unimoe_jax.config import MEDIA, MeshConfig
@@ -94,17 +96,24 @@ def mesh_of(text: str | None) -> MeshConfig | None:
     """`expert=4,data=2` -> sizes of axes; None stays.
 
     Raises:
-        GenerationError: an unknown axis or a size that is no whole number.
+        GenerationError: an unknown axis, or sizes that no mesh has.
     """
     if text is None:
         return None
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.lstrip("-").isdecimal():
-            raise GenerationError(f"--mesh {text}: {part!r} is not AXIS=N; axes: {', '.join(AXES)}")
+        if axis not in AXES or not re.fullmatch(r"-1|0*[1-9]\d*", size):
+            raise GenerationError(
+                f"--mesh {text}: {part!r} is not AXIS=N; axes: {', '.join(AXES)}; N from 1 up, or "
+                "-1: what the others leave"
+            )
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    try:
+        return MeshConfig(**sizes)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise GenerationError(f"--mesh {text}: {reason}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

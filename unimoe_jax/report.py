@@ -225,8 +225,8 @@ def _trend_table(summary: Mapping[str, Any]) -> str:
     if not summary.get("routers"):
         return ""
     head = ["", *HEAD[1:-1], "verdict"]
-    note = "Start → end (mean of the last quarter); 1 is the floor of balance. Least used: the "
-    note += "smallest share of an expert in a layer, in the last quarter."
+    note = "Start → end (mean of the last quarter); balance is about 1 when experts are used "
+    note += "alike. Least used: the smallest share of an expert in a layer, in the last quarter."
     return "<h2>Router losses</h2>" + _table(head, rows_of(summary["routers"]), note)
 
 
@@ -297,6 +297,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         raise ReportError(
             f"{run_dir / METRICS_FILE} does not exist; give the directory of a run"
         ) from error
+    except NotADirectoryError as error:
+        raise ReportError(f"{run_dir} is a file; give the directory of a run") from error
     except ValueError as error:
         raise ReportError(str(error)) from error
     summary = _read_summary(run_dir / "summary.json")
@@ -333,7 +335,7 @@ def _moe_layers(config: Path) -> list[int] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 written, 2 nothing to report or a broken file."""
+    """Exit codes: 0 written, 2 nothing to report, a broken file, or no place to write."""
     parser = argparse.ArgumentParser(
         prog="python -m unimoe_jax.report",
         description="Writes report.html and plots/*.png from the files of a run.",
@@ -345,6 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(write_report(run_dir))
     except (ReportError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename or run_dir}: {error.strerror or error}"
+        remedy = "the report is written into the run's directory: copy that to where you may write"
+        print(f"error: {reason}; {remedy}", file=sys.stderr)
         return 2
     return 0
 

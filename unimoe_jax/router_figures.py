@@ -57,7 +57,7 @@ def entropy_figure(stages: Stages, module: str, layers: Mapping[str, Sequence[in
 
 
 def aux_figure(stages: Stages, module: str):
-    """Balance with its floor, z-loss, and dropped tokens where there are any."""
+    """Balance with its value for equal shares, z-loss, and dropped tokens where there are any."""
     from matplotlib.figure import Figure
 
     kinds = {"balance": "balance loss", "router_z": "router z-loss", "dropped": "dropped tokens"}

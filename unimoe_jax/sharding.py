@@ -71,8 +71,6 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 def _filled_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     wild = [axis for axis, size in sizes.items() if size == -1]
-    if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ShardingError(f"mesh: sizes {sizes}; allowed: positive, and -1 at most once")
     if wild:
         fixed = int(np.prod([size for size in sizes.values() if size != -1]))
         sizes[wild[0]] = max(1, devices // fixed)

@@ -155,6 +155,8 @@ def test_there_and_back_is_bit_identical(stage: str, experts: int, tmp_path: Pat
     assert "0 excused" in capsys.readouterr().out
     out = tmp_path / "out"
     assert run("export", "--from", tmp_path / "a", "--to", out, "--format", "cumo") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("out/") and ".partial" not in printed
     assert {path.name for path in out.glob("*.bin")} == {
         "pt": {"mm_projector.bin"},
         "pft": {"clip.bin", "mm_projector.bin"},

@@ -147,6 +147,18 @@ def test_a_damaged_checkpoint_is_not_exported(source: Path, tmp_path: Path, caps
     assert not out.exists()
 
 
+@pytest.mark.parametrize("format_", ["cumo", "unimoe"])
+def test_a_format_that_does_not_fit_is_one_line(source: Path, tmp_path: Path, format_: str, capsys):
+    assert run("import", "--from", source, "--to", tmp_path / "a") == 0
+    capsys.readouterr()
+    out = tmp_path / "b"
+    assert run("export", "--from", tmp_path / "a", "--to", out, "--format", format_) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'a'}: format {format_} holds a vision encoder")
+    assert "hf (decoder and encoders" in line
+    assert not out.exists()
+
+
 def test_the_manifest_names_licences(source: Path, tmp_path: Path):
     (source / "README.md").write_text("---\ntags: [x]\nlicense: llama2\n---\n# Model\n")
     (source / "LICENSE.txt").write_text("terms")

@@ -149,6 +149,8 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
         (["--input", "nowhere.jsonl", "--output", "a.jsonl"], ["nowhere.jsonl"]),
         (["--prompt", "x", "--mesh", "expertt=4"], ["expertt=4", "axes"]),
         (["--prompt", "x", "--mesh", "expert=3"], ["mesh.expert=3", "devices"]),
+        (["--prompt", "x", "--mesh", "expert=0"], ["expert=0", "N from 1 up"]),
+        (["--prompt", "x", "--mesh", "expert=-1"], ["--mesh expert=-1", "at most once"]),
         (["--prompt", "x", "--batch-size", "0"], ["--batch-size 0"]),
         (["--prompt", "x", "--top-k", "100000000000"], ["top_k = 1000", "2^31"]),
         (["--prompt", "caf\udce9"], ["character 4", "UTF-8"]),

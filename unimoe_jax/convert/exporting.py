@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unimoe_jax.convert.entry import Copy
-from unimoe_jax.convert.layouts import Format, Layout, layout_of
+from unimoe_jax.convert.layouts import Format, Layout, layout_of, unfit
 from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import (
     SAFETENSORS_DTYPES,
@@ -28,6 +28,7 @@ from unimoe_jax.convert.reader import (
 )
 
 Kind = Literal["safetensors", "bin"]
+PARTIAL = ".partial"
 SHARD_BYTES = 2_000_000_000
 
 
@@ -61,8 +62,8 @@ def export_checkpoint(
     if folder.exists():
         raise ConvertError(f"{folder}: exists already; remove it or choose another --to")
     layout = layout_of(checkpoint, format_)
-    files = _pieces(checkpoint, layout)
-    partial = folder.with_name(folder.name + ".partial")
+    files = _pieces(checkpoint, layout, format_)
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, pieces in sorted(files.items()):
@@ -83,7 +84,7 @@ def export_checkpoint(
     )
 
 
-def _pieces(checkpoint: Checkpoint, layout: Layout) -> dict[str, list[Piece]]:
+def _pieces(checkpoint: Checkpoint, layout: Layout, format_: Format) -> dict[str, list[Piece]]:
     """Tensors per file; every parameter must go somewhere."""
     files: dict[str, dict[str, Piece]] = {}
     placed: set[str] = set()
@@ -101,7 +102,8 @@ def _pieces(checkpoint: Checkpoint, layout: Layout) -> dict[str, list[Piece]]:
         members[name] = piece
     lost = sorted(set(checkpoint.params) - placed)
     if lost:
-        raise ConvertError(f"this format has no place for {len(lost)} parameters: {lost[:4]}")
+        reason = f"format {format_} has no place for {len(lost)} parameters: {lost[:4]}"
+        raise unfit(checkpoint, reason)
     return {file: list(members.values()) for file, members in files.items()}
 
 
@@ -131,7 +133,7 @@ def write_file(
     for name, members in zip(names, shards, strict=True):
         target = path.with_name(name)
         (_write_torch if target.suffix == ".bin" else write_safetensors)(target, members)
-        tell(f"{target.parent.name}/{name}: {len(members)} tensors")
+        tell(f"{target.parent.name.removesuffix(PARTIAL)}/{name}: {len(members)} tensors")
     if len(shards) > 1:
         mapped = {p.name: name for name, shard in zip(names, shards, strict=True) for p in shard}
         total = sum(piece.nbytes for piece in pieces)

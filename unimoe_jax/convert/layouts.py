@@ -33,6 +33,10 @@ class Layout:
 
 
 Format = Literal["unimoe", "cumo", "hf"]
+HOLDS = (
+    "unimoe (vision and one of speech and audio), cumo (vision alone), hf (decoder and encoders, "
+    "no connectors, no adapters)"
+)
 
 
 def layout_of(checkpoint: Checkpoint, format_: Format) -> Layout:
@@ -42,6 +46,11 @@ def layout_of(checkpoint: Checkpoint, format_: Format) -> Layout:
         ConvertError: the format cannot hold this model.
     """
     return {"unimoe": _unimoe, "cumo": _cumo, "hf": _hugging_face}[format_](checkpoint)
+
+
+def unfit(checkpoint: Checkpoint, reason: str) -> ConvertError:
+    """The error for a model that the format cannot hold."""
+    return ConvertError(f"{checkpoint.path}: {reason}; choose a --format that holds it: {HOLDS}")
 
 
 def _known(checkpoint: Checkpoint, role: str) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def _hugging_face(checkpoint: Checkpoint) -> Layout:
     if "decoder" in config:
         moe = model.decoder.moe
         if moe is not None and not all(model.decoder.moe_layers()):
-            raise ConvertError("format hf holds experts in all layers (Mixtral) or in none")
+            raise unfit(checkpoint, "format hf holds experts in all layers (Mixtral) or in none")
         layout.copies += (mixtral if moe else llama).copies(model.decoder)
         layout.files["base"] = "decoder/WEIGHTS"
         layout.json_files["decoder/config.json"] = decoder_json(
@@ -150,11 +159,11 @@ def _cumo(checkpoint: Checkpoint) -> Layout:
     `clip.bin` and `mm_projector.bin`, which the original reads with torch."""
     model = _whole(checkpoint)
     if model.vision is None or model.speech or model.audio:
-        raise ConvertError("format cumo holds a vision encoder and no other")
+        raise unfit(checkpoint, "format cumo holds a vision encoder and no other")
     if model.decoder.tie_embeddings:
-        raise ConvertError("format cumo has no tied embeddings")
+        raise unfit(checkpoint, "format cumo has no tied embeddings")
     if not all(model.decoder.moe_layers()) and model.decoder.moe:
-        raise ConvertError("format cumo holds a decoder with experts in all layers or in none")
+        raise unfit(checkpoint, "format cumo holds a decoder with experts in all layers or in none")
     layout = Layout(cumo.decoder_copies(model.decoder), {"base": "WEIGHTS"})
     if model.vision.encoder.moe or model.vision.connector.moe:
         layout.copies += cumo.vision_in_shards(model.vision)
@@ -179,9 +188,9 @@ def _unimoe(checkpoint: Checkpoint) -> Layout:
     model = checkpoint.model
     sense = "audio" if model.audio else "speech"
     if model.vision is None or (model.speech is None) == (model.audio is None):
-        raise ConvertError("format unimoe holds a vision encoder and one of speech and audio")
+        raise unfit(checkpoint, "format unimoe holds a vision encoder and one of speech and audio")
     if model.decoder.tie_embeddings:
-        raise ConvertError("format unimoe has no tied embeddings")
+        raise unfit(checkpoint, "format unimoe has no tied embeddings")
     has_maps = any("/moe/router/modality_map/" in path for path in checkpoint.params)
     is_8e = has_maps or checkpoint.manifest.get("family") == "unimoe-8e"
     layout = Layout([], {group: f"tuned/{stem}" for group, stem in TUNED_FILES.items()})

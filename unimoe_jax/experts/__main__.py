@@ -15,6 +15,7 @@ complete or not at all, with a manifest of parents and hashes. Exit codes: 0 don
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from unimoe_jax.experts.opened import Opened, open_experts
 from unimoe_jax.experts.writing import write
 from unimoe_jax.params import ParamError
 
+NAMED_LAYERS = ("all", "even", "first_half", "second_half")
 BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
 
 
@@ -97,17 +99,25 @@ def _add_placement(command: argparse.ArgumentParser) -> None:
         "--layers",
         type=_layers,
         default="all",
-        help="of the decoder: all, even, first_half, second_half, or numbers as 0,4 (default: all)",
+        help=f"of the decoder: {', '.join(NAMED_LAYERS)}, or numbers as 0,4 (default: all)",
     )
     command.add_argument("--seed", type=int, default=0, help="of the routers")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: numbers from 0 up, as 0,2")
     return tuple(int(number) for number in text.split(","))
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
-    return _numbers(text) if text[:1].isdigit() else text
+    if text in NAMED_LAYERS:
+        return text
+    try:
+        return _numbers(text)
+    except argparse.ArgumentTypeError as error:
+        names = ", ".join(NAMED_LAYERS)
+        raise argparse.ArgumentTypeError(f"{error}, or one of {names}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

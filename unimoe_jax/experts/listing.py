@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from unimoe_jax.config import MODULES, ModuleName, MoEConfig
+from unimoe_jax.config import MODULES, ModuleName, MoEConfig, Take
 from unimoe_jax.experts.making import moe_of
 from unimoe_jax.experts.opened import Opened, open_experts
-from unimoe_jax.upcycle import Member
+from unimoe_jax.upcycle import Member, members, origin_of
 
 
 def listing(path: Path, compare: bool) -> Iterator[str]:
@@ -26,15 +26,40 @@ def listing(path: Path, compare: bool) -> Iterator[str]:
         yield _module_line(opened, module)
     if not modules:
         yield "none: every layer is dense"
-    origins = opened.checkpoint.manifest.get("experts", {})
     for module in modules:
+        origins = _origins(opened, module)
         for expert in range(opened.num_experts(module)):
             line = f"{module} expert {expert}"
-            if origins.get(module):
-                line += f"  from {origins[module][expert]}"
+            if origins:
+                line += f"  from {origins[expert]}"
             if compare:
                 line += f"  largest difference from expert 0: {_apart(opened, module, expert):.3g}"
             yield line
+
+
+def _origins(opened: Opened, module: ModuleName) -> list[str]:
+    """Of every expert: what this program noted, else where the stage began; empty: unknown."""
+    manifest = opened.checkpoint.manifest
+    if noted := manifest.get("experts", {}).get(module):
+        return noted
+    takes = [Take.model_validate(take) for take in manifest.get("init", ())]
+    if not takes:
+        return []
+    params, layers = opened.checkpoint.params, opened.moe_layers
+    of = {path: members(path, param.shape, layers)[0][1] for path, param in params.items()}
+    chosen = [
+        origin_of(path, takes)
+        for path, member in of.items()
+        if member.module == module and member.expert is not None
+    ]
+    count = opened.num_experts(module)
+    return [", ".join(dict.fromkeys(_origin(take, e) for take in chosen)) for e in range(count)]
+
+
+def _origin(take: Take, expert: int) -> str:
+    if take.experts:
+        return take.experts[expert]
+    return take.upcycle or ("fresh" if take.source == "fresh" else f"{take.source} expert {expert}")
 
 
 def _expert_members(opened: Opened, module: ModuleName) -> list[Member]:

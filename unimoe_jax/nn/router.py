@@ -79,6 +79,7 @@ def _sampled(logits: jax.Array, noisy: jax.Array, top_k: int) -> jax.Array:
 def balance_loss(routing: Routing, valid_X: jax.Array) -> jax.Array:
     """E · Σ_e mean(p_e) · share of tokens whose first choice is e; 1 when balanced.
 
+    Below 1 where first choices and probabilities favour different experts.
     arXiv 2101.03961, eq. 4, over valid tokens. Gradient flows through the probabilities only.
     """
     num_experts = routing.probs_XE.shape[-1]
