@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +110,39 @@ def test_connectors_of_a_base_count_from_their_own_names(tmp_path: Path, prefix:
             lambda name: "first" if name == queries else prefix + name.removeprefix("model."),
         )
     same(before, tmp_path)
+
+
+# -------------------------------------------------------------------------- harmless tensors
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_cached_rotary_tables_are_passed_over(tmp_path: Path, experts: int):
+    unimoe_folders.write(tmp_path, experts)
+    before = read_all(resolved(tmp_path))
+    file = tmp_path / "base/model.safetensors"
+    top = "model.layers.0.self_attn.rotary_emb"
+    tables = {f"{top}.{part}_cached": np.ones((1, 1, 4, 4), np.float32) for part in ("cos", "sin")}
+    write_file(file, tensors_of(file) | tables)
+    same(before, tmp_path)
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_a_tied_head_is_passed_over(tmp_path: Path, experts: int):
+    unimoe_folders.write(tmp_path, experts)
+    before = read_all(resolved(tmp_path))
+    del before["lm_head/kernel"]
+    for folder in ("base", "tuned"):
+        file = tmp_path / folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    same(before, tmp_path)
+    assert "tied" in resolved(tmp_path).excused["base:lm_head.weight"]
+
+
+def test_the_last_norm_of_cumos_tower_is_passed_over(tmp_path: Path):
+    folder = write_stage(tmp_path / "source", "sft")
+    before = read_all(resolved(folder))
+    file = folder / "model.safetensors"
+    top = "model.vision_tower.vision_model.post_layernorm"
+    norm = {f"{top}.{part}": np.ones(8, np.float32) for part in ("weight", "bias")}
+    write_file(file, tensors_of(file) | norm)
+    same(before, folder)

@@ -232,7 +232,7 @@ def _text(sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tens
         count = len({name[len(prefix) :].split(".")[0] for name in with_prefix(base, prefix)})
         moe = unimoe.moe_config(config, count, layers, is_8e=False, fm=False)
     decoder = llama.decoder_config(config, moe)
-    return decoder, unimoe.decoder(decoder), unimoe.excuses(groups), ()
+    return decoder, unimoe.decoder(decoder), unimoe.excuses(decoder, groups), ()
 
 
 def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tensors]):
@@ -259,7 +259,7 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
     copies = unimoe.decoder_8e(decoder, local, dense)
     notes = ("the second expert is the second best; router.sample_second draws it as released",)
     excuses = [
-        *unimoe.excuses(groups),
+        *unimoe.excuses(decoder, groups),
         *unimoe.EXCUSES_8E,
         *_dense_experts(layers, decoder.num_layers),
     ]

@@ -34,6 +34,7 @@ EXCUSES = (
     *llama.EXCUSES,
     *clip.OUTSIDE,
     Excuse(r"base:.*\.position_ids", "a buffer that counts positions"),
+    Excuse(rf"base:{re.escape(ENCODER_IN_SHARDS)}post_layernorm\..*", clip.UNREAD_NORM),
 )
 # The encoders that the originals fetch by name: what their config.json says, as no tensor tells it.
 KNOWN = {

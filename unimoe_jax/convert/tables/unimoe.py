@@ -63,11 +63,12 @@ DROPPED_ROUTER_LORA = Excuse(
 )
 
 
-def excuses(groups: Mapping[str, Tensors]) -> list[Excuse]:
-    """`EXCUSES`, and what non_lora_trainables may hold of files that are loaded after it."""
+def excuses(config: DecoderConfig, groups: Mapping[str, Tensors]) -> list[Excuse]:
+    """`EXCUSES`, a tied head, and what non_lora_trainables has of files that are loaded later."""
     later = [name for group in ("aligner", "gates", "fm") for name in groups.get(group, ())]
     match = "|".join(re.escape(f"tuned:{PEFT_PREFIX}{name}") for name in later)
-    return [*EXCUSES, Excuse(match, "an earlier state; a file that is loaded later has its own")]
+    earlier = Excuse(match, "an earlier state; a file that is loaded later has its own")
+    return [*EXCUSES, earlier, *([llama.TIED] if config.tie_embeddings else [])]
 
 
 # --------------------------------------------------------------------------------- configs
