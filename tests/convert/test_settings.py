@@ -115,6 +115,16 @@ def test_what_changes_numbers_is_refused_where_it_is_not_known(
         model_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/data/models/{}", "openai/{}", "{}"])
+def test_a_tower_lies_beside_cumo_whatever_stands_before_its_name(tmp_path: Path, name: str):
+    """Where it was trained it lay elsewhere; the folder here is believed before what is known."""
+    folder = write_stage(tmp_path / "source", "sft")
+    last = Path(next(iter(cumo.KNOWN))).name
+    (tmp_path / "tower").rename(tmp_path / last)
+    edit(folder / "config.json", mm_vision_tower=name.format(last))
+    assert model_of(folder).vision.encoder.image_size == TINY.image
+
+
 def test_unimoe_cuts_images_whatever_the_config_says(tmp_path: Path):
     """Released base configs say "pad", and nothing in the originals reads it."""
     unimoe_folders.write(tmp_path, experts=4)

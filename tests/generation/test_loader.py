@@ -46,7 +46,18 @@ def test_generation_config_may_be_edited(copy):
     assert sampling.temperature == 0.5
 
 
-@pytest.mark.parametrize("value", ["x", None, 10**12, [2, "x"]])
+def test_null_in_generation_config_means_nothing_is_said(copy):
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True}))
+    silent = generation_settings(find(copy, None))
+    keys = ("eos_token_id", "temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
+    file.write_text(json.dumps({"do_sample": True} | dict.fromkeys((*keys, "num_beams"))))
+    assert generation_settings(find(copy, None)) == silent
+    eos, sampling, notes = silent
+    assert (eos, sampling.temperature, notes) == ((2,), 1.0, ())
+
+
+@pytest.mark.parametrize("value", ["x", 10**12, [2, "x"]])
 def test_end_tokens_are_ids(copy, value):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(GenerationError, match=r"eos_token_id = .*; allowed"):

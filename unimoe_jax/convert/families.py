@@ -232,7 +232,7 @@ def _text(sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tens
         count = len({name[len(prefix) :].split(".")[0] for name in with_prefix(base, prefix)})
         moe = unimoe.moe_config(config, count, layers, is_8e=False, fm=False)
     decoder = llama.decoder_config(config, moe)
-    return decoder, unimoe.decoder(decoder), list(unimoe.EXCUSES), ()
+    return decoder, unimoe.decoder(decoder), unimoe.excuses(decoder, groups), ()
 
 
 def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tensors]):
@@ -258,7 +258,11 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
     dense = any("mlp.gate_proj_lora_A" in name for name in groups["base"])
     copies = unimoe.decoder_8e(decoder, local, dense)
     notes = ("the second expert is the second best; router.sample_second draws it as released",)
-    excuses = [*unimoe.EXCUSES, *unimoe.EXCUSES_8E, *_dense_experts(layers, decoder.num_layers)]
+    excuses = [
+        *unimoe.excuses(decoder, groups),
+        *unimoe.EXCUSES_8E,
+        *_dense_experts(layers, decoder.num_layers),
+    ]
     return decoder, copies, excuses, notes
 
 

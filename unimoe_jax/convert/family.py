@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unimoe_jax.convert.names import ALIGNER, NON_LORA, PROJECTOR, tensors_by_table
 from unimoe_jax.convert.reader import (
     TORCH_SUFFIXES,
     ConvertError,
@@ -122,7 +123,7 @@ def _hugging_face(path: Path, config: Settings) -> Source:
 
 LLAVA = ("llava", "llava_llama")
 CUMO = ("llava_mistral", "llava_mixtral")
-CUMO_FILES = {"clip": "clip", "projector": "mm_projector"}
+CUMO_FILES = {"clip": "clip", "projector": PROJECTOR}
 
 
 def _cumo_groups(path: Path) -> dict[str, Tensors]:
@@ -133,22 +134,21 @@ def _cumo_groups(path: Path) -> dict[str, Tensors]:
 
 
 def _named_files(path: Path, stems: Mapping[str, str]) -> dict[str, Tensors]:
-    """Group -> tensors of the file of that name, safetensors before torch."""
+    """Group -> tensors of the file of that name, safetensors before torch; names as in tables."""
     groups: dict[str, Tensors] = {}
     for group, stem in stems.items():
         for suffix in SUFFIXES:
             if (path / (stem + suffix)).is_file():
-                groups[group] = open_file(path / (stem + suffix))
+                groups[group] = tensors_by_table(stem, open_file(path / (stem + suffix)))
                 break
     return groups
 
 
-ALIGNER = "mm_audio_aligner"
-BASE_FILES = {"base_projector": "mm_projector", "base_aligner": ALIGNER}
+BASE_FILES = {"base_projector": PROJECTOR, "base_aligner": ALIGNER}
 SUFFIXES = (".safetensors", ".bin")
-TUNED_MARKS = ("adapter_model", "mlp_gates", "non_lora_trainables")
+TUNED_MARKS = ("adapter_model", "mlp_gates", NON_LORA)
 TUNED_FILES = {
-    "tuned": "non_lora_trainables",
+    "tuned": NON_LORA,
     "peft": "adapter_model",
     "aligner": ALIGNER,
     "gates": "mlp_gates",

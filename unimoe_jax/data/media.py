@@ -103,14 +103,21 @@ def load_frames(
     (the released extraction helper); images are chosen by the same rule.
     Raises `BadSample`: unreadable_video, missing_file and those of `load_image`.
     """
+    images = frame_files(paths)
+    if images:
+        return [load_image(images[i], limits) for i in frame_numbers(len(images), count)]
+    if os.path.isdir(paths[0]):
+        raise BadSample("unreadable_video", "a video folder without images")
+    return _decode_frames(paths[0], count, limits)
+
+
+def frame_files(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The images of a video that is a folder of frames or the frames themselves, else ()."""
     if len(paths) == 1 and os.path.isdir(paths[0]):
         names = sorted(n for n in os.listdir(paths[0]) if n.lower().endswith(IMAGE_SUFFIXES))
-        paths = tuple(os.path.join(paths[0], name) for name in names)
-        if not paths:
-            raise BadSample("unreadable_video", "a video folder without images")
-    if len(paths) > 1 or paths[0].lower().endswith(IMAGE_SUFFIXES):
-        return [load_image(paths[i], limits) for i in frame_numbers(len(paths), count)]
-    return _decode_frames(paths[0], count, limits)
+        return tuple(os.path.join(paths[0], name) for name in names)
+    is_image = len(paths) > 1 or paths[0].lower().endswith(IMAGE_SUFFIXES)
+    return paths if is_image else ()
 
 
 def frame_numbers(total: int, count: int) -> list[int]:

@@ -302,8 +302,9 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
     Raises:
         GenerationError: a value in generation_config.json that makes no sense.
     """
-    given, tokenizer = found.generation, found.tokenizer
-    eos = given.get("eos_token_id", tokenizer.eos_id)
+    # transformers writes null for what nobody set.
+    given = {key: value for key, value in found.generation.items() if value is not None}
+    eos = given.get("eos_token_id", found.tokenizer.eos_id)
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     if not all(isinstance(token, int) and abs(token) < 2**31 for token in eos):
         raise GenerationError(
@@ -325,6 +326,6 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
     notes = tuple(
         f"{GENERATION_FILE}: {key} = {given[key]!r} is not followed"
         for key, neutral in NEUTRAL.items()
-        if key in given and given[key] not in (neutral, None)
+        if key in given and given[key] != neutral
     )
     return eos, defaults, notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from unimoe_jax.config import MediaName, ModelConfig
 from unimoe_jax.data.batch import entry_shapes
+from unimoe_jax.data.media import frame_files
 from unimoe_jax.data.processors import Entries, Processors
 from unimoe_jax.data.records import MediaFile
 from unimoe_jax.data.tally import BadSample
@@ -70,15 +71,45 @@ class MediaEncoder:
         for file in files:
             with _named(file):
                 key = _key(file)
-                entries = None if key in self._remembered else self.processors.load(file)
-            if entries:
-                self._remembered[key] = self._soft_tokens(file.modality, entries)
+            if key not in self._remembered:
+                self._remembered[key] = self._encoded(file)
             self._remembered.move_to_end(key)
             keys.append(key)
         soft = [self._remembered[key] for key in keys]
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
         return soft
+
+    def warm_up(self, files: Iterable[MediaFile]) -> None:
+        """Compile what encodes these."""
+        for kind in sorted({"image" if self._frames(f) else f.modality for f in files}):
+            self.program(kind)
+
+    def _frames(self, file: MediaFile) -> list[MediaFile]:
+        """The images of a video whose frames are given, unless the video program takes as many."""
+        if file.modality != "video":
+            return []
+        with _named(file):
+            paths = frame_files(file.paths)
+        if len(paths) == self.model.vision.frames:
+            return []
+        return [MediaFile("image", (path,)) for path in paths]
+
+    def _encoded(self, file: MediaFile) -> np.ndarray:
+        """Soft tokens; of frames that somebody chose all count, as in the originals."""
+        frames = self._frames(file)
+        if not frames:
+            return self._loaded(file)
+        total = np.float32(0)
+        for frame in frames:
+            soft = self._loaded(frame)
+            total = total + soft.astype(np.float32)
+        return (total / np.float32(len(frames))).astype(soft.dtype)
+
+    def _loaded(self, file: MediaFile) -> np.ndarray:
+        with _named(file):
+            entries = self.processors.load(file)
+        return self._soft_tokens(file.modality, entries)
 
     # ---------------------------------------------------------------------------- programs
 

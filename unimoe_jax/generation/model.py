@@ -111,8 +111,7 @@ class Model:
 
     def warm_up(self, prepared: Collection[Prepared], batch_size: int) -> None:
         """Compile everything these need."""
-        for kind in sorted({file.modality for p in prepared for file in p.prompt.media}):
-            self.media.program(kind)
+        self.media.warm_up(file for p in prepared for file in p.prompt.media)
         self.engine.warm_up([p.size for p in prepared], min(batch_size, len(prepared)))
 
     def answers(

@@ -9,15 +9,13 @@ from unimoe_jax.config import ClipConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 from unimoe_jax.convert.reader import ConvertError
 
+UNREAD_NORM = "only the class token of the last layer passes it; patch features do not"
 OUTSIDE = (
     Excuse(
         r"clip:(text_model|text_projection|visual_projection|logit_scale)\b.*",
         "text side of CLIP, not part of a vision encoder",
     ),
-    Excuse(
-        r"clip:(vision_model\.)?post_layernorm\..*",
-        "only the class token of the last layer passes it; patch features do not",
-    ),
+    Excuse(r"clip:(vision_model\.)?post_layernorm\..*", UNREAD_NORM),
     Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
 )
 EXCUSES = (

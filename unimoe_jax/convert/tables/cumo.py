@@ -34,6 +34,7 @@ EXCUSES = (
     *llama.EXCUSES,
     *clip.OUTSIDE,
     Excuse(r"base:.*\.position_ids", "a buffer that counts positions"),
+    Excuse(rf"base:{re.escape(ENCODER_IN_SHARDS)}post_layernorm\..*", clip.UNREAD_NORM),
 )
 # The encoders that the originals fetch by name: what their config.json says, as no tensor tells it.
 KNOWN = {
@@ -83,13 +84,17 @@ def experts_of(names: Iterable[str], prefix: str, top_k: int) -> MoEConfig | Non
 def tower_json(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json of the encoder that CuMo's own names: in or beside `folder`, or from `KNOWN`.
 
+    A path of another machine, or a hub's name, stands for the folder of its last component.
+
     Raises:
         ConvertError: neither is there.
     """
     name = config.get("mm_vision_tower", "")
-    for beside in (folder / name, folder.parent / name, Path(name)):
-        if name and (beside / "config.json").is_file():
-            return read_json(beside / "config.json")
+    last = Path(name).name
+    places = (folder / name, folder.parent / name, Path(name), folder / last, folder.parent / last)
+    for place in places:
+        if name and (place / "config.json").is_file():
+            return read_json(place / "config.json")
     if name not in KNOWN:
         raise ConvertError(
             f"{folder / 'config.json'}: mm_vision_tower {name!r} is neither a folder nor one of "

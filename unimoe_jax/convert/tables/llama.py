@@ -12,7 +12,10 @@ from unimoe_jax.nn.stack import Place, where_is
 
 TIED = Excuse(r"base:lm_head\.weight", "tied to the embedding")
 EXCUSES = (
-    Excuse(r"base:(.*\.)?rotary_emb\.inv_freq", "a buffer of rotary frequencies, recomputed here"),
+    Excuse(
+        r"base:(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
+        "a buffer of rotary frequencies, recomputed here",
+    ),
 )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from unimoe_jax.config import DecoderConfig, LoRARule, MoEConfig, RouterConfig
 from unimoe_jax.convert.entry import LINEAR, Adapter, Copy, Entry, Excuse, expand, linear
+from unimoe_jax.convert.names import PEFT_PREFIX
 from unimoe_jax.convert.plan import Rounding
-from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.convert.reader import ConvertError, Tensors
 from unimoe_jax.convert.tables import llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -31,7 +32,6 @@ EXPERT_FILES = (
     "mlp_base",
     "mlp_base7",
 )
-PEFT_PREFIX = "base_model.model."
 EXCUSES = (
     *llama.EXCUSES,
     Excuse(
@@ -61,6 +61,14 @@ DROPPED_ROUTER_LORA = Excuse(
     r"peft:.*\.mlp\.gate\.lora_[AB]\.weight",
     "mlp_gates replaces the routers, as in released inference (--router-lora merge keeps them)",
 )
+
+
+def excuses(config: DecoderConfig, groups: Mapping[str, Tensors]) -> list[Excuse]:
+    """`EXCUSES`, a tied head, and what non_lora_trainables has of files that are loaded later."""
+    later = [name for group in ("aligner", "gates", "fm") for name in groups.get(group, ())]
+    match = "|".join(re.escape(f"tuned:{PEFT_PREFIX}{name}") for name in later)
+    earlier = Excuse(match, "an earlier state; a file that is loaded later has its own")
+    return [*EXCUSES, earlier, *([llama.TIED] if config.tie_embeddings else [])]
 
 
 # --------------------------------------------------------------------------------- configs
@@ -178,7 +186,7 @@ def vision_connector(depth: int, sequential: bool) -> list[Copy]:
     places = (
         "base:model.mm_projector",
         "base_projector:model.mm_projector",
-        "tuned:base_model.model.model.mm_projector",
+        f"tuned:{PEFT_PREFIX}model.mm_projector",
     )
     return [
         copy for src in places for copy in projector(src, "vision/connector", depth, sequential)

@@ -1,0 +1,50 @@
+"""Videos given as frames: every frame counts, whatever their number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimoe_jax.data.records import MediaFile
+from unimoe_jax.generation.errors import GenerationError
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> list[Path]:
+    folder, random = tmp_path_factory.mktemp("frames"), np.random.default_rng(1)
+    paths = [folder / f"{number}.png" for number in range(5)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_video_is_the_mean_of_all_its_frames(model, frames, tmp_path, count: int):
+    """The model's videos have two frames in training."""
+    paths = frames[:count]
+    for path in paths:
+        (tmp_path / path.name).symlink_to(path)
+    images = model.media.encode([MediaFile("image", (str(path),)) for path in paths])
+    expected = np.mean(images, axis=0)
+    for given in ((str(tmp_path),), tuple(map(str, paths))):
+        (soft,) = model.media.encode([MediaFile("video", given)])
+        np.testing.assert_allclose(soft, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_number_of_frames_needs_a_program_of_its_own(model, frames):
+    videos = [MediaFile("video", tuple(map(str, frames[:count]))) for count in (3, 4, 5)]
+    model.media.warm_up(videos[:1])
+    compiled = list(model.media.programs.compiled)
+    model.media.warm_up(videos)
+    model.media.encode(videos)
+    assert list(model.media.programs.compiled) == compiled
+
+
+def test_a_broken_frame_is_named(model, frames, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(GenerationError, match=r"broken\.png"):
+        model.media.encode([MediaFile("video", (str(frames[0]), str(broken), str(frames[1])))])
