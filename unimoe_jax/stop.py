@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 import jax
@@ -43,7 +42,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
         if jax.process_index() == 0:  # not print: the signal may come in the middle of one
             told = f"\n{self.received}: stopping after this step; once more: at once, unsaved\n"
-            os.write(sys.stderr.fileno(), told.encode())
+            os.write(2, told.encode())
 
     def agreed(self) -> bool:
         """Whether to stop now; the same on all processes, which must call it equally often."""

@@ -135,10 +135,9 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     with use_mesh(mesh, config.mesh.rules):
-        data, tokenizer = check(config, args)
+        data, tokenizer, ahead = check(config, args)
         wait_for_all("checks")  # before one of them removes what another would have refused
-        trains = bool(stages_ahead(config, args))
-        options = {"overwrite": args.overwrite, "resume": args.resume, "trains": trains}
+        options = {"overwrite": args.overwrite, "resume": args.resume, "trains": bool(ahead)}
         with claim(config, **options) as folder:
             enable_compilation_cache(config)
             stop = StopSignal(mesh)
@@ -146,7 +145,7 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             runtime = Runtime(config, folder, mesh, data, tokenizer, stop)
             done = run_stages(runtime, args.stage)
             if done and runtime.is_writer:
-                finish(runtime, time.monotonic() - started if trains else None)
+                finish(runtime, time.monotonic() - started if ahead else None)
     return 0 if done else STOPPED_CODE
 
 
@@ -171,16 +170,19 @@ def run_stages(runtime: Runtime, only: str | None) -> bool:
 # ------------------------------------------------------------------------ before anything costs
 
 
-def check(config: RunConfig, args: argparse.Namespace) -> tuple[DataConfig, Tokenizer]:
+def check(
+    config: RunConfig, args: argparse.Namespace
+) -> tuple[DataConfig, Tokenizer, list[StageConfig]]:
     """Everything that can be wrong and costs nothing to find out, of all stages that are to run;
-    the run directory is read, and stays as it is. Returns what the stages share.
+    the run directory is read, and stays as it is. Returns what the stages share, and which of them
+    are to be trained.
 
     Raises:
         one of SETTINGS_ERRORS.
     """
     folder = config_io.run_dir(config)
     done = {} if args.overwrite else finished_stages(config, folder)
-    ahead = stages_ahead(config, args)
+    ahead = [s for s in config.stages if args.stage in (None, s.name) and s.name not in done]
     for stage in config.stages:
         pool_groups(config, stage, data_shards(current_mesh()))
         if args.resume and stage.name in done:
@@ -195,13 +197,7 @@ def check(config: RunConfig, args: argparse.Namespace) -> tuple[DataConfig, Toke
                 check_continues(stage, infos, folder / "checkpoints" / stage.name / "steps")
     # The embedded data set is made by one process and found by the others.
     tokenizer, _ = writer_first("tokenizer", lambda: load_tokenizer(config))
-    return writer_first("data", lambda: resolve_sources(config.data)), tokenizer
-
-
-def stages_ahead(config: RunConfig, args: argparse.Namespace) -> list[StageConfig]:
-    """The stages that are to be trained now."""
-    done = {} if args.overwrite else finished_stages(config, config_io.run_dir(config))
-    return [s for s in config.stages if args.stage in (None, s.name) and s.name not in done]
+    return writer_first("data", lambda: resolve_sources(config.data)), tokenizer, ahead
 
 
 def finished_stages(config: RunConfig, folder: Path) -> dict[str, int]:

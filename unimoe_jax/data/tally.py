@@ -78,7 +78,7 @@ def unpack_events(data: np.ndarray) -> tuple[list[Event], int]:
 
 @dataclass
 class Tally:
-    """Counts of a pipeline. Every sample is counted and logged once per reason.
+    """Counts of a pipeline. Every sample is counted once per reason, the first ones are logged.
 
     total: samples of the data set, good and bad; loaded: samples read for batches so far.
     """
