@@ -67,7 +67,8 @@ def compile_case(case: Case, more: list[str]) -> int:
             *("--config", f"configs/run/{case.run}.yaml", *more),
             *("--json", str(path), "--hlo", str(hlo)),
             *(["--media", case.media] if case.media else []),
-            *(f"mesh={json.dumps(mesh)}", *case.overrides),
+            *(f"mesh.{axis}={size}" for axis, size in mesh.items()),
+            *case.overrides,
         ]
         print("+", " ".join(command), flush=True)
         code = subprocess.run(command, cwd=ROOT).returncode

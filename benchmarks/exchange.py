@@ -57,7 +57,7 @@ def compiled(args: argparse.Namespace, topology: str, shards: int, form: str, ke
     devices = target_devices(topology)
     mesh = make_mesh(MeshConfig(data=len(devices) // shards, expert=shards), devices)
     expert_fn = SwiGLUExpert(jnp.bfloat16)
-    sizes = {"embed": args.width, "mlp": args.hidden}
+    sizes = {"expert_embed": args.width, "mlp": args.hidden}
     with use_mesh(mesh):
         weights = {}
         for layer, axes in expert_fn.axes().items():

@@ -119,7 +119,7 @@ def with_gradients(function, arguments: int):
 
 
 def kernels(*lead: int) -> dict:
-    axes = {"embed": WIDTH, "mlp": HIDDEN}
+    axes = {"expert_embed": WIDTH, "mlp": HIDDEN}
     named = SwiGLUExpert(jnp.bfloat16).axes()
     return {k: {"kernel": struct(*lead, *(axes[a] for a in own))} for k, own in named.items()}
 

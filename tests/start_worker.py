@@ -26,12 +26,12 @@ from unimoe_jax.upcycle import start_of
 
 EXPERTS = "decoder/run_0/block_0/moe/experts/up_proj/kernel"
 SAVED = {
-    EXPERTS: ((2, 4, 128, 64), ("layers", "expert", "embed", "mlp")),
+    EXPERTS: ((2, 4, 128, 64), ("layers", "expert", "expert_embed", "mlp")),
     "embed/embedding": ((512, 128), ("vocab", "embed")),
     "vision/connector/fc1/kernel": ((128, 256), ("embed", "mlp")),
 }
 COPIED = "vision/connector/moe/experts/fc1/kernel"
-STARTED = {**SAVED, COPIED: ((4, 128, 256), ("expert", "embed", "mlp"))}
+STARTED = {**SAVED, COPIED: ((4, 128, 256), ("expert", "expert_embed", "mlp"))}
 NAME = "before"
 
 

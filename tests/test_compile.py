@@ -108,7 +108,10 @@ replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}, dimensions={0}
   %f.1 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%start.1
   %f.2 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%done.1
   %c = bf16[16,32]{1,0} convolution(%x, %f.2), dim_labels=bf_oi->bf
-  ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0}) tuple(%i, %x)
+  %more = s32[]{:T(128)} constant(1)
+  %k.1 = s32[]{:T(128)} copy(%i)
+  %k.2 = s32[]{:T(128)} add(%k.1, %more)
+  ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0}) tuple(%k.2, %x)
 }
 
 %condition.1 (k: (s32[], bf16[16,64])) -> pred[] {
@@ -125,11 +128,19 @@ ENTRY %main (a: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
 """
 
 
-def test_tpu_programs_are_read():
-    stats = read(TPU)
-    assert stats.flops == 6 * 2 * 16 * 32 * 64
+# A product that passes parts of an operand round its devices takes two of them in a trip.
+@pytest.mark.parametrize(("step", "limit", "trips"), [(1, 6, 6), (2, 6, 3), (2, 5, 3)])
+def test_tpu_programs_are_read(step, limit, trips):
+    text = TPU.replace("constant(1)", f"constant({step})")
+    stats = read(text.replace("constant(6)", f"constant({limit})"))
+    assert stats.flops == trips * 2 * 16 * 32 * 64
     (gather,) = stats.collectives
-    assert (gather.op, gather.bytes, gather.group, gather.count) == ("all-gather", 4096, 2, 6)
+    assert (gather.op, gather.bytes, gather.group, gather.count) == ("all-gather", 4096, 2, trips)
+
+
+def test_tpu_loops_that_count_by_what_they_carry_are_kept_apart():
+    stats = read(TPU.replace("add(%k.1, %more)", "add(%k.1, %k.1)"))
+    assert (stats.flops, stats.loops_unknown) == (0, 1)
 
 
 # As a GPU's compiler writes it: products are calls of a library, with its room as a second result.

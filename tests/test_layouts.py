@@ -8,6 +8,7 @@ from 3 on get none. In micro-batches as well.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -111,10 +112,10 @@ def batch() -> Batch:
     return make_batch(run_config("auto")[0].model, ROWS, LENGTH, ROWS, media=True)
 
 
-def built(form: str, devices, sizes: tuple[int, ...], additive: bool = False):
+def built(form: str, devices, sizes: tuple[int, ...], additive: bool = False, rules=None):
     run, config = run_config(form, additive)
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), devices)
-    with use_mesh(mesh):
+    with use_mesh(mesh, rules):
         stage = build_stage(run, config, mesh, steps=10)
     # The trace is the gradient itself.
     return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer)), mesh
@@ -149,8 +150,8 @@ def program(stage: Stage, mesh, accumulate: int = 1, groups: int = 1):
     return jax.jit(step, out_shardings=(stage.state_shardings(mesh), replicated(mesh)))
 
 
-def one_step(stage: Stage, mesh, values: Flat, run):
-    with use_mesh(mesh):
+def one_step(stage: Stage, mesh, values: Flat, run, rules=None):
+    with use_mesh(mesh, rules):
         placed = {path: place(value, stage.shardings[path]) for path, value in values.items()}
         trained, frozen = split(placed, stage.infos)
         state = init_state(trained, stage.optimizer, seed=3)
@@ -190,12 +191,19 @@ def assert_same(found, expected, unlike: tuple[str, ...] = ()) -> None:
 
 
 def test_micro_batches_on_an_expert_mesh(devices):
-    """They equal those of one device, and one batch of all rows where the loss is a plain sum."""
+    """They equal those of one device, and one batch of all rows where the loss is a plain sum; also
+    with all but experts cut by the experts' axis too."""
 
     def one(devices, sizes, accumulate: int):
-        stage, mesh = built("all_to_all", devices, sizes, additive=True)
+        rules = {"embed": ("fsdp", "expert")}
+        stage, mesh = built("all_to_all", devices, sizes, additive=True, rules=rules)
+        cut = math.prod(sizes)
+        for path, info in stage.infos.items():
+            if path.endswith("q_proj/kernel") or path.endswith("experts/fc1/kernel"):
+                held = stage.shardings[path].shard_shape(info.shape)
+                assert math.prod(held) * cut == math.prod(info.shape), path
         run = program(stage, mesh, accumulate, GROUPS)
-        return one_step(stage, mesh, params("random"), run)
+        return one_step(stage, mesh, params("random"), run, rules)
 
     counts = batch().weight_BT.reshape(GROUPS, ACCUMULATE, -1).sum((0, 2))
     assert counts[0] != counts[1]

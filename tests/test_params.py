@@ -108,7 +108,7 @@ def test_declared_takes_shape_structs():
     shapes = declared(model, batch)
     assert shapes["decoder/run_0/block_0/moe/experts/down_proj/kernel"] == (
         (1, 4, 12, 8),
-        ("layers", "expert", "mlp", "embed"),
+        ("layers", "expert", "mlp", "expert_embed"),
     )
     assert shapes["embed/embedding"] == ((16, 8), ("vocab", "embed"))
 

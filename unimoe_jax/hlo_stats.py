@@ -204,13 +204,41 @@ def trips(one: Instruction, computations: Computations) -> int | None:
     known = re.search(r"known_trip_count\D*(\d+)", one.rest)
     if known:
         return int(known[1])
-    # A scan counts from 0 up to a constant.
+    # A scan counts from 0 up to a constant. So does a product that passes the parts of an operand
+    # round its devices, but it may take several of them in a trip.
     inside = computations[one.attribute("condition")]
     last = list(inside.values())[-1]
     if last.op != "compare" or last.attribute("direction") != "LT":
         return None
-    limit = inside[last.operands[1]]
-    return int(limit.rest.partition(")")[0]) if limit.op == "constant" else None
+    counter, limit = (_copied(inside, name) for name in last.operands)
+    if limit.op != "constant" or counter.op != "get-tuple-element":
+        return None
+    step = _step(computations[one.attribute("body")], int(counter.attribute("index")))
+    return None if step is None else -(-_integer(limit) // step)
+
+
+def _step(body: dict[str, Instruction], index: int) -> int | None:
+    """What a loop's body adds to element `index` of what it carries; None if it is no constant."""
+    root = list(body.values())[-1]
+    if root.op != "tuple":
+        return None
+    new = _copied(body, root.operands[index])
+    parts = [_copied(body, name) for name in new.operands] if new.op == "add" else []
+    steps = [_integer(part) for part in parts if part.op == "constant"]
+    old = [part for part in parts if part.op == "get-tuple-element"]
+    if len(steps) != 1 or not old or int(old[0].attribute("index")) != index:
+        return None
+    return steps[0]
+
+
+def _copied(inside: dict[str, Instruction], name: str) -> Instruction:
+    """Where a value comes from, copies aside."""
+    one = inside[name]
+    return _copied(inside, one.operands[0]) if one.op in ("copy", "bitcast") else one
+
+
+def _integer(constant: Instruction) -> int:
+    return int(constant.rest.partition(")")[0])
 
 
 def _source(one: Instruction) -> str:

@@ -27,6 +27,9 @@ RULES: Mapping[str, MeshAxes] = {
     "batch": BATCH_AXES,
     "tokens": None,
     "embed": "fsdp",
+    # The same width inside experts, which leave one axis less to cut it: `embed` may then be cut by
+    # the axis of the experts as well.
+    "expert_embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -66,7 +66,7 @@ def lowered(
     with use_mesh(mesh):
         weights = {}
         for layer, axes in expert_fn.axes().items():
-            shape = (EXPERTS, *({"embed": WIDTH, "mlp": HIDDEN}[axis] for axis in axes))
+            shape = (EXPERTS, *({"expert_embed": WIDTH, "mlp": HIDDEN}[axis] for axis in axes))
             sharding = param_sharding(mesh, layer, shape, ("expert", *axes))
             weights[layer] = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
         placed = batch_sharding(mesh, 3)

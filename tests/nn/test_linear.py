@@ -132,9 +132,9 @@ def test_expert_linear_declares_every_expert():
     }
     axes = {name: tuple(spec) for name, spec in nn.get_partition_spec(boxed).items()}
     assert axes == {
-        "kernel": ("expert", "embed", "mlp"),
+        "kernel": ("expert", "expert_embed", "mlp"),
         "bias": ("expert", "mlp"),
-        "lora_a": ("expert", "embed", "rank"),
+        "lora_a": ("expert", "expert_embed", "rank"),
         "lora_b": ("expert", "rank", "mlp"),
     }
     # The fan-in is one expert's: the scale does not shrink with the number of experts.

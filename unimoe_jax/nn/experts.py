@@ -115,9 +115,9 @@ class SwiGLUExpert(ExpertFunction):
 
     def axes(self) -> dict[str, tuple[str, str]]:
         return {
-            "gate_proj": ("embed", "mlp"),
-            "up_proj": ("embed", "mlp"),
-            "down_proj": ("mlp", "embed"),
+            "gate_proj": ("expert_embed", "mlp"),
+            "up_proj": ("expert_embed", "mlp"),
+            "down_proj": ("mlp", "expert_embed"),
         }
 
     def first(self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array) -> Any:
@@ -140,7 +140,7 @@ class MlpExpert(ExpertFunction):
     depth: int = 2
 
     def axes(self) -> dict[str, tuple[str, str]]:
-        both = (("embed", "mlp"), ("mlp", "embed"))
+        both = (("expert_embed", "mlp"), ("mlp", "expert_embed"))
         return {f"fc{layer + 1}": both[layer % 2] for layer in range(self.depth)}
 
     def first(self, weights: Weights, x_RD: jax.Array, row_R: jax.Array, seed: jax.Array) -> Any:
@@ -176,9 +176,9 @@ class SwiGLUForm:
     def layers(self, width: int) -> tuple[ExpertLayer, ...]:
         """The linear layers of an expert that reads `width` features."""
         return (
-            ExpertLayer("gate_proj", width, self.hidden, ("embed", "mlp")),
-            ExpertLayer("up_proj", width, self.hidden, ("embed", "mlp")),
-            ExpertLayer("down_proj", self.hidden, width, ("mlp", "embed")),
+            ExpertLayer("gate_proj", width, self.hidden, ("expert_embed", "mlp")),
+            ExpertLayer("up_proj", width, self.hidden, ("expert_embed", "mlp")),
+            ExpertLayer("down_proj", self.hidden, width, ("mlp", "expert_embed")),
         )
 
     def function(self, options: LayerOptions, adapters: AdapterRules) -> ExpertFunction:
@@ -197,7 +197,7 @@ class MlpForm:
     def layers(self, width: int) -> tuple[ExpertLayer, ...]:
         """The linear layers of an expert that reads `width` features."""
         sizes = (width, *self.widths)
-        axes = (("embed", "mlp"), ("mlp", "embed"))
+        axes = (("expert_embed", "mlp"), ("mlp", "expert_embed"))
         return tuple(
             ExpertLayer(f"fc{i + 1}", sizes[i], sizes[i + 1], axes[i % 2])
             for i in range(len(self.widths))

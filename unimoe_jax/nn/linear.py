@@ -199,7 +199,7 @@ class ExpertLinear(nn.Module):
     features: int
     options: LayerOptions
     use_bias: bool = False
-    axes: tuple[str | None, str | None] = ("embed", "mlp")
+    axes: tuple[str | None, str | None] = ("expert_embed", "mlp")
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
