@@ -137,6 +137,14 @@ def test_questions_as_json():
     assert request.messages[0].media == (Media("video", ("/data/1.png", "/data/2.png")),)
 
 
+def test_what_a_question_leaves_open_is_the_command_lines():
+    """The seed too, though `Sampling` has one without being told."""
+    defaults = Sampling(0.7, seed=5)
+    for content, seed in (({}, 5), ({"seed": None}, 5), ({"seed": 0}, 0)):
+        request = request_of({"prompt": "x", **content}, Path("."), defaults)
+        assert request.sampling == Sampling(0.7, seed=seed)
+
+
 @pytest.mark.parametrize(
     "line",
     ['{"prompt": "x", "imgae": "a.png"}', '{"prompt": 3}', '{"prompt": "x", "image": 3}',

@@ -190,8 +190,9 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     unknown = set(content) - {"id", "question_id", "messages", "prompt", "text", *MEDIA, *settings}
     if unknown:
         raise GenerationError(f"unknown keys {sorted(unknown)}")
-    given = Sampling(**{name: content[name] for name in settings & set(content)})
-    sampling = given.over(defaults)
+    # Only what the question says: `Sampling` has a seed of its own, which nobody asked for here.
+    given = {name: content[name] for name in settings & set(content) if content[name] is not None}
+    sampling = replace(defaults, **given)
     if "messages" not in content:
         return Request((_message({"role": "user", **content}, root),), sampling)
     outside = [key for key in ("prompt", "text", *MEDIA) if content.get(key) is not None]
