@@ -161,6 +161,14 @@ def test_bad_questions(line: str):
     [
         ({"messages": [{"role": "user", "text": "x"}], "prompt": "y"}, ["messages", "prompt"]),
         ({"messages": [{"role": "user", "text": "x"}], "image": "a.png"}, ["messages", "image"]),
+        (
+            {"messages": [{"role": "user", "text": "x", "imgae": "a.png"}]},
+            ["message 0", "imgae", "image"],
+        ),
+        (
+            {"messages": [{"role": "user", "text": "x", "seed": 1}]},
+            ["message 0", "seed", "beside messages"],
+        ),
         ({"prompt": "x", "image": [""]}, ["image", "''"]),
         ({"prompt": "x", "video": [["a.png", ""]]}, ["video", "''"]),
     ],

@@ -19,6 +19,8 @@ PLACEHOLDER: dict[MediaName, str] = {
 }
 ORDER = ("<image>", "<audio>", "<video>")
 """Where the released programs put media that the question does not place itself."""
+TURN = ("prompt", "text", *MEDIA)
+"""Keys of a questions file that say what a user's turn holds."""
 MAX_NEW_TOKENS, TOP_K = 1024, 50
 FLOAT32, INT32 = 3.4e38, 2**31 - 1
 """The largest settings that the arrays of a batch can hold."""
@@ -187,7 +189,7 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
         GenerationError: a key or value that is not understood, or keys that exclude each other.
     """
     settings = {f.name for f in fields(Sampling)}
-    unknown = set(content) - {"id", "question_id", "messages", "prompt", "text", *MEDIA, *settings}
+    unknown = set(content) - {"id", "question_id", "messages", *TURN, *settings}
     if unknown:
         raise GenerationError(f"unknown keys {sorted(unknown)}")
     # Only what the question says: `Sampling` has a seed of its own, which nobody asked for here.
@@ -195,7 +197,7 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     sampling = replace(defaults, **given)
     if "messages" not in content:
         return Request((_message({"role": "user", **content}, root),), sampling)
-    outside = [key for key in ("prompt", "text", *MEDIA) if content.get(key) is not None]
+    outside = [key for key in TURN if content.get(key) is not None]
     if outside:
         raise GenerationError(
             f"messages and {', '.join(outside)}: give one of them; what belongs to a conversation "
@@ -204,6 +206,12 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     messages = content["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise GenerationError("messages: expected a list of objects")
+    for number, message in enumerate(messages):
+        if unknown := set(message) - {"role", *TURN}:
+            raise GenerationError(
+                f"message {number}: unknown keys {sorted(unknown)}; allowed: role, "
+                f"{', '.join(TURN)}; settings stand beside messages"
+            )
     return Request(tuple(_message(message, root) for message in messages), sampling)
 
 
