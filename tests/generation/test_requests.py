@@ -197,8 +197,13 @@ def test_requests_of_wrong_types_or_text(request_: Request, piece: str):
 
 
 def test_paths_of_media():
-    with pytest.raises(GenerationError, match=r"\('v.mp4',\)"):
-        Media("video", "v.mp4")
+    for name in ("v.mp4", Path("v.mp4")):
+        with pytest.raises(GenerationError, match=r"\('v.mp4',\)"):
+            Media("video", name)
+    for paths in (None, (3,), (None,)):
+        with pytest.raises(GenerationError, match="image: expected a tuple of paths"):
+            Media("image", paths)
+    assert Media("video", [Path("a.png"), "b.png"]) == Media("video", ("a.png", "b.png"))
 
 
 @pytest.mark.parametrize(

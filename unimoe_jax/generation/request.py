@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -36,8 +37,17 @@ class Media:
     def __post_init__(self):
         if self.kind not in MEDIA:
             raise GenerationError(f"media kind {self.kind!r}; allowed: {', '.join(MEDIA)}")
-        if isinstance(self.paths, str):
-            raise GenerationError(f"{self.kind}: paths is a tuple; write ({self.paths!r},)")
+        if isinstance(self.paths, str | os.PathLike):
+            raise GenerationError(
+                f"{self.kind}: paths is a tuple; write ({os.fspath(self.paths)!r},)"
+            )
+        try:
+            # Readers and messages take them as text.
+            object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in self.paths))
+        except TypeError as error:
+            raise GenerationError(
+                f"{self.kind}: expected a tuple of paths, got {self.paths!r:.60}"
+            ) from error
         if not self.paths or (len(self.paths) > 1 and self.kind != "video"):
             raise GenerationError(f"{self.kind}: one file each, got {list(self.paths)}")
         if "" in self.paths:
