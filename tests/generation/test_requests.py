@@ -137,6 +137,20 @@ def test_questions_as_json():
     assert request.messages[0].media == (Media("video", ("/data/1.png", "/data/2.png")),)
 
 
+def test_a_list_of_images_is_one_video():
+    """As in the training data; files of videos are one each."""
+
+    def videos(value) -> list[tuple[str, ...]]:
+        request = request_of({"prompt": "x", "video": value}, Path("/d"), Sampling())
+        return [medium.paths for medium in request.messages[0].media]
+
+    assert videos(["1.png", "2.JPG"]) == [("/d/1.png", "/d/2.JPG")]
+    assert videos([["1.png"], ["2.png", "3.png"]]) == [("/d/1.png",), ("/d/2.png", "/d/3.png")]
+    assert videos(["a.mp4", "b.mp4"]) == [("/d/a.mp4",), ("/d/b.mp4",)]
+    assert videos(["1.png", "b.mp4"]) == [("/d/1.png",), ("/d/b.mp4",)]
+    assert videos([]) == []
+
+
 def test_what_a_question_leaves_open_is_the_command_lines():
     """The seed too, though `Sampling` has one without being told."""
     defaults = Sampling(0.7, seed=5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unimoe_jax.config import MEDIA, MediaName
+from unimoe_jax.data.media import IMAGE_SUFFIXES
 from unimoe_jax.generation.errors import GenerationError
 
 PLACEHOLDER: dict[MediaName, str] = {
@@ -192,8 +193,9 @@ class Answer:
 def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Request:
     """A request from an object of a questions file.
 
-    `prompt` (or `text`) with `image`, `video`, `speech`, `audio` (a path or a list), or `messages`:
-    a list of `{role, text, image, …}`; and any field of `Sampling`. Paths are relative to `root`.
+    `prompt` (or `text`) with `image`, `video`, `speech`, `audio` (a path or a list; a list of
+    images is one video), or `messages`: a list of `{role, text, image, …}`; and any field of
+    `Sampling`. Paths are relative to `root`.
 
     Raises:
         GenerationError: a key or value that is not understood, or keys that exclude each other.
@@ -239,6 +241,8 @@ def _message(content: Mapping[str, Any], root: Path) -> Message:
         files = [value] if isinstance(value, str) else value
         if not isinstance(files, list):
             raise GenerationError(f"{kind}: expected a path or a list of paths, got {value!r:.60}")
+        if kind == "video" and _are_frames(files):
+            files = [files]
         for file in files:
             paths = file if kind == "video" and isinstance(file, list) else [file]
             if not paths or not all(isinstance(path, str) for path in paths):
@@ -246,3 +250,9 @@ def _message(content: Mapping[str, Any], root: Path) -> Message:
             given = Media(kind, tuple(paths))
             media.append(replace(given, paths=tuple(str(root / path) for path in paths)))
     return Message(role, text, tuple(media))
+
+
+def _are_frames(files: list) -> bool:
+    """Whether a list of videos is one video, given by its frames, as the training data give it."""
+    images = [isinstance(file, str) and file.lower().endswith(IMAGE_SUFFIXES) for file in files]
+    return len(images) > 1 and all(images)
