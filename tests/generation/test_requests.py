@@ -55,6 +55,25 @@ def test_a_placeholder_without_files_is_text():
     assert "<image>" in shown(ask("What does <image> mean in HTML?"))
 
 
+def test_a_placeholder_that_was_text_stays_text():
+    """A later file does not make one of it: that turn was answered without."""
+    talk = (
+        Message("user", "What is <image> in HTML?"),
+        Message("assistant", "A tag."),
+        Message("user", "And this?", (IMAGE,)),
+        Message("assistant", "<image>"),
+        Message("user", "<image> or <audio>?", (SOUND, Media("image", ("b.x",)))),
+    )
+    text = shown(Request(talk))
+    order = [part for part in text.split("|") if part.startswith("[")]
+    assert order == ["[image.x]", "[b.x]", "[audio.x]"]
+    assert text.count("<image>") == 2
+    prompt = make_prompt(Request(talk), "vicuna_turns", TOKENIZER, ALL)
+    stream = prompt.stream([2, 1, 3])
+    assert stream.modality[stream.slot >= 0].tolist() == [1, 1, 1, 4, 4, 4]
+    assert stream.slot[stream.slot >= 0].tolist() == list(range(6))
+
+
 def test_slots_follow_the_prompt():
     prompt = make_prompt(
         ask("<image> <audio> <image>", [IMAGE, IMAGE, SOUND]), "vicuna_turns", TOKENIZER, ALL
