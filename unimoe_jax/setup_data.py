@@ -78,8 +78,9 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
         folder = cache_folder(run.data)
         with _cache_errors(folder):
             path = embedded.tokenizer_path(folder, size=run.data.embedded_size)
+    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
     try:
-        return Tokenizer.load(path), Path(path)
+        return Tokenizer.load(file), file
     except (OSError, RuntimeError, ValueError, AttributeError) as error:  # also SentencePiece's
         problem = " ".join(str(error).split())
         raise ConfigError(

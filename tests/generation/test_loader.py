@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from unimoe_jax import generate
+from tests.generation.conftest import tokenizer_folder
+from unimoe_jax import config_io, generate
 from unimoe_jax.checkpoint import seal
+from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.loader import find, generation_settings
 
@@ -62,3 +64,21 @@ def test_end_tokens_are_ids(copy, value):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(GenerationError, match=r"eos_token_id = .*; allowed"):
         generation_settings(find(copy, None))
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_settings_beside_the_tokenizer_of_a_run(tmp_path, named):
+    """The run's setting names its folder or the file in it."""
+    source, run = tokenizer_folder(), tmp_path / "run"
+    beside = tmp_path / "base"
+    shutil.copytree(source, beside)
+    (beside / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    (run / "checkpoints/tune/final").mkdir(parents=True)
+    (run / "checkpoints/tune/final/manifest.json").write_text("{}")
+    overrides = [
+        f"tokenizer={beside if named == 'folder' else beside / 'tokenizer.model'}",
+        f"model.decoder.vocab_size={Tokenizer.load(source).vocab_size}",
+    ]
+    config = config_io.load("configs/run/tiny.yaml", overrides)
+    (run / "config.yaml").write_text(config_io.dump(config))
+    assert find(run, None).generation == {"max_new_tokens": 7}
