@@ -280,9 +280,33 @@ def test_generation_config_is_honoured():
     assert not notes
     # Without do_sample the other settings say nothing.
     assert settings(temperature=0.9)[1].checked().temperature == 0
-    assert "num_beams = 5" in settings(num_beams=5)[2][0]
     with pytest.raises(GenerationError, match="top_p = 3"):
         settings(do_sample=True, top_p=3)
+
+
+def test_what_is_not_followed_is_told():
+    """Whatever it is: not the settings alone that somebody thought of."""
+    asked = {
+        "num_beams": 5,
+        "min_p": 0.1,
+        "stop_strings": ["."],
+        "suppress_tokens": [7],
+        "repetition_penalty": 1.2,
+        "temprature": 0.3,
+    }
+    notes = settings(**asked)[2]
+    assert len(notes) == len(asked)
+    for key, value in asked.items():
+        assert f"generation_config.json: {key} = {value!r} is not followed" in notes
+    silent = {"num_beams": 1, "repetition_penalty": 1, "min_new_tokens": 0, "bad_words_ids": []}
+    silent |= {"_from_model_config": True, "bos_token_id": 1, "pad_token_id": 0, "use_cache": True}
+    silent |= {"transformers_version": "4.31.0", "max_length": 4096, "suppress_tokens": None}
+    assert not settings(**silent)[2]
+    (note,) = settings(temperature=0.2, do_sample=False)[2]
+    assert "temperature = 0.2 says nothing without do_sample" in note
+    assert not settings(temperature=0.2, do_sample=True)[2]
+    with pytest.raises(GenerationError, match=r"do_sample = 'false'; allowed"):
+        settings(do_sample="false")
 
 
 def test_defaults_of_the_model_hold(model):

@@ -41,17 +41,31 @@ from unimoe_jax.stage import full_batch
 
 MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
 TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+FOLLOWED = {"eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_new_tokens"}
+SILENT = {
+    "bos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "max_length",  # where max_new_tokens is known, transformers does not follow it either
+    "transformers_version",
+    "early_stopping",
+    "renormalize_logits",
+    "return_dict_in_generate",
+    "use_cache",
+    "cache_implementation",
+}
+"""Keys of a generation_config.json that change no answer."""
 NEUTRAL = {
     "num_beams": 1,
+    "num_beam_groups": 1,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
     "typical_p": 1.0,
+    "guidance_scale": 1.0,
     "num_return_sequences": 1,
 }
-"""Keys of a generation_config.json that are not implemented, with the value that asks nothing."""
+"""Values by which keys that are not implemented ask nothing; by others it is 0, false or empty."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +325,9 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
             f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}; allowed: the id of a "
             "token, or a list of ids"
         )
-    drawn = bool(given.get("do_sample", False))
+    drawn = given.get("do_sample", False)
+    if not isinstance(drawn, bool):
+        raise GenerationError(f"{GENERATION_FILE}: do_sample = {drawn!r}; allowed: true or false")
     defaults = Sampling(
         # transformers draws with temperature 1 and the best 50 unless it is told otherwise.
         temperature=given.get("temperature", 1.0) if drawn else 0.0,
@@ -323,9 +339,16 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
         defaults.checked()
     except GenerationError as error:
         raise GenerationError(f"{found.folder / GENERATION_FILE}: {error}") from error
-    notes = tuple(
-        f"{GENERATION_FILE}: {key} = {given[key]!r} is not followed"
-        for key, neutral in NEUTRAL.items()
-        if key in given and given[key] != neutral
-    )
-    return eos, defaults, notes
+    notes = [
+        f"{GENERATION_FILE}: {key} = {given[key]!r:.60} is not followed"
+        for key in sorted(set(given) - FOLLOWED - SILENT)
+        if not key.startswith("_") and _asks(key, given[key])
+    ]
+    if not drawn and given.get("temperature", 1) not in (0, 1):
+        hot = given["temperature"]
+        notes.append(f"{GENERATION_FILE}: temperature = {hot!r:.60} says nothing without do_sample")
+    return eos, defaults, tuple(notes)
+
+
+def _asks(key: str, value: Any) -> bool:
+    return value != NEUTRAL[key] if key in NEUTRAL else bool(value)
