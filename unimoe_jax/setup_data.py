@@ -15,6 +15,8 @@ from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.records import RecordFile
+from unimoe_jax.data.tally import BadSample
 from unimoe_jax.data.tokenizer import Tokenizer
 
 PREFIX = "embedded:"
@@ -168,26 +170,42 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        told = (record.get("conversations") or [] for record in _records(data.sources[name]))
         # Records without a question and its answer were passed over, and are counted as bad.
-        pairs = [(turns[-2]["value"], turns[-1]["value"]) for turns in told if len(turns) > 1]
+        pairs = [pair for pair in map(_last_pair, _records(data.sources[name])) if pair]
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
         choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
         # A question asked once or twice says nothing about what else it could be answered with.
-        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2) / len(pairs)
-        levels[name] = max(max(answers.values()) / len(pairs), guess)
+        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2)
+        levels[name] = max(guess, *answers.values(), 0) / max(1, len(pairs))
     return levels
 
 
+def _last_pair(record: dict) -> tuple[str, str] | None:
+    """The last question of a record and its answer."""
+    turns = record.get("conversations")
+    last = turns[-2:] if isinstance(turns, list) else []
+    told = [turn.get("value") for turn in last if isinstance(turn, dict)]
+    whole = len(told) == 2 and all(isinstance(value, str) for value in told)
+    return tuple(told) if whole else None
+
+
 def _records(source: SourceConfig) -> list[dict]:
-    try:
-        text = Path(source.path).read_text()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({error})") from error
+    """As the loader reads them; {} for one that it cannot read.
+
+    Raises:
+        ConfigError: that is all of them.
+    """
+    file, records, broken = RecordFile(source.path), [], None
+    for number in range(len(file)):
+        try:
+            records.append(file.read(number))
+        except BadSample as error:
+            records.append({})
+            broken = broken or error
+    if broken and not any(records):
+        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({broken})")
+    return records
 
 
 def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:
