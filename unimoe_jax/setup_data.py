@@ -15,8 +15,8 @@ from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
-from unimoe_jax.data.records import RecordFile
-from unimoe_jax.data.tally import BadSample
+from unimoe_jax.data.records import PLACEHOLDERS, RecordFile, path_groups
+from unimoe_jax.data.tally import BadSample, index_log
 from unimoe_jax.data.tokenizer import Tokenizer
 
 PREFIX = "embedded:"
@@ -212,17 +212,58 @@ def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) 
     """The data with every record of `sources` given the media of another record of its source.
 
     Questions and answers stay, so a model that really uses its media falls to chance. The changed
-    JSON files are written to `folder`.
+    JSON files are written to `folder`. Records with media that no other could take are left out.
+
+    Raises:
+        ConfigError: that is all of a source.
     """
     changed = dict(data.sources)
     for name in sources:
         source = data.sources[name]
         records = _records(source)
-        order = np.random.default_rng(0).permutation(len(records))
-        donors = dict(zip(order, np.roll(order, 1), strict=True))  # one cycle: nobody keeps its own
         media = [{k: r[k] for k in MEDIA_KEYS if k in r} for r in records]
+        donors = _donors(media)
+        if left := len(records) - len(donors):
+            told = f"{source.path}: {left} of {len(records)} records have media that no other has"
+            if not donors:
+                raise ConfigError(f"{told} the like of: there is nothing to shuffle")
+            index_log.warning("%s the like of; they are left out", told)
+        shuffled = [
+            {k: v for k, v in record.items() if k not in MEDIA_KEYS} | media[donors[number]]
+            for number, record in enumerate(records)
+            if number in donors
+        ]
         path = folder / f"{name}.json"
-        path.write_text(json.dumps([r | media[donors[i]] for i, r in enumerate(records)]))
+        path.write_text(json.dumps(shuffled))
         root = source.root or str(Path(source.path).parent)
         changed[name] = source.model_copy(update={"path": str(path), "root": root})
     return data.model_copy(update={"sources": changed})
+
+
+def _donors(media: list[dict]) -> dict[int, int]:
+    """Record -> the record whose media it gets: as many of each kind, as its text has placeholders
+    for them, and other ones. A record without media stays as it is."""
+    alike: dict[tuple, dict[str, list[int]]] = {}
+    for number, own in enumerate(media):
+        same = alike.setdefault(_numbers(own), {})
+        same.setdefault(json.dumps(own, sort_keys=True), []).append(number)
+    donors = {}
+    for numbers, same in alike.items():
+        blocks = list(same.values())
+        shuffled = np.random.default_rng(0).permutation(len(blocks))
+        order = [number for block in shuffled for number in blocks[block]]
+        # As far as the largest block is long: nobody meets its own media then, if anybody can.
+        shift = max(map(len, blocks)) if any(numbers) else 0
+        for at, number in enumerate(order):
+            donor = order[at - shift]
+            if media[donor] != media[number] or not any(numbers):
+                donors[number] = donor
+    return donors
+
+
+def _numbers(media: dict) -> tuple[int, ...]:
+    """How many of each kind; none where the loader will refuse them."""
+    try:
+        return tuple(len(path_groups(key, media.get(key))) for key in PLACEHOLDERS)
+    except BadSample:
+        return ()
