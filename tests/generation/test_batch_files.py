@@ -58,6 +58,18 @@ def test_a_file_of_questions(model, files, tmp_path):
     assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 0)
 
 
+def test_a_broken_line_is_cut_away_alone(model, tmp_path, monkeypatch):
+    """Whole answers are never written again: what interrupts that would lose them."""
+    source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
+    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 2)
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-5])
+    monkeypatch.setattr(Path, "write_bytes", None)
+    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 1)
+    assert target.read_bytes() == whole
+
+
 def test_answers_to_other_questions_are_refused(model, files, tmp_path):
     source, target = questions(tmp_path, files), tmp_path / "answers.jsonl"
     target.write_text('{"id": 1, "question": "0000", "text": "x"}\n')

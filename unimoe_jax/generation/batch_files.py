@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -191,7 +192,7 @@ def _resume(path: Path, questions: list[Question], settings: str) -> int:
                 "(sampling, template, precision); give those again, or choose another --output"
             )
     if len(whole) < len(data):
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))  # what stands before is not touched
     return len(whole.splitlines())
 
 
