@@ -48,3 +48,16 @@ def test_a_broken_frame_is_named(model, frames, tmp_path):
     broken.write_bytes(b"no image")
     with pytest.raises(GenerationError, match=r"broken\.png"):
         model.media.encode([MediaFile("video", (str(frames[0]), str(broken), str(frames[1])))])
+
+
+def test_a_frame_that_is_written_anew_counts(model, frames, tmp_path):
+    """In its place, as cameras do; the folder itself has not changed then."""
+    place = tmp_path / "frame.png"
+    place.write_bytes(frames[0].read_bytes())
+    video = [MediaFile("video", (str(tmp_path),))]
+    (before,) = model.media.encode(video)
+    place.write_bytes(frames[1].read_bytes())
+    (after,) = model.media.encode(video)
+    (expected,) = model.media.encode([MediaFile("image", (str(frames[1]),))])
+    np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(before, after)

@@ -168,7 +168,10 @@ def _key(file: MediaFile) -> tuple:
         status = found.stat()
         return str(found.resolve()), status.st_mtime_ns, status.st_size
 
-    return file.modality, tuple(stamp(path) for path in file.paths)
+    stamps = [stamp(path) for path in file.paths]
+    if file.modality == "video":  # a folder looks the same when one of its frames is written anew
+        stamps += [stamp(path) for path in frame_files(file.paths)]
+    return file.modality, tuple(stamps)
 
 
 class _named:
