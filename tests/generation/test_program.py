@@ -135,6 +135,18 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
     assert said.count("error:") == 1
 
 
+def test_sound_that_is_longer_than_its_header_says(model, files, tmp_path, monkeypatch):
+    """Refused as if the header had said so, never cut."""
+    import soundfile
+
+    sound = Media("speech", (str(tmp_path / "long.wav"),))
+    most = model.config.speech.max_chunks
+    soundfile.write(sound.paths[0], np.ones(16000 * (most + 1), np.float32) / 9, 16000)
+    monkeypatch.setattr(model.media.processors, "count", lambda file: (1, 1))
+    with pytest.raises(GenerationError, match=f"{most + 1} chunks .* this model takes {most}"):
+        model.generate([generate.ask("x", [sound], SHORT)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [

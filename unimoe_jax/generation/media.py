@@ -50,16 +50,16 @@ class MediaEncoder:
         with _named(file):
             _key(file)
             entries, found = self.processors.count(file)
-        if found > entries:
-            raise GenerationError(
-                f"{file.paths[0]}: {found} chunks of {self._seconds(file.modality)} s; this model "
-                f"takes {entries}; shorten the file or raise max_chunks of the model's "
-                f"{file.modality} settings"
-            )
+        self._check_length(file, entries, found)
         return entries * self.model.tokens_per_medium()[file.modality]
 
-    def _seconds(self, kind: str) -> int:
-        return getattr(self.model, kind).chunk_seconds
+    def _check_length(self, file: MediaFile, entries: int, found: int) -> None:
+        if found > entries:
+            seconds = getattr(self.model, file.modality).chunk_seconds
+            raise GenerationError(
+                f"{file.paths[0]}: {found} chunks of {seconds} s; this model takes {entries}; "
+                f"shorten the file or raise max_chunks of the model's {file.modality} settings"
+            )
 
     def encode(self, files: Sequence[MediaFile]) -> list[np.ndarray]:
         """Soft tokens [n,D] of each file.
@@ -109,6 +109,8 @@ class MediaEncoder:
     def _loaded(self, file: MediaFile) -> np.ndarray:
         with _named(file):
             entries = self.processors.load(file)
+        # Headers may promise less than there is.
+        self._check_length(file, len(entries.arrays), entries.found)
         return self._soft_tokens(file.modality, entries)
 
     # ---------------------------------------------------------------------------- programs
