@@ -73,7 +73,7 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
     """The run's tokenizer and the file it came from.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is none, it cannot be read, or it has pieces that the model does not.
     """
     path = run.tokenizer
     if path == "embedded":
@@ -82,13 +82,21 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
             path = embedded.tokenizer_path(folder, size=run.data.embedded_size)
     file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
     try:
-        return Tokenizer.load(file), file
+        tokenizer = Tokenizer.load(file)
     except (OSError, RuntimeError, ValueError, AttributeError) as error:  # also SentencePiece's
         problem = " ".join(str(error).split())
         raise ConfigError(
             f"tokenizer = {run.tokenizer!r}: {problem}; allowed: `embedded`, a SentencePiece "
             ".model file, or a folder with tokenizer.model"
         ) from error
+    size = run.model.decoder.vocab_size
+    if tokenizer.vocab_size > size:  # looked up, the rest would all be the last row
+        raise ConfigError(
+            f"tokenizer = {run.tokenizer!r} has {tokenizer.vocab_size} pieces, but "
+            f"model.decoder.vocab_size = {size}; allowed: {tokenizer.vocab_size} or more, or the "
+            "tokenizer that belongs to the model"
+        )
+    return tokenizer, file
 
 
 def pool_groups(run: RunConfig, stage: StageConfig, shards: int) -> int:

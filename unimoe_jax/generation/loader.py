@@ -238,7 +238,12 @@ def _of_import(folder: Path, template: str | None) -> Found:
         raise GenerationError(
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )
-    tokenizer = _tokenizer(folder)
+    tokenizer, rows = _tokenizer(folder), config.decoder.vocab_size
+    if tokenizer.vocab_size > rows:  # looked up, the rest would all be the last row
+        raise GenerationError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, but the model's "
+            f"vocab_size is {rows}; copy the tokenizer.model that belongs to it there"
+        )
     side = folder / GENERATION_FILE
     generation = _json(side) if side.is_file() else {}
     return Found(folder, config, tokenizer, template or known, generation)
