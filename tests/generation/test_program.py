@@ -147,6 +147,14 @@ def test_sound_that_is_longer_than_its_header_says(model, files, tmp_path, monke
         model.generate([generate.ask("x", [sound], SHORT)])
 
 
+def test_settings_are_checked():
+    """Nothing is passed over, and nothing fails only when a question comes."""
+    wrong = {"precision": "fp16", "template": "vicuna", "experts": "apart", "trace": {"expert"}}
+    for name, value in wrong.items():
+        with pytest.raises(GenerationError, match=f"{name} = .*; allowed: "):
+            loader.Settings(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [

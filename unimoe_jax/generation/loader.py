@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from unimoe_jax.checkpoint import (
 )
 from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.conversation import TEMPLATES
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.engine import Engine
 from unimoe_jax.generation.errors import GenerationError
@@ -41,6 +42,7 @@ from unimoe_jax.stage import full_batch
 
 MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
 TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+TRACES = ("experts", "logits")
 FOLLOWED = {"eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_new_tokens"}
 SILENT = {
     "bos_token_id",
@@ -82,6 +84,16 @@ class Settings:
     template: str | None = None
     experts: ExpertLayout | None = None
     trace: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        for name, given, allowed in (
+            ("precision", {self.precision} - {None}, ("float32", "bfloat16")),
+            ("template", {self.template} - {None}, sorted(TEMPLATES)),
+            ("experts", {self.experts} - {None}, get_args(ExpertLayout)),
+            ("trace", {self.trace} if isinstance(self.trace, str) else self.trace, TRACES),
+        ):
+            if strange := [value for value in given if value not in allowed]:
+                raise GenerationError(f"{name} = {strange[0]!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
