@@ -67,15 +67,14 @@ class MediaEncoder:
         Raises:
             GenerationError: as `count`, and what only decoding shows.
         """
-        keys = []
+        soft = []
         for file in files:
             with _named(file):
                 key = _key(file)
-            if key not in self._remembered:
-                self._remembered[key] = self._encoded(file)
-            self._remembered.move_to_end(key)
-            keys.append(key)
-        soft = [self._remembered[key] for key in keys]
+            # What another thread forgets meanwhile is held here.
+            found = self._remembered.pop(key, None)
+            soft.append(self._encoded(file) if found is None else found)
+            self._remembered[key] = soft[-1]
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
         return soft
