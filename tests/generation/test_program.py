@@ -169,6 +169,7 @@ def test_settings_are_checked():
         (["--input", "nowhere.jsonl", "--output", "a.jsonl"], ["nowhere.jsonl"]),
         (["--prompt", "x", "--mesh", "expertt=4"], ["expertt=4", "axes"]),
         (["--prompt", "x", "--mesh", "expert=3"], ["mesh.expert=3", "devices"]),
+        (["--prompt", "x", "--mesh", "tensor=2"], ["num_kv_heads = 1", "mesh.tensor = 2"]),
         (["--prompt", "x", "--mesh", "expert=0"], ["expert=0", "N from 1 up"]),
         (["--prompt", "x", "--mesh", "expert=-1"], ["--mesh expert=-1", "at most once"]),
         (["--prompt", "x", "--batch-size", "0"], ["--batch-size 0"]),
