@@ -9,7 +9,7 @@
 (<image>, <audio>, <video>) say where they stand, otherwise they come first. A question line is
 {"id": …, "prompt": "…", "image": PATH or [PATH, …], "speech": …, "audio": …, "video": …} with any
 sampling setting, or {"messages": [{"role": "user", "text": "…", "image": …}, …]}; paths are
-relative to the file.
+relative to the file, and a list of images under "video" is one video.
 """
 
 from __future__ import annotations

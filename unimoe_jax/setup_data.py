@@ -15,6 +15,8 @@ from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.records import PLACEHOLDERS, RecordFile, path_groups
+from unimoe_jax.data.tally import BadSample, index_log
 from unimoe_jax.data.tokenizer import Tokenizer
 
 PREFIX = "embedded:"
@@ -71,21 +73,30 @@ def load_tokenizer(run: RunConfig) -> tuple[Tokenizer, Path]:
     """The run's tokenizer and the file it came from.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is none, it cannot be read, or it has pieces that the model does not.
     """
     path = run.tokenizer
     if path == "embedded":
         folder = cache_folder(run.data)
         with _cache_errors(folder):
             path = embedded.tokenizer_path(folder, size=run.data.embedded_size)
+    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
     try:
-        return Tokenizer.load(path), Path(path)
+        tokenizer = Tokenizer.load(file)
     except (OSError, RuntimeError, ValueError, AttributeError) as error:  # also SentencePiece's
         problem = " ".join(str(error).split())
         raise ConfigError(
             f"tokenizer = {run.tokenizer!r}: {problem}; allowed: `embedded`, a SentencePiece "
             ".model file, or a folder with tokenizer.model"
         ) from error
+    size = run.model.decoder.vocab_size
+    if tokenizer.vocab_size > size:  # looked up, the rest would all be the last row
+        raise ConfigError(
+            f"tokenizer = {run.tokenizer!r} has {tokenizer.vocab_size} pieces, but "
+            f"model.decoder.vocab_size = {size}; allowed: {tokenizer.vocab_size} or more, or the "
+            "tokenizer that belongs to the model"
+        )
+    return tokenizer, file
 
 
 def pool_groups(run: RunConfig, stage: StageConfig, shards: int) -> int:
@@ -167,43 +178,100 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        told = (record.get("conversations") or [] for record in _records(data.sources[name]))
         # Records without a question and its answer were passed over, and are counted as bad.
-        pairs = [(turns[-2]["value"], turns[-1]["value"]) for turns in told if len(turns) > 1]
+        pairs = [pair for pair in map(_last_pair, _records(data.sources[name])) if pair]
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
         choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
         # A question asked once or twice says nothing about what else it could be answered with.
-        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2) / len(pairs)
-        levels[name] = max(max(answers.values()) / len(pairs), guess)
+        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2)
+        levels[name] = max(guess, *answers.values(), 0) / max(1, len(pairs))
     return levels
 
 
+def _last_pair(record: dict) -> tuple[str, str] | None:
+    """The last question of a record and its answer."""
+    turns = record.get("conversations")
+    last = turns[-2:] if isinstance(turns, list) else []
+    told = [turn.get("value") for turn in last if isinstance(turn, dict)]
+    whole = len(told) == 2 and all(isinstance(value, str) for value in told)
+    return tuple(told) if whole else None
+
+
 def _records(source: SourceConfig) -> list[dict]:
-    try:
-        text = Path(source.path).read_text()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({error})") from error
+    """As the loader reads them; {} for one that it cannot read.
+
+    Raises:
+        ConfigError: that is all of them.
+    """
+    file, records, broken = RecordFile(source.path), [], None
+    for number in range(len(file)):
+        try:
+            records.append(file.read(number))
+        except BadSample as error:
+            records.append({})
+            broken = broken or error
+    if broken and not any(records):
+        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({broken})")
+    return records
 
 
 def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:
     """The data with every record of `sources` given the media of another record of its source.
 
     Questions and answers stay, so a model that really uses its media falls to chance. The changed
-    JSON files are written to `folder`.
+    JSON files are written to `folder`. Records with media that no other could take are left out.
+
+    Raises:
+        ConfigError: that is all of a source.
     """
     changed = dict(data.sources)
     for name in sources:
         source = data.sources[name]
         records = _records(source)
-        order = np.random.default_rng(0).permutation(len(records))
-        donors = dict(zip(order, np.roll(order, 1), strict=True))  # one cycle: nobody keeps its own
         media = [{k: r[k] for k in MEDIA_KEYS if k in r} for r in records]
+        donors = _donors(media)
+        if left := len(records) - len(donors):
+            told = f"{source.path}: {left} of {len(records)} records have media that no other has"
+            if not donors:
+                raise ConfigError(f"{told} the like of: there is nothing to shuffle")
+            index_log.warning("%s the like of; they are left out", told)
+        shuffled = [
+            {k: v for k, v in record.items() if k not in MEDIA_KEYS} | media[donors[number]]
+            for number, record in enumerate(records)
+            if number in donors
+        ]
         path = folder / f"{name}.json"
-        path.write_text(json.dumps([r | media[donors[i]] for i, r in enumerate(records)]))
+        path.write_text(json.dumps(shuffled))
         root = source.root or str(Path(source.path).parent)
         changed[name] = source.model_copy(update={"path": str(path), "root": root})
     return data.model_copy(update={"sources": changed})
+
+
+def _donors(media: list[dict]) -> dict[int, int]:
+    """Record -> the record whose media it gets: as many of each kind, as its text has placeholders
+    for them, and other ones. A record without media stays as it is."""
+    alike: dict[tuple, dict[str, list[int]]] = {}
+    for number, own in enumerate(media):
+        same = alike.setdefault(_numbers(own), {})
+        same.setdefault(json.dumps(own, sort_keys=True), []).append(number)
+    donors = {}
+    for numbers, same in alike.items():
+        blocks = list(same.values())
+        shuffled = np.random.default_rng(0).permutation(len(blocks))
+        order = [number for block in shuffled for number in blocks[block]]
+        # As far as the largest block is long: nobody meets its own media then, if anybody can.
+        shift = max(map(len, blocks)) if any(numbers) else 0
+        for at, number in enumerate(order):
+            donor = order[at - shift]
+            if media[donor] != media[number] or not any(numbers):
+                donors[number] = donor
+    return donors
+
+
+def _numbers(media: dict) -> tuple[int, ...]:
+    """How many of each kind; none where the loader will refuse them."""
+    try:
+        return tuple(len(path_groups(key, media.get(key))) for key in PLACEHOLDERS)
+    except BadSample:
+        return ()

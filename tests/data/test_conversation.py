@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from tests.golden_dir import golden_dir, recorded_cumo, recorded_systems
-from unimoe_jax.data.conversation import Begin, Medium, pieces_of, prompt_pieces, tokenize
+from unimoe_jax.data.conversation import (
+    Begin,
+    Medium,
+    messages,
+    pieces_of,
+    prompt_pieces,
+    tokenize,
+)
 from unimoe_jax.data.records import MediaFile, Record, Turn
 from unimoe_jax.data.tokenizer import Tokenizer
 
@@ -134,9 +141,8 @@ def test_mistral_ids_and_labels_equal_the_reference(template):
 )
 def test_mistral_puts_media_first(question, expected):
     media = {"<image>": (MediaFile("image", ("x",)),) * question.count("<image>")}
-    pieces = prompt_pieces(
-        [Turn("human", question)], {k: v for k, v in media.items() if v}, MISTRAL
-    )
+    asked = messages([Turn("human", question)], {k: v for k, v in media.items() if v})
+    pieces = prompt_pieces(asked, MISTRAL)
     assert pieces[0] == Begin()
     written = "".join("@" if isinstance(p, Medium) else p.text for p in pieces[1:])
     assert written == expected
@@ -158,7 +164,7 @@ def test_cumo_batches_and_prompts_equal_the_reference(root):
     for number, query in enumerate(json.loads((root / "generate_queries.json").read_text())):
         text = ("<image>\n" if "image" in query else "") + query["q"]
         media = {"<image>": (MediaFile("image", ("x",)),)} if "image" in query else {}
-        pieces = prompt_pieces([Turn("human", text)], media, "mistral_instruct_system")
+        pieces = prompt_pieces(messages([Turn("human", text)], media), "mistral_instruct_system")
         ids, _ = flat(tokenize(pieces, tok))
         assert ids == inputs[f"generate/{number}/input_ids"][0].tolist(), query["q"]
 
@@ -182,8 +188,9 @@ def test_batches_and_prompts_equal_the_reference(root):
         assert labels + [-100] * padding == inputs["labels"][row].tolist()
     for number, query in enumerate(json.loads((root / "generate_queries.json").read_text())):
         # The demo scripts write one placeholder per kind, in this order, however many files.
-        asked = [name for key, name in PROMPT_ORDER if key in query]
-        text = "".join(f"{name}\n" for name in asked) + query["query"]
-        media = {name: (MediaFile("image", ("x",)),) for name in asked}
-        ids, _ = flat(tokenize(prompt_pieces([Turn("human", text)], media, "vicuna_v1"), tok))
+        given = [name for key, name in PROMPT_ORDER if key in query]
+        text = "".join(f"{name}\n" for name in given) + query["query"]
+        media = {name: (MediaFile("image", ("x",)),) for name in given}
+        asked = messages([Turn("human", text)], media)
+        ids, _ = flat(tokenize(prompt_pieces(asked, "vicuna_v1"), tok))
         assert ids == inputs[f"generate/{number}/input_ids"][0].tolist(), query["query"]

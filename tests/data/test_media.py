@@ -190,3 +190,27 @@ def test_the_loudest_sound_has_finite_features(folder):
     wave = load_waveform(str(folder.root / "loud.wav"))
     for features in (beats_fbank(wave, 32000, 16), log_mel(wave, 8, 200)):
         assert np.isfinite(features).all()
+
+
+def test_video_of_an_unknown_codec(tmp_path):
+    file = tmp_path / "damaged.avi"
+    write_video(file)
+    file.write_bytes(file.read_bytes().replace(b"FMP4", b"zq7x"))
+    refused(lambda path: load_frames((path,), 2), file, "unreadable_video")
+
+
+def test_sound_with_a_damaged_header(tmp_path, monkeypatch):
+    """An unknown codec, or more samples promised than memory holds: a bad sample like any other."""
+    file = tmp_path / "damaged.wav"
+    soundfile.write(file, np.full(2000, 0.1), 16000)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20] + b"\x34\x12" + whole[22:])
+    refused(load_waveform, file, "unreadable_audio")
+    file.write_bytes(whole)
+    for error in (MemoryError("3.87 TiB"), ValueError("array is too big")):
+
+        def read(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("unimoe_jax.data.media.soundfile.read", read)
+        assert len(load_waveform(str(file))) == 2000  # read to its end instead

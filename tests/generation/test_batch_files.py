@@ -58,6 +58,39 @@ def test_a_file_of_questions(model, files, tmp_path):
     assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 0)
 
 
+def test_a_broken_line_is_cut_away_alone(model, tmp_path, monkeypatch):
+    """Whole answers are never written again: what interrupts that would lose them."""
+    source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
+    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 2)
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-5])
+    monkeypatch.setattr(Path, "write_bytes", None)
+    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 1)
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["notes, and no line end", '{"loss": 0.5}', '{"id": 8', "\0x"])
+def test_what_is_no_broken_answer_is_not_cut_away(model, tmp_path, text):
+    """A file of one line without an end may be anything, and somebody's."""
+    source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"id": 7, "prompt": 1}\n')
+    target.write_text(text)
+    with pytest.raises(GenerationError, match=r"answers.jsonl: .*would be lost; choose another"):
+        answer_file(model, source, target, SHORT, 2, io.StringIO())
+    assert target.read_text() == text
+    target.unlink()
+    assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 1)
+    whole = target.read_bytes()
+    for rest in (whole[:1], whole[:9], whole[:60], whole[:-1], whole[:30] + b"\0\0"):
+        target.write_bytes(rest)
+        assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 1)
+        assert target.read_bytes() == whole
+    target.write_bytes(whole + b"more")
+    with pytest.raises(GenerationError, match="b'more'"):
+        answer_file(model, source, target, SHORT, 2, io.StringIO())
+
+
 def test_answers_to_other_questions_are_refused(model, files, tmp_path):
     source, target = questions(tmp_path, files), tmp_path / "answers.jsonl"
     target.write_text('{"id": 1, "question": "0000", "text": "x"}\n')

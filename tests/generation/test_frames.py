@@ -1,4 +1,4 @@
-"""Videos given as frames: every frame counts, whatever their number."""
+"""Videos given as frames, of which every one counts; and what is remembered of files."""
 
 from __future__ import annotations
 
@@ -48,3 +48,32 @@ def test_a_broken_frame_is_named(model, frames, tmp_path):
     broken.write_bytes(b"no image")
     with pytest.raises(GenerationError, match=r"broken\.png"):
         model.media.encode([MediaFile("video", (str(frames[0]), str(broken), str(frames[1])))])
+
+
+def test_a_frame_that_is_written_anew_counts(model, frames, tmp_path):
+    """In its place, as cameras do; the folder itself has not changed then."""
+    place = tmp_path / "frame.png"
+    place.write_bytes(frames[0].read_bytes())
+    video = [MediaFile("video", (str(tmp_path),))]
+    (before,) = model.media.encode(video)
+    place.write_bytes(frames[1].read_bytes())
+    (after,) = model.media.encode(video)
+    (expected,) = model.media.encode([MediaFile("image", (str(frames[1]),))])
+    np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(before, after)
+
+
+def test_what_another_thread_forgets_is_not_missed(model, frames, monkeypatch):
+    """Many may ask one model; each drops what is too old of what all of them remember."""
+    images = [MediaFile("image", (str(path),)) for path in frames[:2]]
+    expected = model.media.encode(images)
+    encoded = model.media._encoded
+
+    def meanwhile(file: MediaFile) -> np.ndarray:
+        model.media._remembered.clear()
+        return encoded(file)
+
+    model.media._remembered.clear()
+    monkeypatch.setattr(model.media, "_encoded", meanwhile)
+    for soft, own in zip(model.media.encode(images), expected, strict=True):
+        np.testing.assert_array_equal(soft, own)

@@ -165,6 +165,23 @@ def test_media_are_encoded_once(model, mixed, monkeypatch):
     model.generate([mixed[1]])
 
 
+def test_answers_of_one_token_come_one_after_another(model, mixed):
+    """They end where they are prefilled, and their rows are free again: no reason to wait."""
+    read = []
+
+    def sequences():
+        for number in range(5):
+            read.append(number)
+            one = replace(mixed[0], sampling=Sampling(max_new_tokens=1))
+            yield model.sequence(model.prepare(one))
+
+    steps = model.engine.run(sequences(), 1, greedy=True)
+    for number, (sequence,) in enumerate(steps):
+        assert sequence.stop
+        assert read == list(range(number + 1))
+    assert len(read) == 5
+
+
 def test_eos_stops(model, mixed, singles, checkpoint):
     """With a token of the answer as the end token, it ends there."""
     answer = singles[0]

@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from unimoe_jax import generate
+from tests.generation.conftest import tokenizer_folder
+from unimoe_jax import config_io, generate
 from unimoe_jax.checkpoint import seal
+from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.loader import find, generation_settings
+from unimoe_jax.setup_data import load_tokenizer
 
 
 @pytest.fixture
@@ -62,3 +67,36 @@ def test_end_tokens_are_ids(copy, value):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(GenerationError, match=r"eos_token_id = .*; allowed"):
         generation_settings(find(copy, None))
+
+
+def test_a_tokenizer_of_another_model(copy, capsys):
+    """Of pieces that the embedding lacks, every one would silently be its last row."""
+    content = yaml.safe_load((copy / "model.yaml").read_text())
+    content["model"]["decoder"]["vocab_size"] -= 1
+    (copy / "model.yaml").write_text(yaml.safe_dump(content))
+    seal(copy)
+    line, pieces = said(capsys, copy), Tokenizer.load(copy).vocab_size
+    assert f"{pieces} pieces" in line
+    assert f"vocab_size is {pieces - 1}" in line
+    overrides = [f"tokenizer={copy}", f"model.decoder.vocab_size={pieces - 1}"]
+    config = config_io.load("configs/run/tiny.yaml", overrides)
+    with pytest.raises(ConfigError, match=f"has {pieces} pieces, but model.decoder.vocab_size"):
+        load_tokenizer(config)
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_settings_beside_the_tokenizer_of_a_run(tmp_path, named):
+    """The run's setting names its folder or the file in it."""
+    source, run = tokenizer_folder(), tmp_path / "run"
+    beside = tmp_path / "base"
+    shutil.copytree(source, beside)
+    (beside / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    (run / "checkpoints/tune/final").mkdir(parents=True)
+    (run / "checkpoints/tune/final/manifest.json").write_text("{}")
+    overrides = [
+        f"tokenizer={beside if named == 'folder' else beside / 'tokenizer.model'}",
+        f"model.decoder.vocab_size={Tokenizer.load(source).vocab_size}",
+    ]
+    config = config_io.load("configs/run/tiny.yaml", overrides)
+    (run / "config.yaml").write_text(config_io.dump(config))
+    assert find(run, None).generation == {"max_new_tokens": 7}

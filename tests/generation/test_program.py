@@ -135,6 +135,26 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
     assert said.count("error:") == 1
 
 
+def test_sound_that_is_longer_than_its_header_says(model, files, tmp_path, monkeypatch):
+    """Refused as if the header had said so, never cut."""
+    import soundfile
+
+    sound = Media("speech", (str(tmp_path / "long.wav"),))
+    most = model.config.speech.max_chunks
+    soundfile.write(sound.paths[0], np.ones(16000 * (most + 1), np.float32) / 9, 16000)
+    monkeypatch.setattr(model.media.processors, "count", lambda file: (1, 1))
+    with pytest.raises(GenerationError, match=f"{most + 1} chunks .* this model takes {most}"):
+        model.generate([generate.ask("x", [sound], SHORT)])
+
+
+def test_settings_are_checked():
+    """Nothing is passed over, and nothing fails only when a question comes."""
+    wrong = {"precision": "fp16", "template": "vicuna", "experts": "apart", "trace": {"expert"}}
+    for name, value in wrong.items():
+        with pytest.raises(GenerationError, match=f"{name} = .*; allowed: "):
+            loader.Settings(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
@@ -149,6 +169,7 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
         (["--input", "nowhere.jsonl", "--output", "a.jsonl"], ["nowhere.jsonl"]),
         (["--prompt", "x", "--mesh", "expertt=4"], ["expertt=4", "axes"]),
         (["--prompt", "x", "--mesh", "expert=3"], ["mesh.expert=3", "devices"]),
+        (["--prompt", "x", "--mesh", "tensor=2"], ["num_kv_heads = 1", "mesh.tensor = 2"]),
         (["--prompt", "x", "--mesh", "expert=0"], ["expert=0", "N from 1 up"]),
         (["--prompt", "x", "--mesh", "expert=-1"], ["--mesh expert=-1", "at most once"]),
         (["--prompt", "x", "--batch-size", "0"], ["--batch-size 0"]),
@@ -280,9 +301,33 @@ def test_generation_config_is_honoured():
     assert not notes
     # Without do_sample the other settings say nothing.
     assert settings(temperature=0.9)[1].checked().temperature == 0
-    assert "num_beams = 5" in settings(num_beams=5)[2][0]
     with pytest.raises(GenerationError, match="top_p = 3"):
         settings(do_sample=True, top_p=3)
+
+
+def test_what_is_not_followed_is_told():
+    """Whatever it is: not the settings alone that somebody thought of."""
+    asked = {
+        "num_beams": 5,
+        "min_p": 0.1,
+        "stop_strings": ["."],
+        "suppress_tokens": [7],
+        "repetition_penalty": 1.2,
+        "temprature": 0.3,
+    }
+    notes = settings(**asked)[2]
+    assert len(notes) == len(asked)
+    for key, value in asked.items():
+        assert f"generation_config.json: {key} = {value!r} is not followed" in notes
+    silent = {"num_beams": 1, "repetition_penalty": 1, "min_new_tokens": 0, "bad_words_ids": []}
+    silent |= {"_from_model_config": True, "bos_token_id": 1, "pad_token_id": 0, "use_cache": True}
+    silent |= {"transformers_version": "4.31.0", "max_length": 4096, "suppress_tokens": None}
+    assert not settings(**silent)[2]
+    (note,) = settings(temperature=0.2, do_sample=False)[2]
+    assert "temperature = 0.2 says nothing without do_sample" in note
+    assert not settings(temperature=0.2, do_sample=True)[2]
+    with pytest.raises(GenerationError, match=r"do_sample = 'false'; allowed"):
+        settings(do_sample="false")
 
 
 def test_defaults_of_the_model_hold(model):

@@ -55,6 +55,25 @@ def test_a_placeholder_without_files_is_text():
     assert "<image>" in shown(ask("What does <image> mean in HTML?"))
 
 
+def test_a_placeholder_that_was_text_stays_text():
+    """A later file does not make one of it: that turn was answered without."""
+    talk = (
+        Message("user", "What is <image> in HTML?"),
+        Message("assistant", "A tag."),
+        Message("user", "And this?", (IMAGE,)),
+        Message("assistant", "<image>"),
+        Message("user", "<image> or <audio>?", (SOUND, Media("image", ("b.x",)))),
+    )
+    text = shown(Request(talk))
+    order = [part for part in text.split("|") if part.startswith("[")]
+    assert order == ["[image.x]", "[b.x]", "[audio.x]"]
+    assert text.count("<image>") == 2
+    prompt = make_prompt(Request(talk), "vicuna_turns", TOKENIZER, ALL)
+    stream = prompt.stream([2, 1, 3])
+    assert stream.modality[stream.slot >= 0].tolist() == [1, 1, 1, 4, 4, 4]
+    assert stream.slot[stream.slot >= 0].tolist() == list(range(6))
+
+
 def test_slots_follow_the_prompt():
     prompt = make_prompt(
         ask("<image> <audio> <image>", [IMAGE, IMAGE, SOUND]), "vicuna_turns", TOKENIZER, ALL
@@ -137,6 +156,28 @@ def test_questions_as_json():
     assert request.messages[0].media == (Media("video", ("/data/1.png", "/data/2.png")),)
 
 
+def test_a_list_of_images_is_one_video():
+    """As in the training data; files of videos are one each."""
+
+    def videos(value) -> list[tuple[str, ...]]:
+        request = request_of({"prompt": "x", "video": value}, Path("/d"), Sampling())
+        return [medium.paths for medium in request.messages[0].media]
+
+    assert videos(["1.png", "2.JPG"]) == [("/d/1.png", "/d/2.JPG")]
+    assert videos([["1.png"], ["2.png", "3.png"]]) == [("/d/1.png",), ("/d/2.png", "/d/3.png")]
+    assert videos(["a.mp4", "b.mp4"]) == [("/d/a.mp4",), ("/d/b.mp4",)]
+    assert videos(["1.png", "b.mp4"]) == [("/d/1.png",), ("/d/b.mp4",)]
+    assert videos([]) == []
+
+
+def test_what_a_question_leaves_open_is_the_command_lines():
+    """The seed too, though `Sampling` has one without being told."""
+    defaults = Sampling(0.7, seed=5)
+    for content, seed in (({}, 5), ({"seed": None}, 5), ({"seed": 0}, 0)):
+        request = request_of({"prompt": "x", **content}, Path("."), defaults)
+        assert request.sampling == Sampling(0.7, seed=seed)
+
+
 @pytest.mark.parametrize(
     "line",
     ['{"prompt": "x", "imgae": "a.png"}', '{"prompt": 3}', '{"prompt": "x", "image": 3}',
@@ -153,6 +194,14 @@ def test_bad_questions(line: str):
     [
         ({"messages": [{"role": "user", "text": "x"}], "prompt": "y"}, ["messages", "prompt"]),
         ({"messages": [{"role": "user", "text": "x"}], "image": "a.png"}, ["messages", "image"]),
+        (
+            {"messages": [{"role": "user", "text": "x", "imgae": "a.png"}]},
+            ["message 0", "imgae", "image"],
+        ),
+        (
+            {"messages": [{"role": "user", "text": "x", "seed": 1}]},
+            ["message 0", "seed", "beside messages"],
+        ),
         ({"prompt": "x", "image": [""]}, ["image", "''"]),
         ({"prompt": "x", "video": [["a.png", ""]]}, ["video", "''"]),
     ],
@@ -181,8 +230,13 @@ def test_requests_of_wrong_types_or_text(request_: Request, piece: str):
 
 
 def test_paths_of_media():
-    with pytest.raises(GenerationError, match=r"\('v.mp4',\)"):
-        Media("video", "v.mp4")
+    for name in ("v.mp4", Path("v.mp4")):
+        with pytest.raises(GenerationError, match=r"\('v.mp4',\)"):
+            Media("video", name)
+    for paths in (None, (3,), (None,)):
+        with pytest.raises(GenerationError, match="image: expected a tuple of paths"):
+            Media("image", paths)
+    assert Media("video", [Path("a.png"), "b.png"]) == Media("video", ("a.png", "b.png"))
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,17 @@ def test_distribution(settings, expected):
     assert not np.any(draw(*settings)[np.asarray(expected) == 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 2e-38, 1e-30, 1e-3, 1e38])
+def test_extreme_temperatures(temperature):
+    """The best token where it is next to none, the best two alike where it is next to infinite."""
+    logits = np.array([-3, 8, 9.5, -80, 9, 0], np.float32)
+    seeds = jnp.arange(64, dtype=jnp.uint32)
+    full = [jnp.full(64, value, jnp.float32) for value in (temperature, 1.0)]
+    choice = Choice(*full, jnp.full(64, 2, jnp.int32), seeds)
+    tokens = choose(jnp.broadcast_to(logits, (64, 6)), choice, jnp.zeros(64, jnp.int32), False)
+    assert set(np.asarray(tokens).tolist()) == ({2} if temperature < 1 else {2, 4})
+
+
 def test_the_number_of_the_token_is_part_of_the_draw():
     one = Choice(
         *(jnp.full(1, v) for v in (1.0, 1.0)), jnp.zeros(1, jnp.int32), jnp.ones(1, "uint32")

@@ -150,15 +150,17 @@ def _parts(message: Message) -> Iterator[Piece]:
         yield part if isinstance(part, Medium) else Text(part)
 
 
-def messages(turns: Iterable[Turn], media: dict[str, tuple[MediaFile, ...]]) -> list[Message]:
+def messages(
+    turns: Iterable[Turn], media: dict[str, tuple[MediaFile, ...]], index: int = 0
+) -> list[Message]:
     """Cut declared placeholders out of human turns and give each its file, in order.
 
     Everything else that looks like a placeholder stays ordinary text. The caller has checked that
-    the numbers match (`RecordReader.record`).
+    the numbers match (`RecordReader.record`). index: number of the first medium.
     """
     queues = {placeholder: iter(files) for placeholder, files in media.items()}
     split = re.compile("(" + "|".join(map(re.escape, queues)) + ")") if queues else None
-    result, index = [], 0
+    result = []
     for turn in turns:
         parts: list[str | Medium] = []
         texts = split.split(turn.text) if split and turn.role == "human" else [turn.text]
@@ -177,12 +179,9 @@ def pieces_of(record: Record, template: str) -> list[Piece]:
     return list(TEMPLATES[template](messages(record.turns, record.media)))
 
 
-def prompt_pieces(
-    turns: Iterable[Turn], media: dict[str, tuple[MediaFile, ...]], template: str
-) -> list[Piece]:
+def prompt_pieces(asked: Iterable[Message], template: str) -> list[Piece]:
     """The pieces of a conversation that waits for the assistant's next answer."""
-    waiting = [*messages(turns, media), Message("gpt", None)]
-    return list(TEMPLATES[template](waiting))
+    return list(TEMPLATES[template]([*asked, Message("gpt", None)]))
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Ima
             if not container.streams.video:
                 raise BadSample("unreadable_video", f"{path}: no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadSample("unreadable_video", f"{path}: its codec is not known")
             stream.codec_context.thread_count = 1  # loader threads run side by side already
             size = (stream.codec_context.width, stream.codec_context.height)
             _check_size(path, size, limits)
@@ -196,7 +198,8 @@ def load_waveform(path: str) -> np.ndarray:
     """
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+    # The last two: a damaged header promises more samples than any memory holds.
+    except (soundfile.LibsndfileError, OSError, MemoryError, ValueError) as error:
         if not Path(path).is_file():
             raise BadSample("missing_file", f"no such file: {path}") from error
         wave, rate = _decode_sound(path)
@@ -261,6 +264,8 @@ def _decode_sound(path: str) -> tuple[np.ndarray, int]:
             if not container.streams.audio:
                 raise BadSample("unreadable_audio", f"{path}: no sound track")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise BadSample("unreadable_audio", f"{path}: its codec is not known")
             rate = stream.rate
             resampler = av.AudioResampler(format="fltp", rate=rate)
             blocks = [

@@ -211,7 +211,7 @@ class RecordReader:
         return Record(str(name), turns, media, self.name, self.line(number))
 
     def _files(self, key: str, content: dict) -> tuple[MediaFile, ...]:
-        groups = _path_groups(key, content.get(key))
+        groups = path_groups(key, content.get(key))
         if not groups:
             return ()
         for path in (path for group in groups for path in group):
@@ -258,7 +258,7 @@ class RecordReader:
         return full
 
 
-def _path_groups(key: str, value) -> list[tuple[str, ...]]:
+def path_groups(key: str, value) -> list[tuple[str, ...]]:
     """The paths of each medium declared under `key`."""
     if value is None or value == [] or value == "":
         return []
@@ -267,7 +267,7 @@ def _path_groups(key: str, value) -> list[tuple[str, ...]]:
     if isinstance(value, list) and all(isinstance(path, str) and path for path in value):
         return [tuple(value)] if key == "video" else [(path,) for path in value]
     if key == "video" and isinstance(value, list) and all(isinstance(v, list) for v in value):
-        return [group for frames in value for group in _path_groups(key, frames)]
+        return [group for frames in value for group in path_groups(key, frames)]
     raise BadSample("malformed_record", f"{key}: expected a path or a list of paths: {value!r:.80}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -137,7 +138,7 @@ def _line(
     answer: Answer | GenerationError,
     sampling: Sampling | None = None,
 ) -> dict[str, Any]:
-    line = {"id": question.name(), "question": question.digest, "settings": settings}
+    line = _head(question, settings)
     if isinstance(answer, GenerationError):
         # The names of files may hold what is not Unicode.
         return line | {"error": str(answer).encode(errors="backslashreplace").decode()}
@@ -148,6 +149,11 @@ def _line(
         "prompt_tokens": answer.prompt_tokens,
         "sampling": asdict(sampling),
     }
+
+
+def _head(question: Question, settings: str) -> dict[str, Any]:
+    """What every line of answers begins with."""
+    return {"id": question.name(), "question": question.digest, "settings": settings}
 
 
 def _read(path: Path) -> list[Question]:
@@ -190,9 +196,22 @@ def _resume(path: Path, questions: list[Question], settings: str) -> int:
                 f"{path}:{number + 1}: answered with another model or with other settings "
                 "(sampling, template, precision); give those again, or choose another --output"
             )
+    done = len(whole.splitlines())
     if len(whole) < len(data):
-        path.write_bytes(whole)
-    return len(whole.splitlines())
+        _check_broken(path, data[len(whole) :], questions[done : done + 1], settings)
+        os.truncate(path, len(whole))  # what stands before is not touched
+    return done
+
+
+def _check_broken(path: Path, rest: bytes, questions: list[Question], settings: str) -> None:
+    """The rest of a file is cut away only if it is the beginning of the next answer."""
+    rest = rest.rstrip(b"\0")  # what a machine that went down may leave
+    begins = [_json_line(_head(question, settings))[:-2].encode() for question in questions]
+    if not any(rest.startswith(line[: len(rest)]) for line in begins):
+        raise GenerationError(
+            f"{path}: its end, {rest[:40]!r}, is no answer to the next question by this model and "
+            "these settings, and would be lost; choose another --output"
+        )
 
 
 class Progress:

@@ -47,7 +47,8 @@ class Engine(DecodingPrograms):
         greedy: bool = False,
     ) -> Iterator[list[Sequence]]:
         """Decode with up to `rows` sequences side by side; yields those that got new tokens, after
-        every call of the decoding program. A sequence is done when its `stop` is set.
+        every group that is prefilled and every call of the decoding program. A sequence is done
+        when its `stop` is set; with its first token, it may be.
 
         sequences: read only as rows become free. greedy: the caller's word that none of them
         samples.
@@ -56,7 +57,6 @@ class Engine(DecodingPrograms):
         batch, source, waiting = Batch(self, rows, greedy), iter(sequences), deque()
         most = rows_together(PROMPT, rows, shards)
         while True:
-            changed = []
             while free := batch.free():
                 waiting.extend(islice(source, max(0, min(len(free), most) - len(waiting))))
                 if not waiting:
@@ -65,9 +65,7 @@ class Engine(DecodingPrograms):
                 count, together = next_group(lengths, rows, shards, self.most)
                 group = [waiting.popleft() for _ in range(count)]
                 batch.admit(group, together)
-                changed += group
-            if changed:
-                yield changed
+                yield group
             if not batch.busy():
                 return
             if not waiting:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from unimoe_jax.checkpoint import (
 )
 from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.data.conversation import TEMPLATES
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.engine import Engine
 from unimoe_jax.generation.errors import GenerationError
@@ -41,17 +42,32 @@ from unimoe_jax.stage import full_batch
 
 MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
 TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+TRACES = ("experts", "logits")
+FOLLOWED = {"eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_new_tokens"}
+SILENT = {
+    "bos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "max_length",  # where max_new_tokens is known, transformers does not follow it either
+    "transformers_version",
+    "early_stopping",
+    "renormalize_logits",
+    "return_dict_in_generate",
+    "use_cache",
+    "cache_implementation",
+}
+"""Keys of a generation_config.json that change no answer."""
 NEUTRAL = {
     "num_beams": 1,
+    "num_beam_groups": 1,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
     "typical_p": 1.0,
+    "guidance_scale": 1.0,
     "num_return_sequences": 1,
 }
-"""Keys of a generation_config.json that are not implemented, with the value that asks nothing."""
+"""Values by which keys that are not implemented ask nothing; by others it is 0, false or empty."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,16 @@ class Settings:
     template: str | None = None
     experts: ExpertLayout | None = None
     trace: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        for name, given, allowed in (
+            ("precision", {self.precision} - {None}, ("float32", "bfloat16")),
+            ("template", {self.template} - {None}, sorted(TEMPLATES)),
+            ("experts", {self.experts} - {None}, get_args(ExpertLayout)),
+            ("trace", {self.trace} if isinstance(self.trace, str) else self.trace, TRACES),
+        ):
+            if strange := [value for value in given if value not in allowed]:
+                raise GenerationError(f"{name} = {strange[0]!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -224,7 +250,12 @@ def _of_import(folder: Path, template: str | None) -> Found:
         raise GenerationError(
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )
-    tokenizer = _tokenizer(folder)
+    tokenizer, rows = _tokenizer(folder), config.decoder.vocab_size
+    if tokenizer.vocab_size > rows:  # looked up, the rest would all be the last row
+        raise GenerationError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, but the model's "
+            f"vocab_size is {rows}; copy the tokenizer.model that belongs to it there"
+        )
     side = folder / GENERATION_FILE
     generation = _json(side) if side.is_file() else {}
     return Found(folder, config, tokenizer, template or known, generation)
@@ -311,7 +342,9 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
             f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}; allowed: the id of a "
             "token, or a list of ids"
         )
-    drawn = bool(given.get("do_sample", False))
+    drawn = given.get("do_sample", False)
+    if not isinstance(drawn, bool):
+        raise GenerationError(f"{GENERATION_FILE}: do_sample = {drawn!r}; allowed: true or false")
     defaults = Sampling(
         # transformers draws with temperature 1 and the best 50 unless it is told otherwise.
         temperature=given.get("temperature", 1.0) if drawn else 0.0,
@@ -323,9 +356,16 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
         defaults.checked()
     except GenerationError as error:
         raise GenerationError(f"{found.folder / GENERATION_FILE}: {error}") from error
-    notes = tuple(
-        f"{GENERATION_FILE}: {key} = {given[key]!r} is not followed"
-        for key, neutral in NEUTRAL.items()
-        if key in given and given[key] != neutral
-    )
-    return eos, defaults, notes
+    notes = [
+        f"{GENERATION_FILE}: {key} = {given[key]!r:.60} is not followed"
+        for key in sorted(set(given) - FOLLOWED - SILENT)
+        if not key.startswith("_") and _asks(key, given[key])
+    ]
+    if not drawn and given.get("temperature", 1) not in (0, 1):
+        hot = given["temperature"]
+        notes.append(f"{GENERATION_FILE}: temperature = {hot!r:.60} says nothing without do_sample")
+    return eos, defaults, tuple(notes)
+
+
+def _asks(key: str, value: Any) -> bool:
+    return value != NEUTRAL[key] if key in NEUTRAL else bool(value)

@@ -50,16 +50,16 @@ class MediaEncoder:
         with _named(file):
             _key(file)
             entries, found = self.processors.count(file)
-        if found > entries:
-            raise GenerationError(
-                f"{file.paths[0]}: {found} chunks of {self._seconds(file.modality)} s; this model "
-                f"takes {entries}; shorten the file or raise max_chunks of the model's "
-                f"{file.modality} settings"
-            )
+        self._check_length(file, entries, found)
         return entries * self.model.tokens_per_medium()[file.modality]
 
-    def _seconds(self, kind: str) -> int:
-        return getattr(self.model, kind).chunk_seconds
+    def _check_length(self, file: MediaFile, entries: int, found: int) -> None:
+        if found > entries:
+            seconds = getattr(self.model, file.modality).chunk_seconds
+            raise GenerationError(
+                f"{file.paths[0]}: {found} chunks of {seconds} s; this model takes {entries}; "
+                f"shorten the file or raise max_chunks of the model's {file.modality} settings"
+            )
 
     def encode(self, files: Sequence[MediaFile]) -> list[np.ndarray]:
         """Soft tokens [n,D] of each file.
@@ -67,15 +67,14 @@ class MediaEncoder:
         Raises:
             GenerationError: as `count`, and what only decoding shows.
         """
-        keys = []
+        soft = []
         for file in files:
             with _named(file):
                 key = _key(file)
-            if key not in self._remembered:
-                self._remembered[key] = self._encoded(file)
-            self._remembered.move_to_end(key)
-            keys.append(key)
-        soft = [self._remembered[key] for key in keys]
+            # What another thread forgets meanwhile is held here.
+            found = self._remembered.pop(key, None)
+            soft.append(self._encoded(file) if found is None else found)
+            self._remembered[key] = soft[-1]
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
         return soft
@@ -109,6 +108,8 @@ class MediaEncoder:
     def _loaded(self, file: MediaFile) -> np.ndarray:
         with _named(file):
             entries = self.processors.load(file)
+        # Headers may promise less than there is.
+        self._check_length(file, len(entries.arrays), entries.found)
         return self._soft_tokens(file.modality, entries)
 
     # ---------------------------------------------------------------------------- programs
@@ -168,7 +169,10 @@ def _key(file: MediaFile) -> tuple:
         status = found.stat()
         return str(found.resolve()), status.st_mtime_ns, status.st_size
 
-    return file.modality, tuple(stamp(path) for path in file.paths)
+    stamps = [stamp(path) for path in file.paths]
+    if file.modality == "video":  # a folder looks the same when one of its frames is written anew
+        stamps += [stamp(path) for path in frame_files(file.paths)]
+    return file.modality, tuple(stamps)
 
 
 class _named:

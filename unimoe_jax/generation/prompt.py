@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from unimoe_jax.config import MediaName
+from unimoe_jax.data import conversation
 from unimoe_jax.data.batch import TEXT
-from unimoe_jax.data.conversation import Span, prompt_pieces, tokenize
+from unimoe_jax.data.conversation import Span, messages, prompt_pieces, tokenize
 from unimoe_jax.data.records import MediaFile, Turn
 from unimoe_jax.data.stream import Stream, stream_of
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
-from unimoe_jax.generation.request import ORDER, PLACEHOLDER, Media, Message, Request
+from unimoe_jax.generation.request import ORDER, PLACEHOLDER, Message, Request
 
 ROLES = {"user": "human", "assistant": "gpt"}
 
@@ -53,25 +54,26 @@ def make_prompt(
             placeholders that do not fit the files.
     """
     _check_turns(request.messages)
-    turns: list[Turn] = []
-    files: dict[str, list[Media]] = {}
-    everywhere = {PLACEHOLDER[m.kind] for message in request.messages for m in message.media}
+    asked: list[conversation.Message] = []
+    known: set[str] = set()
+    index = 0
     for number, message in enumerate(request.messages):
+        files: dict[str, tuple[MediaFile, ...]] = {}
         for medium in message.media:
             if medium.kind not in accepts:
-                known = ", ".join(sorted(accepts)) or "text only"
+                takes = ", ".join(sorted(accepts)) or "text only"
                 raise GenerationError(
                     f"{medium.kind} {medium.paths[0]}: this model has no encoder for it; it takes "
-                    f"{known}"
+                    f"{takes}"
                 )
-            files.setdefault(PLACEHOLDER[medium.kind], []).append(medium)
-        turns.append(Turn(ROLES[message.role], _with_placeholders(message, number, everywhere)))
-    media = {
-        placeholder: tuple(MediaFile(medium.kind, medium.paths) for medium in given)
-        for placeholder, given in files.items()
-    }
-    spans = tokenize(prompt_pieces(turns, media, template), tokenizer)
-    return Prompt(tuple(spans))
+            placeholder, file = PLACEHOLDER[medium.kind], MediaFile(medium.kind, medium.paths)
+            files[placeholder] = (*files.get(placeholder, ()), file)
+        known |= files.keys()
+        turn = Turn(ROLES[message.role], _with_placeholders(message, number, known))
+        # With its own files alone: a placeholder that was text when it was asked stays text.
+        asked += messages([turn], files, index)
+        index += len(message.media)
+    return Prompt(tuple(tokenize(prompt_pieces(asked, template), tokenizer)))
 
 
 def unanswered_tags(request: Request) -> str | None:
@@ -103,8 +105,11 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         raise GenerationError("the question is empty: give text or media")
 
 
-def _with_placeholders(message: Message, number: int, everywhere: set[str]) -> str:
-    """The text with a placeholder for each of its files: its own, or in front in `ORDER`."""
+def _with_placeholders(message: Message, number: int, known: set[str]) -> str:
+    """The text with a placeholder for each of its files: its own, or in front in `ORDER`.
+
+    known: placeholders of what was given so far; others are text.
+    """
     text, front = message.text, ""
     if message.role == "assistant":
         return text
@@ -113,7 +118,7 @@ def _with_placeholders(message: Message, number: int, everywhere: set[str]) -> s
         found = text.count(placeholder)
         if given and not found:
             front += f"{placeholder}\n" * given
-        elif found != given and placeholder in everywhere:
+        elif found != given and placeholder in known:
             raise GenerationError(
                 f"message {number} has {found} {placeholder} for {given} file(s) of that kind; "
                 "write one for each file, or none"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from unimoe_jax.config import MEDIA, MediaName
+from unimoe_jax.data.media import IMAGE_SUFFIXES
 from unimoe_jax.generation.errors import GenerationError
 
 PLACEHOLDER: dict[MediaName, str] = {
@@ -19,6 +21,8 @@ PLACEHOLDER: dict[MediaName, str] = {
 }
 ORDER = ("<image>", "<audio>", "<video>")
 """Where the released programs put media that the question does not place itself."""
+TURN = ("prompt", "text", *MEDIA)
+"""Keys of a questions file that say what a user's turn holds."""
 MAX_NEW_TOKENS, TOP_K = 1024, 50
 FLOAT32, INT32 = 3.4e38, 2**31 - 1
 """The largest settings that the arrays of a batch can hold."""
@@ -34,8 +38,17 @@ class Media:
     def __post_init__(self):
         if self.kind not in MEDIA:
             raise GenerationError(f"media kind {self.kind!r}; allowed: {', '.join(MEDIA)}")
-        if isinstance(self.paths, str):
-            raise GenerationError(f"{self.kind}: paths is a tuple; write ({self.paths!r},)")
+        if isinstance(self.paths, str | os.PathLike):
+            raise GenerationError(
+                f"{self.kind}: paths is a tuple; write ({os.fspath(self.paths)!r},)"
+            )
+        try:
+            # Readers and messages take them as text.
+            object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in self.paths))
+        except TypeError as error:
+            raise GenerationError(
+                f"{self.kind}: expected a tuple of paths, got {self.paths!r:.60}"
+            ) from error
         if not self.paths or (len(self.paths) > 1 and self.kind != "video"):
             raise GenerationError(f"{self.kind}: one file each, got {list(self.paths)}")
         if "" in self.paths:
@@ -180,21 +193,23 @@ class Answer:
 def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Request:
     """A request from an object of a questions file.
 
-    `prompt` (or `text`) with `image`, `video`, `speech`, `audio` (a path or a list), or `messages`:
-    a list of `{role, text, image, …}`; and any field of `Sampling`. Paths are relative to `root`.
+    `prompt` (or `text`) with `image`, `video`, `speech`, `audio` (a path or a list; a list of
+    images is one video), or `messages`: a list of `{role, text, image, …}`; and any field of
+    `Sampling`. Paths are relative to `root`.
 
     Raises:
         GenerationError: a key or value that is not understood, or keys that exclude each other.
     """
     settings = {f.name for f in fields(Sampling)}
-    unknown = set(content) - {"id", "question_id", "messages", "prompt", "text", *MEDIA, *settings}
+    unknown = set(content) - {"id", "question_id", "messages", *TURN, *settings}
     if unknown:
         raise GenerationError(f"unknown keys {sorted(unknown)}")
-    given = Sampling(**{name: content[name] for name in settings & set(content)})
-    sampling = given.over(defaults)
+    # Only what the question says: `Sampling` has a seed of its own, which nobody asked for here.
+    given = {name: content[name] for name in settings & set(content) if content[name] is not None}
+    sampling = replace(defaults, **given)
     if "messages" not in content:
         return Request((_message({"role": "user", **content}, root),), sampling)
-    outside = [key for key in ("prompt", "text", *MEDIA) if content.get(key) is not None]
+    outside = [key for key in TURN if content.get(key) is not None]
     if outside:
         raise GenerationError(
             f"messages and {', '.join(outside)}: give one of them; what belongs to a conversation "
@@ -203,6 +218,12 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     messages = content["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise GenerationError("messages: expected a list of objects")
+    for number, message in enumerate(messages):
+        if unknown := set(message) - {"role", *TURN}:
+            raise GenerationError(
+                f"message {number}: unknown keys {sorted(unknown)}; allowed: role, "
+                f"{', '.join(TURN)}; settings stand beside messages"
+            )
     return Request(tuple(_message(message, root) for message in messages), sampling)
 
 
@@ -220,6 +241,8 @@ def _message(content: Mapping[str, Any], root: Path) -> Message:
         files = [value] if isinstance(value, str) else value
         if not isinstance(files, list):
             raise GenerationError(f"{kind}: expected a path or a list of paths, got {value!r:.60}")
+        if kind == "video" and _are_frames(files):
+            files = [files]
         for file in files:
             paths = file if kind == "video" and isinstance(file, list) else [file]
             if not paths or not all(isinstance(path, str) for path in paths):
@@ -227,3 +250,9 @@ def _message(content: Mapping[str, Any], root: Path) -> Message:
             given = Media(kind, tuple(paths))
             media.append(replace(given, paths=tuple(str(root / path) for path in paths)))
     return Message(role, text, tuple(media))
+
+
+def _are_frames(files: list) -> bool:
+    """Whether a list of videos is one video, given by its frames, as the training data give it."""
+    images = [isinstance(file, str) and file.lower().endswith(IMAGE_SUFFIXES) for file in files]
+    return len(images) > 1 and all(images)

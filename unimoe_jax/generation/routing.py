@@ -42,7 +42,9 @@ def routing_report(model: Model, answer: Answer) -> dict[str, Any]:
     """
     decoder, layers = model.config.decoder, routed_layers(model)
     if answer.expert_LTK is None:
-        raise GenerationError('experts were not traced; load with trace={"experts"}')
+        raise GenerationError(
+            'experts were not traced; load(path, Settings(trace={"experts"})) keeps them'
+        )
     expert_LTK = np.asarray(answer.expert_LTK)
     names = [NAMES[int(modality)] for modality in answer.modality_T]
     names += [ANSWER] * (expert_LTK.shape[1] - len(names))

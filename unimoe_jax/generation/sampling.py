@@ -34,7 +34,9 @@ def _draw(logits_BV: jax.Array, choice: Choice, count_B: jax.Array) -> jax.Array
     1904.09751, section 3.1), in the order and with the ties of transformers' logits processors."""
     vocabulary = logits_BV.shape[-1]
     temperature_B1 = jnp.where(choice.temperature_B > 0, choice.temperature_B, 1.0)[:, None]
-    sorted_BV, token_BV = jax.lax.top_k(logits_BV / temperature_B1, vocabulary)
+    sorted_BV, token_BV = jax.lax.top_k(logits_BV, vocabulary)
+    # From the best on down: however small the temperature, it is finite and alone at the top.
+    sorted_BV = (sorted_BV - sorted_BV[:, :1]) / temperature_B1
     k_B1 = jnp.where(choice.top_k_B > 0, jnp.minimum(choice.top_k_B, vocabulary), vocabulary)
     rank_V = jnp.arange(vocabulary)
     kept_BV = jnp.where(rank_V[None] < k_B1[:, None], sorted_BV, -jnp.inf)

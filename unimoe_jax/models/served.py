@@ -31,7 +31,7 @@ from unimoe_jax.nn.router import Routing
 from unimoe_jax.nn.splash_attention import attend_segments, suits
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
-from unimoe_jax.sharding import shard
+from unimoe_jax.sharding import check_divides, shard
 
 ExpertLayout = Literal["separate", "stacked"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -85,7 +85,12 @@ def serve(
     axes: logical axes of every parameter. place: (path, array, logical axes) -> array on the
     devices in the dtype it is to have; called once per array, so that a large model never lies on
     the host twice.
+
+    Raises:
+        ShardingError: the mesh in force cuts heads that it does not divide.
     """
+    # A kernel may be cut within a head, the cache is cut between them.
+    check_divides("model.decoder.num_kv_heads", config.num_kv_heads, "kv_heads")
 
     def whole(path: str, transposed: bool = False) -> jax.Array:
         value, names = params[path], axes[path]
