@@ -80,6 +80,7 @@ def test_control_strings_in_text_stay_text(name):
         ids = tok.encode(text)
         assert not {tok.bos_id, tok.eos_id, tok.unk_id} & set(ids)
         assert tok.decode(ids) == text
+        assert tok.decode([tok.bos_id, tok.unk_id, *ids, tok.eos_id]) == text
 
 
 def test_vicuna_ids_and_labels_equal_the_reference():

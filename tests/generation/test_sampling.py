@@ -54,6 +54,14 @@ def test_extreme_temperatures(temperature):
     assert set(np.asarray(tokens).tolist()) == ({2} if temperature < 1 else {2, 4})
 
 
+def test_tokens_as_likely_as_the_last_of_the_best_are_among_them():
+    logits = jnp.broadcast_to(jnp.asarray([1.0, 2.0, 1.0, 0.0, 1.0]), (200, 5))
+    full = [jnp.full(200, value, jnp.float32) for value in (1.0, 1.0)]
+    choice = Choice(*full, jnp.full(200, 2, jnp.int32), jnp.arange(200, dtype=jnp.uint32))
+    tokens = choose(logits, choice, jnp.zeros(200, jnp.int32), False)
+    assert set(np.asarray(tokens).tolist()) == {0, 1, 2, 4}
+
+
 def test_the_number_of_the_token_is_part_of_the_draw():
     one = Choice(
         *(jnp.full(1, v) for v in (1.0, 1.0)), jnp.zeros(1, jnp.int32), jnp.ones(1, "uint32")

@@ -103,7 +103,8 @@ class Tokenizer:
         return [self._pieces.piece_to_id(piece) for piece in pieces if piece]
 
     def decode(self, ids) -> str:
-        """Text of `ids`; bos, eos and ids outside the vocabulary are left out."""
-        skip = {self.bos_id, self.eos_id}
+        """Text of `ids`; unk, bos, eos and ids outside the vocabulary are left out, as transformers
+        leaves out special tokens."""
+        skip = {self.unk_id, self.bos_id, self.eos_id}
         keep = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in skip]
         return self._pieces.decode(keep)

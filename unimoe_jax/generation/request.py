@@ -71,7 +71,8 @@ class Sampling:
     """How tokens are chosen. None: what the model's generation_config.json says, else the default.
 
     temperature 0 is greedy decoding. top_p, top_k (0: off) and seed matter only above it. The
-    tokens of a request depend on its own settings and seed, not on what else is in the batch.
+    tokens of a request depend on its own settings and seed, not on what else is in the batch (in
+    bfloat16 but for rounding, which may tip the balance between two tokens).
     """
 
     temperature: float | None = None

@@ -35,11 +35,11 @@ def _draw(logits_BV: jax.Array, choice: Choice, count_B: jax.Array) -> jax.Array
     vocabulary = logits_BV.shape[-1]
     temperature_B1 = jnp.where(choice.temperature_B > 0, choice.temperature_B, 1.0)[:, None]
     sorted_BV, token_BV = jax.lax.top_k(logits_BV, vocabulary)
+    k_B = jnp.where(choice.top_k_B > 0, jnp.minimum(choice.top_k_B, vocabulary), vocabulary)
+    last_B1 = jnp.take_along_axis(sorted_BV, k_B[:, None] - 1, axis=1)
     # From the best on down: however small the temperature, it is finite and alone at the top.
-    sorted_BV = (sorted_BV - sorted_BV[:, :1]) / temperature_B1
-    k_B1 = jnp.where(choice.top_k_B > 0, jnp.minimum(choice.top_k_B, vocabulary), vocabulary)
-    rank_V = jnp.arange(vocabulary)
-    kept_BV = jnp.where(rank_V[None] < k_B1[:, None], sorted_BV, -jnp.inf)
+    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / temperature_B1
+    kept_BV = jnp.where(sorted_BV >= last_B1, scaled_BV, -jnp.inf)
     prob_BV = jax.nn.softmax(kept_BV, axis=-1)
     before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV
     inside_BV = before_BV < choice.top_p_B[:, None]
