@@ -307,6 +307,15 @@ def test_batches_are_half_soft_tokens_unless_told():
     assert assumed_batch(run, run.stages[0], 4, {"image": 3})[0].video_GIFHWC is None
 
 
+def test_only_optimizer_steps_hold_micro_batches():
+    run = config_io.load(CONFIG, ["stages.tune.optim.accumulate=3"])
+    rows = {
+        program: assumed_batch(run, run.stages[0], 4, None, program)[0].token_id_BT.shape[0]
+        for program in ("train", "score")
+    }
+    assert rows == {"train": 24, "score": 8}
+
+
 @pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,", "image=0"])
 def test_bad_media_are_refused(text):
     with pytest.raises(ConfigError, match="NAME=COUNT"):
