@@ -36,6 +36,15 @@ from unimoe_jax.distributed import (
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 120, 20
 BAD_SAMPLE = "`conversations` is missing or empty (bad: malformed_record)"
+JOIN = """
+import argparse, time
+from unimoe_jax import distributed
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+distributed.initialize(parser.parse_args())
+print("joined")
+time.sleep(60)
+"""
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
 
 
@@ -108,11 +117,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-    """`count` processes of the training program that find each other by flags."""
+def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def start(count: int, command: list[str]) -> list[subprocess.Popen]:
+    """`count` processes of the training program that find each other by flags."""
+    address = free_address()
     found = [
         ["--coordinator", address, "--processes", str(count), "--process", str(index)]
         if count > 1
@@ -278,6 +291,22 @@ def test_failures_of_all_are_told_once(place):
     told = [text for text in outcome.printed if "error: mesh.data=3" in text]
     assert len(told) == 1
     assert "Traceback" not in "".join(outcome.printed)
+
+
+def test_a_process_that_has_nothing_to_save_ends_when_told():
+    """jax would take SIGTERM as a note to itself from the moment that processes are joined."""
+    found = ["--coordinator", free_address(), "--processes", "1", "--process", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOIN, *found], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "joined\n"
+    time.sleep(0.5)  # jax would do so in a thread
+    process.terminate()
+    try:
+        process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,9 @@ def initialize(args: argparse.Namespace) -> None:
         }
     elif found.method == "slurm":
         options |= {"cluster_detection_method": "slurm"}
+    # It would note SIGTERM for those who ask, and nothing here does: a program could not be ended
+    # before it has anything to save, and one that saves nothing never.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
