@@ -340,6 +340,10 @@ JOBSET = {
 }
 
 
+SRUN = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "7"}
+SRUN |= {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+
+
 @pytest.mark.parametrize(
     ("given", "env", "found"),
     [
@@ -355,7 +359,8 @@ JOBSET = {
             Processes("flags", "b:2", 2, 1),
         ),
         ({}, JOBSET, Processes("jobset", "run-workers-0-0.run:8476", 4, 3)),
-        ({}, {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "8"}, Processes("slurm")),
+        ({}, SRUN, Processes("slurm")),
+        ({"cluster": "slurm"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Processes("slurm")),
         ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # a script without srun
         ({}, {"TPU_WORKER_HOSTNAMES": "h0,h1"}, Processes("tpu")),
         ({}, {"TPU_WORKER_HOSTNAMES": "h0"}, None),
@@ -404,6 +409,10 @@ def test_cpu_collectives_get_threads_and_an_order(flags_given, several, expected
         ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "process 2 of 2"),
         ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
         ({}, {"JOBSET_NAME": "run"}, "REPLICATED_JOB_NAME, PROCESSES"),
+        ({"cluster": "SLURM"}, {}, "UNIMOE_CLUSTER='SLURM': allowed: auto, slurm"),
+        ({"cluster": "slurm"}, {"SLURM_JOB_ID": "7"}, "SLURM_STEP_NODELIST, .* start with srun"),
+        ({}, {**SRUN, "SLURM_STEP_NUM_TASKS": "8(x2)"}, r"SLURM_STEP_NUM_TASKS='8\(x2\)'"),
+        ({}, {**SRUN, "SLURM_PROCID": ""}, "SLURM_PROCID=''"),
     ],
 )
 def test_incomplete_settings_are_named(given, env, message):

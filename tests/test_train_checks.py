@@ -222,6 +222,12 @@ def test_groups_that_were_set_are_named(place):
         pool_groups(config, config.stages[0], 1)
 
 
+@pytest.mark.parametrize("text", ["requeue", "-1", "256"])
+def test_what_is_no_exit_code_is_refused(place, devices, monkeypatch, text):
+    monkeypatch.setenv("UNIMOE_STOPPED_CODE", text)
+    assert f"UNIMOE_STOPPED_CODE={text!r}" in refused(place, ConfigError)
+
+
 def test_the_next_command_is_one_that_works(place):
     folder = place / "out"
     config = load(place)

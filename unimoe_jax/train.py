@@ -58,7 +58,7 @@ from unimoe_jax.stop import StopSignal
 SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
 LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
 SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
-STOPPED_CODE = int(os.environ.get("UNIMOE_STOPPED_CODE", "0"))
+STOPPED_CODE = "UNIMOE_STOPPED_CODE"
 # Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
 DATA_ERRORS = (FileNotFoundError, ValueError)
 
@@ -124,6 +124,7 @@ def _main(args: argparse.Namespace) -> int:
 def run(config: RunConfig, args: argparse.Namespace) -> int:
     """All stages (or one) in order; finished stages are passed over."""
     started = time.monotonic()
+    stopped = stopped_code()
     check_stage_name(config, args.stage)
     if args.stage and args.overwrite:
         raise ConfigError(
@@ -146,7 +147,19 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             done = run_stages(runtime, args.stage)
             if done and runtime.is_writer:
                 finish(runtime, time.monotonic() - started if ahead else None)
-    return 0 if done else STOPPED_CODE
+    return 0 if done else stopped
+
+
+def stopped_code() -> int:
+    """What the launcher is told when a run has stopped and saved.
+
+    Raises:
+        ConfigError: the environment holds what is no exit code.
+    """
+    text = os.environ.get(STOPPED_CODE) or "0"
+    if not text.isdecimal() or int(text) > 255:
+        raise ConfigError(f"{STOPPED_CODE}={text!r}: allowed: exit codes, 0..255")
+    return int(text)
 
 
 def run_stages(runtime: Runtime, only: str | None) -> bool:
