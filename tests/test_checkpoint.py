@@ -102,6 +102,14 @@ def test_only_the_newest_are_kept_and_all_are_sealed(saved):
         verify(saved.folder / name)
 
 
+def test_half_written_steps_are_removed(tmp_path, mesh):
+    left = tmp_path / "steps" / "7.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)
+    with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
+        checkpoints.save(8, state_on(mesh, PartitionSpec("fsdp"), 8), {})
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["8"]
+
+
 def test_restore_on_another_mesh(saved, devices):
     other = make_mesh(MeshConfig(data=1, fsdp=4), devices[:4])
     expected = state_on(other, PartitionSpec(None, "fsdp"), 3)

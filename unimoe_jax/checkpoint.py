@@ -159,7 +159,9 @@ class StepCheckpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "position")
         )
