@@ -102,6 +102,25 @@ def test_only_the_newest_are_kept_and_all_are_sealed(saved):
         verify(saved.folder / name)
 
 
+def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, monkeypatch):
+    checkpoints = StepCheckpoints(tmp_path / "steps", keep=1)
+    state = state_on(mesh, PartitionSpec("fsdp"), 1)
+    checkpoints.save(1, state, {})
+    checkpoints.finish()
+
+    def crash(folder: Path) -> None:
+        raise OSError(f"no space for {folder.name}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unimoe_jax.checkpoint.seal", crash)
+        checkpoints.save(2, state, {})
+        with pytest.raises(OSError, match="no space for 2"):
+            checkpoints.finish()
+    with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
+        step, *_ = checkpoints.restore_latest(template_of(state), tell=lambda text: None)
+    assert step == 1
+
+
 def test_half_written_steps_are_removed(tmp_path, mesh):
     left = tmp_path / "steps" / "7.orbax-checkpoint-tmp" / "state"
     left.mkdir(parents=True)

@@ -158,10 +158,10 @@ class StepCheckpoints:
     """Asynchronous, numbered checkpoints of one stage; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
-        )
+        self.folder, self.keep = folder.absolute(), keep
+        # What a crash has left half-written goes. Orbax would also remove older steps before a new
+        # one is sealed: a crash between the two would leave none that can be used.
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "position")
         )
@@ -181,6 +181,11 @@ class StepCheckpoints:
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
         seal(self.folder / str(step))
+        if is_writer():
+            steps = sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
+            for old in steps[: -self.keep]:
+                # What cannot be removed now is tried again after the next step.
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def finish(self) -> None:
         """Wait until the write under way is complete and sealed."""
@@ -246,7 +251,7 @@ class StepCheckpoints:
 
         Reads descriptions alone and changes nothing: for checks before a run is touched.
         """
-        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        steps = [int(path.name) for path in folder.glob("*") if _is_step(path)]
         for step in sorted(steps, reverse=True):
             try:
                 state = folder.absolute() / str(step) / "state"
@@ -269,6 +274,10 @@ class StepCheckpoints:
         # A write can be finished only together with all processes.
         if error is None or not lost_peer(error):
             self.close()
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal()
 
 
 # ------------------------------------------------------------------------- stage results
