@@ -15,6 +15,8 @@ from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
+from unimoe_jax.data.records import RecordFile, turns_of
+from unimoe_jax.data.tally import BadSample
 from unimoe_jax.data.tokenizer import Tokenizer
 
 PREFIX = "embedded:"
@@ -167,26 +169,44 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        told = (record.get("conversations") or [] for record in _records(data.sources[name]))
-        # Records without a question and its answer were passed over, and are counted as bad.
-        pairs = [(turns[-2]["value"], turns[-1]["value"]) for turns in told if len(turns) > 1]
+        pairs = list(_answered(_records(data.sources[name])))
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
         choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
         # A question asked once or twice says nothing about what else it could be answered with.
-        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2) / len(pairs)
-        levels[name] = max(max(answers.values()) / len(pairs), guess)
+        guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2)
+        levels[name] = max(*answers.values(), guess, 0) / max(1, len(pairs))
     return levels
 
 
+def _answered(records: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    """The last question and its answer of every record that has them; others are counted as bad
+    where samples are read."""
+    for record in records:
+        with contextlib.suppress(BadSample):
+            *_, question, answer = turns_of(record)
+            yield question.text, answer.text
+
+
 def _records(source: SourceConfig) -> list[dict]:
+    """The records that can be read, found as the loader finds them.
+
+    Raises:
+        ConfigError: there are none.
+    """
     try:
-        text = Path(source.path).read_text()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        file = RecordFile(source.path)
     except ValueError as error:
-        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({error})") from error
+        raise ConfigError(str(error)) from error
+    found, problem = [], ""
+    for number in range(len(file)):
+        try:
+            found.append(file.read(number))
+        except BadSample as bad:
+            problem = problem or bad.message
+    if not found:
+        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({problem})")
+    return found
 
 
 def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:
