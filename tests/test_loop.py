@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.loop import StageSummary, TrainingStopped, _Log, _steps
@@ -107,6 +109,51 @@ def test_waiting_for_data_is_a_share_of_the_time_in_which_it_was(devices):
     assert all(0 <= share <= 1 for share in shares), shares
     # The last record comes without another batch; all others waited for most of their time.
     assert min(shares[:-1]) > 0.5, shares
+
+
+@pytest.mark.parametrize(("done", "saved"), [(0, [STEPS]), (STEPS, [])])
+def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, done, saved):
+    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then."""
+    found = []
+
+    class Checkpoints(contextlib.nullcontext):
+        def __init__(self, folder, keep):
+            super().__init__(self)
+
+        def save(self, step, state, position):
+            found.append(step)
+
+    nothing = SimpleNamespace(state=lambda step: {}, steps=STEPS, trained={})
+    position = {"heldout_before": {"a": 0.0}}
+    log = SimpleNamespace(writer=contextlib.nullcontext())
+    monkeypatch.setattr(loop, "StepCheckpoints", Checkpoints)
+    monkeypatch.setattr(loop, "_prepare", lambda *_: (nothing, nothing))
+    monkeypatch.setattr(loop, "_start", lambda *_: (nothing, {}, done, position))
+    monkeypatch.setattr(loop, "_compile", lambda *_: ({}, {}, nothing))
+    monkeypatch.setattr(loop, "_open_log", lambda *_: log)
+    monkeypatch.setattr(loop, "_steps", lambda *_: (nothing, True))
+    monkeypatch.setattr(loop, "exact_match", lambda *given: None if given[-1]() else {"a": 1.0})
+    runtime = SimpleNamespace(
+        run=SimpleNamespace(checkpoint=SimpleNamespace(keep=1), log=SimpleNamespace(every=1)),
+        stop=SimpleNamespace(agreed=lambda: True),
+        folder=tmp_path,
+        mesh=None,
+        is_writer=False,
+    )
+    stage = SimpleNamespace(name="tune", evaluate=("a",))
+    assert loop.train_stage(runtime, stage) is None
+    assert found == saved
+
+
+def test_scoring_ends_when_told(devices):
+    mesh = make_mesh(MeshConfig(), devices[:1])
+    pipeline = SimpleNamespace(
+        batches=lambda **_: ((step, frozenset(), {}) for step in range(9)), steps_per_epoch=9
+    )
+    scored = []
+    fns = {frozenset(): lambda params, batch: scored.append(batch)}
+    assert evaluate.exact_match({}, pipeline, fns, mesh, lambda: len(scored) == 3) is None
+    assert len(scored) == 3
 
 
 def test_a_state_that_would_stop_training_is_not_saved(devices):

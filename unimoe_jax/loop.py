@@ -203,9 +203,15 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
         summary.resume(position)
         started -= summary.seconds  # as if the earlier sittings had ended just now
-        if config.evaluate and summary.heldout_before is None:
+
+        def score() -> dict[str, float] | None:
             params = {**frozen, **state.trained}
-            summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
+            return exact_match(params, heldout, score_fns, mesh, runtime.stop.agreed)
+
+        if config.evaluate and summary.heldout_before is None:
+            summary.heldout_before = score()
+            if summary.heldout_before is None:
+                return None
         log = _open_log(runtime, stage, pipeline, progress, summary, done)
 
         def save(step: int, state: TrainState) -> None:
@@ -218,9 +224,13 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             )
         if not finished:
             return None
-        params = {**frozen, **state.trained}
         if config.evaluate:
-            summary.heldout = exact_match(params, heldout, score_fns, mesh)
+            summary.heldout = score()
+            if summary.heldout is None:  # scoring may outlast a scheduler's patience
+                if done < stage.steps:
+                    save(stage.steps, state)
+                return None
+    params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
     summary.samples = pipeline.tally.as_json()
