@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from itertools import product
+from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,12 +154,36 @@ def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
 
 
 def test_worker_processes_give_the_same_batches(build, mixed):
-    steps = 3
+    """Also after signals that a terminal or a scheduler sends to all processes of a run: the last
+    step before it stops may need a batch."""
+    steps = 6
     whole = list(build(mixed).batches(stop_step=steps))
     for workers in (1, 2):
-        pipeline = build(mixed, LOADER.model_copy(update={"workers": workers}))
+        pipeline = build(mixed, LOADER.model_copy(update={"workers": workers, "prefetch": 1}))
         for (_, _, one), (_, _, two) in zip(whole, pipeline.batches(stop_step=steps), strict=True):
             same(one, two)
+            for worker, number in product(active_children(), (signal.SIGINT, signal.SIGTERM)):
+                os.kill(worker.pid, number)
+
+
+def test_workers_end_with_a_program_that_was_killed():
+    worker = "import os, time; from unimoe_jax.data.workers import stay_with_parent; "
+    worker += "stay_with_parent(0, 1); print(os.getpid(), flush=True); time.sleep(60)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        number = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(number):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(number: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{number}/cmdline").read_bytes())  # of a zombie nothing is left
+    except OSError:
+        return False
 
 
 def test_resuming_equals_going_on(build, mixed):

@@ -23,6 +23,7 @@ from unimoe_jax.data.samples import SampleReader
 from unimoe_jax.data.stream import BatchWriter
 from unimoe_jax.data.tally import BadSample, Tally, pack_events, unpack_events
 from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.data.workers import stay_with_parent
 
 EVENTS = "events"
 
@@ -240,7 +241,8 @@ class Pipeline:
         return dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=loader.workers, per_worker_buffer_size=max(loader.prefetch, 1)
-            )
+            ),
+            stay_with_parent,
         )
 
     # ------------------------------------------------------------------------------ state
