@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from unimoe_jax.checkpoint import (
     verify,
 )
 from unimoe_jax.config import MeshConfig
+from unimoe_jax.disk import WriteError, writing
 from unimoe_jax.sharding import make_mesh
 from unimoe_jax.train_step import TrainState
 from unimoe_jax.upcycle import Member
@@ -109,16 +111,33 @@ def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, m
     checkpoints.finish()
 
     def crash(folder: Path) -> None:
-        raise OSError(f"no space for {folder.name}")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("unimoe_jax.checkpoint.seal", crash)
         checkpoints.save(2, state, {})
-        with pytest.raises(OSError, match="no space for 2"):
+        with pytest.raises(WriteError, match=r"steps/2: cannot be written \(No space left on"):
             checkpoints.finish()
     with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
         step, *_ = checkpoints.restore_latest(template_of(state), tell=lambda text: None)
     assert step == 1
+
+
+TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on device "
+
+
+@pytest.mark.parametrize("sign", ["[os_error_code='28']", "[OS error 28: ENOSPC]"])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, sign):
+    def save(*given, **settings):
+        raise ValueError(TENSORSTORE + sign)
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", save)
+    with pytest.raises(
+        WriteError, match=r"^/.*/final: cannot be written \(No space left on device"
+    ):
+        save_final(tmp_path / "final", {"a": KERNEL}, {})
+    with pytest.raises(ValueError, match="a fault of its own"), writing(tmp_path):
+        raise ValueError("a fault of its own")
 
 
 def test_half_written_steps_are_removed(tmp_path, mesh):

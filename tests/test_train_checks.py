@@ -12,6 +12,7 @@ import pytest
 from unimoe_jax import config_io, evaluate, train
 from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.disk import WriteError
 from unimoe_jax.loop import StageSummary
 from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
@@ -226,6 +227,17 @@ def test_groups_that_were_set_are_named(place):
 def test_what_is_no_exit_code_is_refused(place, devices, monkeypatch, text):
     monkeypatch.setenv("UNIMOE_STOPPED_CODE", text)
     assert f"UNIMOE_STOPPED_CODE={text!r}" in refused(place, ConfigError)
+
+
+@pytest.mark.parametrize("error", [WriteError("out: full"), OSError(28, "No space left", "out")])
+def test_what_cannot_be_written_stops_a_run_in_a_line(place, monkeypatch, capsys, error):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main(["--config", str(place / "run.yaml"), "--cluster", "none"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: ") and "out" in line
 
 
 def test_the_next_command_is_one_that_works(place):

@@ -30,6 +30,7 @@ import tensorstore as ts
 import xxhash
 
 from unimoe_jax.config_yaml import ConfigError, parse
+from unimoe_jax.disk import writing
 from unimoe_jax.distributed import all_texts, is_writer, lost_peer, wait_for_all
 from unimoe_jax.upcycle import Index, Source
 
@@ -169,18 +170,24 @@ class StepCheckpoints:
         self._sealing: Future | None = None
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Start writing; returns as soon as the state has been copied off the devices."""
+        """Start writing; returns as soon as the state has been copied off the devices.
+
+        Raises:
+            WriteError: this step or the one before cannot be written.
+        """
         self.finish()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
-        self._manager.save(step, args=items, force=True)
+        with writing(self.folder / str(step)):
+            self._manager.save(step, args=items, force=True)
         # As soon as it is written: a crash before the next save must not cost this one.
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        seal(self.folder / str(step))
+        with writing(self.folder / str(step)):
+            self._manager.wait_until_finished()
+            seal(self.folder / str(step))
         if is_writer():
             steps = sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
             for old in steps[: -self.keep]:
@@ -188,7 +195,7 @@ class StepCheckpoints:
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def finish(self) -> None:
-        """Wait until the write under way is complete and sealed."""
+        """Wait until the write under way is complete and sealed. Raises WriteError."""
         if self._sealing is not None:
             self._sealing.result()
             self._sealing = None
@@ -290,8 +297,16 @@ def _chunks(leaf: Any) -> ocp.SaveArgs:
 
 
 def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write a finished stage beside its place, seal it, then rename: never half-written."""
-    folder = folder.absolute()
+    """Write a finished stage beside its place, seal it, then rename: never half-written.
+
+    Raises:
+        WriteError: no space, or no permission.
+    """
+    with writing(folder):
+        _save_final(folder.absolute(), params, manifest)
+
+
+def _save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     if is_writer():
         shutil.rmtree(partial, ignore_errors=True)

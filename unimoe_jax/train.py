@@ -33,6 +33,7 @@ from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.disk import WriteError
 from unimoe_jax.distributed import require_same, wait_for_all, writer_first
 from unimoe_jax.dry_run import dry_run
 from unimoe_jax.evaluate import SCORING_ERRORS, is_scorable
@@ -112,7 +113,7 @@ def _main(args: argparse.Namespace) -> int:
         if args.debug or distributed.lost_peer(error):
             raise
         return distributed.fail(f"error: {error}", 2)
-    except (TrainingStopped, TooManyBadSamples) as error:
+    except (TrainingStopped, TooManyBadSamples, WriteError, OSError) as error:
         if args.debug:
             raise
         return distributed.fail(f"stopped: {error}", 1)
