@@ -39,6 +39,7 @@ MANIFEST = "manifest.json"
 UNSEALED = frozenset({"generation_config.json"})  # there to be edited
 AGAIN = "take another copy of the checkpoint, or write it again"
 ORIGINAL = "copy this file again from the source, or import again"
+RESUME = "; the same command goes on from the last checkpoint when it can"
 CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
 
 
@@ -179,13 +180,13 @@ class StepCheckpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
-        with writing(self.folder / str(step)):
+        with writing(self.folder / str(step), RESUME):
             self._manager.save(step, args=items, force=True)
         # As soon as it is written: a crash before the next save must not cost this one.
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
-        with writing(self.folder / str(step)):
+        with writing(self.folder / str(step), RESUME):
             self._manager.wait_until_finished()
             seal(self.folder / str(step))
         if is_writer():
@@ -302,7 +303,7 @@ def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, A
     Raises:
         WriteError: no space, or no permission.
     """
-    with writing(folder):
+    with writing(folder, RESUME):
         _save_final(folder.absolute(), params, manifest)
 
 

@@ -15,8 +15,9 @@ class WriteError(RuntimeError):
 
 
 @contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
+def writing(what: Path, then: str = "") -> Iterator[None]:
     """What goes wrong while `what` is written is a WriteError; faults of programs stay as they are.
+    `then` ends its message.
 
     Raises:
         WriteError: as the operating system says.
@@ -28,7 +29,4 @@ def writing(what: Path) -> Iterator[None]:
         if found is None and not isinstance(error, OSError):
             raise
         reason = found[1].strip() if found else error.strerror or str(error)
-        raise WriteError(
-            f"{what}: cannot be written ({reason}); the same command goes on from the last "
-            "checkpoint when it can"
-        ) from error
+        raise WriteError(f"{what}: cannot be written ({reason}){then}") from error
