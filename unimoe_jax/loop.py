@@ -29,7 +29,7 @@ from unimoe_jax.metric_series import metric_name
 from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
-from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline
+from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline, stage_steps
 from unimoe_jax.sharding import data_shards, own_data_shards
 from unimoe_jax.stage import (
     Stage,
@@ -264,8 +264,7 @@ def _prepare(runtime: Runtime, config: StageConfig) -> tuple[Pipeline, Stage]:
 
     pipeline = writer_first("indices", build)
     require_same(f"data of stage {config.name}", json.dumps(pipeline.state(0), sort_keys=True))
-    steps = config.optim.steps or pipeline.steps(config.optim.epochs)
-    stage = build_stage(run, config, mesh, steps)
+    stage = build_stage(run, config, mesh, stage_steps(config, pipeline))
     if runtime.is_writer:
         table = runtime.folder / "params" / f"{config.name}.txt"
         table.parent.mkdir(exist_ok=True)

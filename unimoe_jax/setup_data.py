@@ -140,6 +140,21 @@ def stage_pipeline(
     )
 
 
+def stage_steps(stage: StageConfig, pipeline: Pipeline) -> int:
+    """How many steps the stage trains on the batches of `pipeline`.
+
+    Raises:
+        ConfigError: none; it would leave what it began with.
+    """
+    steps = stage.optim.steps or pipeline.steps(stage.optim.epochs)
+    if not steps:
+        raise ConfigError(
+            f"stages.{stage.name}.optim.epochs = {stage.optim.epochs:g}: less than one step; "
+            f"batches per epoch: {pipeline.steps_per_epoch}; set more epochs, or optim.steps"
+        )
+    return steps
+
+
 def heldout_pipeline(
     run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, groups: int
 ) -> Pipeline:

@@ -9,11 +9,13 @@ import pytest
 
 from tests.data.helpers import Folder, data_config, model_config, talk
 from unimoe_jax.config import LoaderConfig, OptimConfig, RunConfig, StageConfig
+from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.setup_data import (
     chance_levels,
     heldout_pipeline,
     stage_pipeline,
+    stage_steps,
     with_shuffled_media,
 )
 
@@ -86,6 +88,19 @@ def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokeni
         for row in range(2):
             is_text = not (batch.slot_BT[row] >= 0).any()
             assert is_text or "image" in signature
+
+
+def test_a_stage_has_a_step(mixed, tokenizer):
+    run, one = run_of(mixed)
+    pipeline = stage_pipeline(run, one, run.data, tokenizer, 1)
+    for epochs, steps in ((0.6, 1), (3.0, 3)):
+        optim = OptimConfig(learning_rate=1, epochs=epochs)
+        assert stage_steps(one.model_copy(update={"optim": optim}), pipeline) == steps
+    optim = OptimConfig(learning_rate=1, epochs=0.2)
+    with pytest.raises(
+        ConfigError, match=r"stages.one.optim.epochs = 0.2: .* per epoch: 1; set more"
+    ):
+        stage_steps(one.model_copy(update={"optim": optim}), pipeline)
 
 
 BROKEN = (
