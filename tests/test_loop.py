@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from types import SimpleNamespace
 
@@ -143,6 +144,32 @@ def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, d
     stage = SimpleNamespace(name="tune", evaluate=("a",))
     assert loop.train_stage(runtime, stage) is None
     assert found == saved
+
+
+def test_who_interrupts_compilation_does_not_wait_for_it(monkeypatch):
+    started, ended = threading.Event(), threading.Event()
+
+    class Program:
+        def __init__(self, name):
+            self.name = name
+
+        def compile(self):
+            if self.name == "interrupted":
+                started.wait(30)
+                raise KeyboardInterrupt
+            started.set()
+            ended.wait(10)
+
+    monkeypatch.setattr(loop, "lower_step", lambda run, stage, mesh, name: Program(name))
+    names = dict.fromkeys(("interrupted", "long"))
+    pipeline = SimpleNamespace(signatures=names, spec=lambda name: name)
+    runtime, stage = SimpleNamespace(run=None, mesh=None), SimpleNamespace(evaluate=())
+    progress = SimpleNamespace(announce=lambda text: None)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        loop._compile(runtime, SimpleNamespace(config=stage), pipeline, progress)
+    assert time.monotonic() - began < 8
+    ended.set()
 
 
 def test_scoring_ends_when_told(devices):

@@ -324,6 +324,23 @@ def test_a_fault_of_its_own_is_no_lost_peer(error, lost, monkeypatch):
     assert lost_peer(error) == lost
 
 
+def test_an_interrupted_program_leaves_at_once():
+    """Threads that compile end in their own time, and Python waits for them."""
+    program = (
+        "import signal, sys, threading, time; from unimoe_jax import distributed; "
+        "threading.Thread(target=time.sleep, args=(60,)).start(); "
+        "sys.exit(distributed.guard(lambda: signal.raise_signal(signal.SIGINT)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 # -------------------------------------------------------------------------- finding each other
 
 

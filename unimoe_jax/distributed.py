@@ -342,7 +342,8 @@ def guard(body: Callable[[], int]) -> int:
     try:
         code = body()
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
+        fail("interrupted", 130)
+        _leave_now(130)  # an orderly exit would wait for threads that compile
     except Exception as error:
         if not _joined():
             raise

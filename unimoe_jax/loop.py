@@ -318,9 +318,12 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
         for name in (heldout.signatures if heldout else ())
     }
     progress.announce(f"compiling {len(jobs)} programs,")
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    pool = ThreadPoolExecutor(max_workers=4)
+    try:
         compiled = pool.map(lambda job: job().compile(), jobs.values())
         done = dict(zip(jobs, compiled, strict=True))
+    finally:  # who interrupts this does not wait for minutes of it
+        pool.shutdown(wait=False, cancel_futures=True)
     steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}
     scores = {key[1]: fn for key, fn in done.items() if key[0] == "score"}
     return steps, scores, heldout
