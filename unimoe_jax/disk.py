@@ -30,3 +30,13 @@ def writing(what: Path, then: str = "") -> Iterator[None]:
             raise
         reason = found[1].strip() if found else error.strerror or str(error)
         raise WriteError(f"{what}: cannot be written ({reason}){then}") from error
+
+
+@contextlib.contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """An OSError names `path` where it names nothing, as those of an open file do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -141,6 +142,17 @@ def test_hosts_threads_and_workers_do_not_change_the_batches(build, mixed):
     single = build(mixed, LOADER.model_copy(update={"threads": 1, "prefetch": 1}))
     for (_, _, one), (_, _, two) in zip(whole, single.batches(stop_step=steps), strict=True):
         same(one, two)
+
+
+def test_an_index_that_cannot_be_written_is_named(build, mixed, monkeypatch, tmp_path):
+    def full(*_, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    data = data_config(mixed, voice="speech").model_copy(update={"cache": str(tmp_path / "cache")})
+    with pytest.raises(OSError, match=r"No space left on device: '.*/cache/index-.*\.npz'"):
+        build(data)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
