@@ -17,8 +17,8 @@ from unimoe_jax.loop import StageSummary
 from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
 from unimoe_jax.setup_data import pool_groups
-from unimoe_jax.sharding import ShardingError, planned_mesh, use_mesh
-from unimoe_jax.stage import check_continues, parameter_table
+from unimoe_jax.sharding import ShardingError, make_mesh, planned_mesh, use_mesh
+from unimoe_jax.stage import build_stage, check_continues, parameter_table
 from unimoe_jax.train_step import TrainState
 
 RUN = """
@@ -215,6 +215,14 @@ def test_experts_must_divide_over_the_mesh(place, count):
         ),
     ):
         parameter_table(config, config.stages[1])
+
+
+def test_what_cpus_lack_is_named(place, devices):
+    config = load(place, "mesh={data: 4, expert: 2}", "model.decoder.moe.exchange=ragged")
+    mesh = make_mesh(config.mesh, devices)
+    said = r"^model.decoder.moe.exchange = ragged: .* auto \| gather"
+    with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
+        build_stage(config, config.stages[1], mesh, 1)
 
 
 def test_groups_that_were_set_are_named(place):
