@@ -282,11 +282,14 @@ class Pipeline:
                 )
         if not reasons:
             reasons.append(
-                "mixture weights, row_length, rows, packing, the tokenizer or the number of data "
-                "shards changed which samples form a batch (loader.groups, set from the start, "
-                "keeps batches alike on any number of shards)"
+                "mixture weights, row_length, rows, optim.accumulate, packing, the tokenizer or the "
+                "number of data shards changed which samples form a batch (loader.groups, set from "
+                "the start, keeps batches alike on any number of shards)"
             )
-        raise ValueError("the data differ from the checkpoint's: " + "; ".join(reasons))
+        raise ValueError(
+            f"the data differ from the checkpoint's: {'; '.join(reasons)}; take the change back, "
+            "or remove the stage's folder `steps` to start it again"
+        )
 
     # ----------------------------------------------------------------------------- report
 
