@@ -282,7 +282,7 @@ class Pipeline:
                 )
         if not reasons:
             reasons.append(
-                "mixture weights, row_length, rows, optim.accumulate, packing, the tokenizer or the "
+                "mixture weights, row_length, rows, optim.accumulate, packing, tokenizer or "
                 "number of data shards changed which samples form a batch (loader.groups, set from "
                 "the start, keeps batches alike on any number of shards)"
             )
