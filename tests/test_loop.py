@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -170,6 +171,23 @@ def test_who_interrupts_compilation_does_not_wait_for_it(monkeypatch):
         loop._compile(runtime, SimpleNamespace(config=stage), pipeline, progress)
     assert time.monotonic() - began < 8
     ended.set()
+
+
+def test_a_result_is_never_without_its_summary(tmp_path, monkeypatch):
+    """A finished stage is passed over: what a crash after its result would lose never comes."""
+
+    def save(folder, params, manifest):
+        assert json.loads((folder.parent / "summary.json").read_text())["heldout"] == {"a": 0.5}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "results", lambda stage, params: (params, []))
+    monkeypatch.setattr(loop, "save_final", save)
+    runtime = SimpleNamespace(run=SimpleNamespace(name="run"), folder=tmp_path, is_writer=True)
+    config = SimpleNamespace(name="tune", merge_lora=False, init=(), mixture={})
+    model = SimpleNamespace(decoder=SimpleNamespace(moe_layers=lambda: ()))
+    stage = SimpleNamespace(config=config, steps=STEPS, model_config=model)
+    with pytest.raises(KeyboardInterrupt):
+        loop._leave(runtime, stage, {}, tmp_path / "final", StageSummary(STEPS, heldout={"a": 0.5}))
 
 
 def test_scoring_ends_when_told(devices):

@@ -14,6 +14,7 @@ from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.disk import WriteError
 from unimoe_jax.loop import StageSummary
+from unimoe_jax.metrics import write_json_atomic
 from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
 from unimoe_jax.setup_data import pool_groups
@@ -182,7 +183,7 @@ def test_a_finished_stage_keeps_its_length(place, devices):
 def test_a_broken_summary_is_named_at_the_start(place, devices):
     final = leave(place, "one")
     path = final.with_name("summary.json")
-    train.write_stage_summary(place / "out", "one", vars(StageSummary(12)))
+    write_json_atomic(path, vars(StageSummary(12)))
     assert train.read_stage_summary(place / "out", "one")["steps"] == 12
     for text in ("{", "[]", json.dumps({"steps": 12})):
         path.write_text(text)

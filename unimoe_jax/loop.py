@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from unimoe_jax.distributed import is_writer, require_same, writer_first
 from unimoe_jax.evaluate import exact_match, to_devices
 from unimoe_jax.losses import MODALITY_LOSSES
 from unimoe_jax.metric_series import metric_name
-from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
+from unimoe_jax.metrics import MetricsWriter, Progress, write_json_atomic, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
 from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline, stage_steps
@@ -385,7 +385,12 @@ def _check_finite(pending, limit: int, saved: int) -> None:
 
 
 def _leave(runtime: Runtime, stage: Stage, params: Flat, folder: Path, summary) -> None:
-    """Write what the stage leaves behind, with a manifest of where it came from."""
+    """Write what the stage leaves behind, with a manifest of where it came from.
+
+    The summary comes first: a stage whose result is there is finished, and never tells again.
+    """
+    if runtime.is_writer:
+        write_json_atomic(folder.with_name("summary.json"), asdict(summary))
     params, changed = results(stage, params)
     run, config = runtime.run, stage.config
     manifest = {

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -173,8 +173,6 @@ def run_stages(runtime: Runtime, only: str | None) -> bool:
             runtime.tell(f"{stage.name}: finished before, passed over")
             continue
         summary = train_stage(runtime, stage)
-        if summary is not None and runtime.is_writer:
-            write_stage_summary(folder, stage.name, asdict(summary))
         if summary is None or runtime.stop.agreed():
             runtime.tell(f"{runtime.stop.reason}: saved; the same command continues")
             return False
@@ -276,14 +274,9 @@ def enable_compilation_cache(config: RunConfig) -> None:
 # --------------------------------------------------------------------------------- results
 
 
-def write_stage_summary(folder: Path, name: str, summary: dict) -> None:
-    """Kept per stage, so that a run finished in several sittings still sums up."""
-    path = folder / "checkpoints" / name / "summary.json"
-    write_json_atomic(path, summary)
-
-
 def read_stage_summary(folder: Path, name: str) -> dict | None:
-    """What `write_stage_summary` wrote, or None if there is nothing.
+    """What `train_stage` has written of a stage, so that a run finished in several sittings still
+    sums up; None if there is nothing.
 
     Raises:
         RunFolderError: the file is not that.
@@ -314,7 +307,10 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
     """summary.json, plots, report, and the block at the end. seconds: that this call took; None if
     it has trained nothing, then the time of the last that has stays."""
     config, folder = runtime.run, runtime.folder
-    found = {stage.name: read_stage_summary(folder, stage.name) for stage in config.stages}
+    names = [stage.name for stage in config.stages]
+    # A stage writes its summary before its result.
+    done = [name for name in names if finished_steps(folder, name) is not None]
+    found = {name: read_stage_summary(folder, name) for name in done}
     stages = {name: summary for name, summary in found.items() if summary is not None}
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     before = last["heldout_before"] if last else {}
