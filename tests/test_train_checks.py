@@ -190,6 +190,17 @@ def test_a_broken_summary_is_named_at_the_start(place, devices):
         assert str(path) in refused(place, RunFolderError)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"wall_seconds": 7.5}'])
+def test_a_broken_summary_of_the_run_is_written_anew(place, devices, text, capsys):
+    leave(place, "one")
+    path = place / "out" / "summary.json"
+    path.write_text(text)
+    config = load(place)
+    runtime = SimpleNamespace(run=config, folder=place / "out", data=config.data, tell=print)
+    train.finish(runtime, None)
+    assert json.loads(path.read_text())["wall_seconds"] == (7.5 if "7.5" in text else None)
+
+
 def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
     config = load(place)
     stage, folder = config.stages[0], place / "steps"

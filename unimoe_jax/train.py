@@ -17,6 +17,7 @@ if __name__ == "__main__":
     restart_with_huge_pages()
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -315,8 +316,10 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     before = last["heldout_before"] if last else {}
     levels = chance_levels(runtime.data, before)
-    if seconds is None and (folder / "summary.json").exists():
-        seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
+    if seconds is None:
+        # There may be none, or a damaged one: it is about to be written anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
     recorded = (folder / METRICS_FILE).exists()
     if not recorded:
         runtime.tell(f"{folder / METRICS_FILE}: missing, so there is no report of the stages")
