@@ -120,6 +120,21 @@ def test_later_stages_are_checked_before_the_first(place, devices, kind, overrid
     assert all(part in text for part in parts), text
 
 
+RANK_3 = "stages.two.lora=[{match: '%s', rank: 3, alpha: 1}]"
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("decoder/.*/moe/.*", "moe/experts/down_proj/lora_a: dimension 2 (rank)"),
+        ("decoder/.*/attention/.*", "attention/k_proj/lora_a: dimension 2 (rank)"),
+    ],
+)
+def test_later_stages_must_fit_the_mesh(place, devices, module, said):
+    text = refused(place, ShardingError, RANK_3 % module, "mesh.rules={rank: data}")
+    assert f"{said} of size 3 does not divide by the 8 shards" in text
+
+
 def scoring_fails(capsys, folder: Path, *overrides: str) -> str:
     """The one line with which `evaluate` ends."""
     assert evaluate.main([str(folder), *overrides]) == 2

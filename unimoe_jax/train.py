@@ -53,7 +53,13 @@ from unimoe_jax.setup_data import (
     pool_groups,
     resolve_sources,
 )
-from unimoe_jax.sharding import current_mesh, data_shards, make_mesh, use_mesh
+from unimoe_jax.sharding import (
+    current_mesh,
+    data_shards,
+    make_mesh,
+    param_sharding,
+    use_mesh,
+)
 from unimoe_jax.stage import check_continues, check_start, parameter_table
 from unimoe_jax.stop import StopSignal
 
@@ -205,6 +211,8 @@ def check(
     for stage in config.stages:
         infos = parameter_table(config, stage)
         if stage.name in planned:
+            for path, info in infos.items():
+                param_sharding(current_mesh(), path, info.shape, info.axes)
             check_start(config, stage, infos, folder, planned)
             if args.resume and not args.overwrite:
                 check_continues(stage, infos, folder / "checkpoints" / stage.name / "steps")
