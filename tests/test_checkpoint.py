@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from unimoe_jax.checkpoint import (
     verify,
 )
 from unimoe_jax.config import MeshConfig
+from unimoe_jax.disk import WriteError, writing
 from unimoe_jax.sharding import make_mesh
 from unimoe_jax.train_step import TrainState
 from unimoe_jax.upcycle import Member
@@ -100,6 +102,50 @@ def test_only_the_newest_are_kept_and_all_are_sealed(saved):
     assert names == ["2", "3"]
     for name in names:
         verify(saved.folder / name)
+
+
+def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, monkeypatch):
+    checkpoints = StepCheckpoints(tmp_path / "steps", keep=1)
+    state = state_on(mesh, PartitionSpec("fsdp"), 1)
+    checkpoints.save(1, state, {})
+    checkpoints.finish()
+
+    def crash(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unimoe_jax.checkpoint.seal", crash)
+        checkpoints.save(2, state, {})
+        with pytest.raises(WriteError, match=r"steps/2: cannot be written \(No space left on"):
+            checkpoints.finish()
+    with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
+        step, *_ = checkpoints.restore_latest(template_of(state), tell=lambda text: None)
+    assert step == 1
+
+
+TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on device "
+
+
+@pytest.mark.parametrize("sign", ["[os_error_code='28']", "[OS error 28: ENOSPC]"])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, sign):
+    def save(*given, **settings):
+        raise ValueError(TENSORSTORE + sign)
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", save)
+    with pytest.raises(
+        WriteError, match=r"^/.*/final: cannot be written \(No space left on device"
+    ):
+        save_final(tmp_path / "final", {"a": KERNEL}, {})
+    with pytest.raises(ValueError, match="a fault of its own"), writing(tmp_path):
+        raise ValueError("a fault of its own")
+
+
+def test_half_written_steps_are_removed(tmp_path, mesh):
+    left = tmp_path / "steps" / "7.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)
+    with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
+        checkpoints.save(8, state_on(mesh, PartitionSpec("fsdp"), 8), {})
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["8"]
 
 
 def test_restore_on_another_mesh(saved, devices):

@@ -16,12 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unimoe_jax import config_io
 from unimoe_jax.compile import PROGRAMS, assumed_batch, main, parse_media, report_path, verdict
+from unimoe_jax.compile_serving import serving_program
 from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.flops import jaxpr_flops, step_flops
 from unimoe_jax.hlo_memory import activation_bytes, occupied
 from unimoe_jax.hlo_stats import Array, read
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
+from unimoe_jax.sharding import ShardingError, make_mesh, use_mesh
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests/multihost.yaml"
@@ -318,6 +320,15 @@ def test_batches_are_half_soft_tokens_unless_told():
     assert assumed_batch(run, run.stages[0], 4, {"image": 3})[0].video_GIFHWC is None
 
 
+def test_only_optimizer_steps_hold_micro_batches():
+    run = config_io.load(CONFIG, ["stages.tune.optim.accumulate=3"])
+    rows = {
+        program: assumed_batch(run, run.stages[0], 4, None, program)[0].token_id_BT.shape[0]
+        for program in ("train", "score")
+    }
+    assert rows == {"train": 24, "score": 8}
+
+
 @pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,", "image=0"])
 def test_bad_media_are_refused(text):
     with pytest.raises(ConfigError, match="NAME=COUNT"):
@@ -357,6 +368,16 @@ def test_targets_are_checked_before_compiling(flag, devices, tmp_path, capsys, m
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {flag} {target}: ") and said in line
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_a_cache_must_divide_over_the_mesh(devices, program):
+    """Kernels do where heads do not: the run can be trained so, but not served."""
+    run = config_io.load(CONFIG, ["mesh={data: 1, tensor: 2}"])
+    mesh = make_mesh(run.mesh, devices[:2])
+    said = r"^model.decoder.num_kv_heads = 1 does not divide over mesh.tensor = 2; allowed: 1 "
+    with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
+        serving_program(run, run.stages[0], mesh, program, 2, 8)
 
 
 def test_reports_of_programs_have_names_of_their_own():

@@ -17,6 +17,7 @@ from unimoe_jax.checkpoint import load_final, open_source, read_manifest, save_f
 from unimoe_jax.config import ModelConfig, RunConfig, Take
 from unimoe_jax.convert.__main__ import main as convert_main
 from unimoe_jax.convert.plan import parameter_shapes
+from unimoe_jax.convert.writer import EmptyArrays
 from unimoe_jax.experts.__main__ import main
 
 RUN = Path(__file__).parent.parent / "configs/run/cumo_tiny.yaml"
@@ -344,6 +345,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         code = stopped.code
     assert code == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(dense, tmp_path, capsys, monkeypatch):
+    async def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(EmptyArrays, "_open_and_write", full)
+    out = tmp_path / "moe"
+    arguments = ("--from", dense, "--to", out, "--module", "decoder", "--num-experts", 2)
+    assert run("upcycle", *arguments) == 2
+    line = capsys.readouterr().err
+    assert line == f"error: {out}: cannot be written (No space left on device)\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -199,7 +199,7 @@ def test_micro_batches_on_an_expert_mesh(devices):
         stage, mesh = built("all_to_all", devices, sizes, additive=True, rules=rules)
         cut = math.prod(sizes)
         for path, info in stage.infos.items():
-            if path.endswith("q_proj/kernel") or path.endswith("experts/fc1/kernel"):
+            if path.endswith(("q_proj/kernel", "experts/fc1/kernel")):
                 held = stage.shardings[path].shard_shape(info.shape)
                 assert math.prod(held) * cut == math.prod(info.shape), path
         run = program(stage, mesh, accumulate, GROUPS)

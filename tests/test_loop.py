@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.loop import StageSummary, TrainingStopped, _Log, _steps
@@ -107,6 +111,94 @@ def test_waiting_for_data_is_a_share_of_the_time_in_which_it_was(devices):
     assert all(0 <= share <= 1 for share in shares), shares
     # The last record comes without another batch; all others waited for most of their time.
     assert min(shares[:-1]) > 0.5, shares
+
+
+@pytest.mark.parametrize(("done", "saved"), [(0, [STEPS]), (STEPS, [])])
+def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, done, saved):
+    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then."""
+    found = []
+
+    class Checkpoints(contextlib.nullcontext):
+        def __init__(self, folder, keep):
+            super().__init__(self)
+
+        def save(self, step, state, position):
+            found.append(step)
+
+    nothing = SimpleNamespace(state=lambda step: {}, steps=STEPS, trained={})
+    position = {"heldout_before": {"a": 0.0}}
+    log = SimpleNamespace(writer=contextlib.nullcontext())
+    monkeypatch.setattr(loop, "StepCheckpoints", Checkpoints)
+    monkeypatch.setattr(loop, "_prepare", lambda *_: (nothing, nothing))
+    monkeypatch.setattr(loop, "_start", lambda *_: (nothing, {}, done, position))
+    monkeypatch.setattr(loop, "_compile", lambda *_: ({}, {}, nothing))
+    monkeypatch.setattr(loop, "_open_log", lambda *_: log)
+    monkeypatch.setattr(loop, "_steps", lambda *_: (nothing, True))
+    monkeypatch.setattr(loop, "exact_match", lambda *given: None if given[-1]() else {"a": 1.0})
+    runtime = SimpleNamespace(
+        run=SimpleNamespace(checkpoint=SimpleNamespace(keep=1), log=SimpleNamespace(every=1)),
+        stop=SimpleNamespace(agreed=lambda: True),
+        folder=tmp_path,
+        mesh=None,
+        is_writer=False,
+    )
+    stage = SimpleNamespace(name="tune", evaluate=("a",))
+    assert loop.train_stage(runtime, stage) is None
+    assert found == saved
+
+
+def test_who_interrupts_compilation_does_not_wait_for_it(monkeypatch):
+    started, ended = threading.Event(), threading.Event()
+
+    class Program:
+        def __init__(self, name):
+            self.name = name
+
+        def compile(self):
+            if self.name == "interrupted":
+                started.wait(30)
+                raise KeyboardInterrupt
+            started.set()
+            ended.wait(10)
+
+    monkeypatch.setattr(loop, "lower_step", lambda run, stage, mesh, name: Program(name))
+    names = dict.fromkeys(("interrupted", "long"))
+    pipeline = SimpleNamespace(signatures=names, spec=lambda name: name)
+    runtime, stage = SimpleNamespace(run=None, mesh=None), SimpleNamespace(evaluate=())
+    progress = SimpleNamespace(announce=lambda text: None)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        loop._compile(runtime, SimpleNamespace(config=stage), pipeline, progress)
+    assert time.monotonic() - began < 8
+    ended.set()
+
+
+def test_a_result_is_never_without_its_summary(tmp_path, monkeypatch):
+    """A finished stage is passed over: what a crash after its result would lose never comes."""
+
+    def save(folder, params, manifest):
+        assert json.loads((folder.parent / "summary.json").read_text())["heldout"] == {"a": 0.5}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "results", lambda stage, params: (params, []))
+    monkeypatch.setattr(loop, "save_final", save)
+    runtime = SimpleNamespace(run=SimpleNamespace(name="run"), folder=tmp_path, is_writer=True)
+    config = SimpleNamespace(name="tune", merge_lora=False, init=(), mixture={})
+    model = SimpleNamespace(decoder=SimpleNamespace(moe_layers=lambda: ()))
+    stage = SimpleNamespace(config=config, steps=STEPS, model_config=model)
+    with pytest.raises(KeyboardInterrupt):
+        loop._leave(runtime, stage, {}, tmp_path / "final", StageSummary(STEPS, heldout={"a": 0.5}))
+
+
+def test_scoring_ends_when_told(devices):
+    mesh = make_mesh(MeshConfig(), devices[:1])
+    pipeline = SimpleNamespace(
+        batches=lambda **_: ((step, frozenset(), {}) for step in range(9)), steps_per_epoch=9
+    )
+    scored = []
+    fns = {frozenset(): lambda params, batch: scored.append(batch)}
+    assert evaluate.exact_match({}, pipeline, fns, mesh, lambda: len(scored) == 3) is None
+    assert len(scored) == 3
 
 
 def test_a_state_that_would_stop_training_is_not_saved(devices):

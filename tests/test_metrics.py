@@ -1,9 +1,11 @@
 """The records, the progress line and env.json."""
 
 import builtins
+import errno
 import io
 import json
 import subprocess
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +227,22 @@ def test_write_json_atomic_keeps_the_old_file_when_it_fails(tmp_path):
         metrics.write_json_atomic(path, {"loss": object()})
     assert json.loads(path.read_text()) == {"loss": "nan"}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    """Of a file that is open, Python does not say which it is."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/env\.json'"):
+        metrics.write_json_atomic(tmp_path / "env.json", {})
+    with metrics.MetricsWriter(tmp_path, "tune", 3) as writer, monkeypatch.context() as patch:
+        patch.setattr(writer, "_file", SimpleNamespace(name="metrics.jsonl", write=full))
+        with pytest.raises(OSError, match=r"No space left on device: 'metrics\.jsonl'"):
+            writer.write(1, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_progress_line_names_the_module_of_router_losses():

@@ -36,6 +36,15 @@ from unimoe_jax.distributed import (
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 120, 20
 BAD_SAMPLE = "`conversations` is missing or empty (bad: malformed_record)"
+JOIN = """
+import argparse, time
+from unimoe_jax import distributed
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+distributed.initialize(parser.parse_args())
+print("joined")
+time.sleep(60)
+"""
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
 
 
@@ -108,11 +117,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-    """`count` processes of the training program that find each other by flags."""
+def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def start(count: int, command: list[str]) -> list[subprocess.Popen]:
+    """`count` processes of the training program that find each other by flags."""
+    address = free_address()
     found = [
         ["--coordinator", address, "--processes", str(count), "--process", str(index)]
         if count > 1
@@ -280,6 +293,22 @@ def test_failures_of_all_are_told_once(place):
     assert "Traceback" not in "".join(outcome.printed)
 
 
+def test_a_process_that_has_nothing_to_save_ends_when_told():
+    """jax would take SIGTERM as a note to itself from the moment that processes are joined."""
+    found = ["--coordinator", free_address(), "--processes", "1", "--process", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOIN, *found], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "joined\n"
+    time.sleep(0.5)  # jax would do so in a thread
+    process.terminate()
+    try:
+        process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -293,6 +322,23 @@ def test_a_fault_of_its_own_is_no_lost_peer(error, lost, monkeypatch):
     assert not lost_peer(error)  # alone
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert lost_peer(error) == lost
+
+
+def test_an_interrupted_program_leaves_at_once():
+    """Threads that compile end in their own time, and Python waits for them."""
+    program = (
+        "import signal, sys, threading, time; from unimoe_jax import distributed; "
+        "threading.Thread(target=time.sleep, args=(60,)).start(); "
+        "sys.exit(distributed.guard(lambda: signal.raise_signal(signal.SIGINT)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 # -------------------------------------------------------------------------- finding each other
@@ -311,6 +357,10 @@ JOBSET = {
 }
 
 
+SRUN = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "7"}
+SRUN |= {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+
+
 @pytest.mark.parametrize(
     ("given", "env", "found"),
     [
@@ -326,7 +376,8 @@ JOBSET = {
             Processes("flags", "b:2", 2, 1),
         ),
         ({}, JOBSET, Processes("jobset", "run-workers-0-0.run:8476", 4, 3)),
-        ({}, {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "8"}, Processes("slurm")),
+        ({}, SRUN, Processes("slurm")),
+        ({"cluster": "slurm"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Processes("slurm")),
         ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # a script without srun
         ({}, {"TPU_WORKER_HOSTNAMES": "h0,h1"}, Processes("tpu")),
         ({}, {"TPU_WORKER_HOSTNAMES": "h0"}, None),
@@ -375,6 +426,10 @@ def test_cpu_collectives_get_threads_and_an_order(flags_given, several, expected
         ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "process 2 of 2"),
         ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
         ({}, {"JOBSET_NAME": "run"}, "REPLICATED_JOB_NAME, PROCESSES"),
+        ({"cluster": "SLURM"}, {}, "UNIMOE_CLUSTER='SLURM': allowed: auto, slurm"),
+        ({"cluster": "slurm"}, {"SLURM_JOB_ID": "7"}, "SLURM_STEP_NODELIST, .* start with srun"),
+        ({}, {**SRUN, "SLURM_STEP_NUM_TASKS": "8(x2)"}, r"SLURM_STEP_NUM_TASKS='8\(x2\)'"),
+        ({}, {**SRUN, "SLURM_PROCID": ""}, "SLURM_PROCID=''"),
     ],
 )
 def test_incomplete_settings_are_named(given, env, message):

@@ -45,6 +45,29 @@ def test_a_run_directory_is_written_locked_and_continued(config):
         claimed(config.model_copy(update={"seed": 1}))
 
 
+def fail_with(config, records: str = "") -> None:
+    """A resumed run that ends in an error after it has logged `records`."""
+    with claim(config, overwrite=False, resume=True) as folder:
+        assert config_io.load(folder / "config.yaml") == config
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(records)
+        raise ValueError("the data do not fit")
+
+
+def test_a_refused_command_is_not_what_the_run_was_trained_with(config):
+    """Taking back a change that the checkpoints do not fit needs no flag."""
+    folder = claimed(config)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    other = config.model_copy(update={"seed": 2})
+    with pytest.raises(ValueError, match="do not fit"):
+        fail_with(other)
+    assert claimed(config) == folder
+    with pytest.raises(ValueError, match="do not fit"):
+        fail_with(other, records="{}\n")
+    with pytest.raises(RunFolderError, match="other settings"):
+        claimed(config)
+
+
 def test_what_trained_a_run_is_kept(config):
     folder = claimed(config)
     (folder / "env.json").write_text("of the training")

@@ -12,12 +12,14 @@ import pytest
 from unimoe_jax import config_io, evaluate, train
 from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.disk import WriteError
 from unimoe_jax.loop import StageSummary
+from unimoe_jax.metrics import write_json_atomic
 from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
 from unimoe_jax.setup_data import pool_groups
-from unimoe_jax.sharding import ShardingError, planned_mesh, use_mesh
-from unimoe_jax.stage import check_continues, parameter_table
+from unimoe_jax.sharding import ShardingError, make_mesh, planned_mesh, use_mesh
+from unimoe_jax.stage import build_stage, check_continues, parameter_table
 from unimoe_jax.train_step import TrainState
 
 RUN = """
@@ -118,6 +120,21 @@ def test_later_stages_are_checked_before_the_first(place, devices, kind, overrid
     assert all(part in text for part in parts), text
 
 
+RANK_3 = "stages.two.lora=[{match: '%s', rank: 3, alpha: 1}]"
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("decoder/.*/moe/.*", "moe/experts/down_proj/lora_a: dimension 2 (rank)"),
+        ("decoder/.*/attention/.*", "attention/k_proj/lora_a: dimension 2 (rank)"),
+    ],
+)
+def test_later_stages_must_fit_the_mesh(place, devices, module, said):
+    text = refused(place, ShardingError, RANK_3 % module, "mesh.rules={rank: data}")
+    assert f"{said} of size 3 does not divide by the 8 shards" in text
+
+
 def scoring_fails(capsys, folder: Path, *overrides: str) -> str:
     """The one line with which `evaluate` ends."""
     assert evaluate.main([str(folder), *overrides]) == 2
@@ -181,11 +198,22 @@ def test_a_finished_stage_keeps_its_length(place, devices):
 def test_a_broken_summary_is_named_at_the_start(place, devices):
     final = leave(place, "one")
     path = final.with_name("summary.json")
-    train.write_stage_summary(place / "out", "one", vars(StageSummary(12)))
+    write_json_atomic(path, vars(StageSummary(12)))
     assert train.read_stage_summary(place / "out", "one")["steps"] == 12
     for text in ("{", "[]", json.dumps({"steps": 12})):
         path.write_text(text)
         assert str(path) in refused(place, RunFolderError)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"wall_seconds": 7.5}'])
+def test_a_broken_summary_of_the_run_is_written_anew(place, devices, text, capsys):
+    leave(place, "one")
+    path = place / "out" / "summary.json"
+    path.write_text(text)
+    config = load(place)
+    runtime = SimpleNamespace(run=config, folder=place / "out", data=config.data, tell=print)
+    train.finish(runtime, None)
+    assert json.loads(path.read_text())["wall_seconds"] == (7.5 if "7.5" in text else None)
 
 
 def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
@@ -216,10 +244,35 @@ def test_experts_must_divide_over_the_mesh(place, count):
         parameter_table(config, config.stages[1])
 
 
+def test_what_cpus_lack_is_named(place, devices):
+    config = load(place, "mesh={data: 4, expert: 2}", "model.decoder.moe.exchange=ragged")
+    mesh = make_mesh(config.mesh, devices)
+    said = r"^model.decoder.moe.exchange = ragged: .* auto \| gather"
+    with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
+        build_stage(config, config.stages[1], mesh, 1)
+
+
 def test_groups_that_were_set_are_named(place):
     config = load(place, "data.loader.groups=3")
     with pytest.raises(ConfigError, match=r"rows = 8 .* data.loader.groups = 3; .*1 or 2 or 4"):
         pool_groups(config, config.stages[0], 1)
+
+
+@pytest.mark.parametrize("text", ["requeue", "-1", "256"])
+def test_what_is_no_exit_code_is_refused(place, devices, monkeypatch, text):
+    monkeypatch.setenv("UNIMOE_STOPPED_CODE", text)
+    assert f"UNIMOE_STOPPED_CODE={text!r}" in refused(place, ConfigError)
+
+
+@pytest.mark.parametrize("error", [WriteError("out: full"), OSError(28, "No space left", "out")])
+def test_what_cannot_be_written_stops_a_run_in_a_line(place, monkeypatch, capsys, error):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main(["--config", str(place / "run.yaml"), "--cluster", "none"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: ") and "out" in line
 
 
 def test_the_next_command_is_one_that_works(place):

@@ -30,6 +30,7 @@ import tensorstore as ts
 import xxhash
 
 from unimoe_jax.config_yaml import ConfigError, parse
+from unimoe_jax.disk import writing
 from unimoe_jax.distributed import all_texts, is_writer, lost_peer, wait_for_all
 from unimoe_jax.upcycle import Index, Source
 
@@ -38,6 +39,7 @@ MANIFEST = "manifest.json"
 UNSEALED = frozenset({"generation_config.json"})  # there to be edited
 AGAIN = "take another copy of the checkpoint, or write it again"
 ORIGINAL = "copy this file again from the source, or import again"
+RESUME = "; the same command goes on from the last checkpoint when it can"
 CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
 
 
@@ -158,8 +160,10 @@ class StepCheckpoints:
     """Asynchronous, numbered checkpoints of one stage; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.folder, self.keep = folder.absolute(), keep
+        # What a crash has left half-written goes. Orbax would also remove older steps before a new
+        # one is sealed: a crash between the two would leave none that can be used.
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "position")
         )
@@ -167,21 +171,32 @@ class StepCheckpoints:
         self._sealing: Future | None = None
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Start writing; returns as soon as the state has been copied off the devices."""
+        """Start writing; returns as soon as the state has been copied off the devices.
+
+        Raises:
+            WriteError: this step or the one before cannot be written.
+        """
         self.finish()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
-        self._manager.save(step, args=items, force=True)
+        with writing(self.folder / str(step), RESUME):
+            self._manager.save(step, args=items, force=True)
         # As soon as it is written: a crash before the next save must not cost this one.
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        seal(self.folder / str(step))
+        with writing(self.folder / str(step), RESUME):
+            self._manager.wait_until_finished()
+            seal(self.folder / str(step))
+        if is_writer():
+            steps = sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
+            for old in steps[: -self.keep]:
+                # What cannot be removed now is tried again after the next step.
+                shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def finish(self) -> None:
-        """Wait until the write under way is complete and sealed."""
+        """Wait until the write under way is complete and sealed. Raises WriteError."""
         if self._sealing is not None:
             self._sealing.result()
             self._sealing = None
@@ -244,7 +259,7 @@ class StepCheckpoints:
 
         Reads descriptions alone and changes nothing: for checks before a run is touched.
         """
-        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        steps = [int(path.name) for path in folder.glob("*") if _is_step(path)]
         for step in sorted(steps, reverse=True):
             try:
                 state = folder.absolute() / str(step) / "state"
@@ -269,6 +284,10 @@ class StepCheckpoints:
             self.close()
 
 
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal()
+
+
 # ------------------------------------------------------------------------- stage results
 
 
@@ -279,8 +298,16 @@ def _chunks(leaf: Any) -> ocp.SaveArgs:
 
 
 def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write a finished stage beside its place, seal it, then rename: never half-written."""
-    folder = folder.absolute()
+    """Write a finished stage beside its place, seal it, then rename: never half-written.
+
+    Raises:
+        WriteError: no space, or no permission.
+    """
+    with writing(folder, RESUME):
+        _save_final(folder.absolute(), params, manifest)
+
+
+def _save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     if is_writer():
         shutil.rmtree(partial, ignore_errors=True)

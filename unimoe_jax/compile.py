@@ -91,16 +91,21 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
 
 
 def assumed_batch(
-    run: RunConfig, stage: StageConfig, shards: int, media: Mapping[str, int] | None
+    run: RunConfig,
+    stage: StageConfig,
+    shards: int,
+    media: Mapping[str, int] | None,
+    program: str = "train",
 ) -> tuple[Batch, dict[str, int]]:
-    """(ArraySpecs of one optimizer step's batch, pool entries per pool group)."""
+    """(ArraySpecs of the batch of a train or a score step, pool entries per pool group)."""
     model, loader = run.stage_model(stage), stage.loader or run.data.loader
     groups = pool_groups(run, stage, shards)
     tokens = model.tokens_per_medium()
     if media is None:
         room = MEDIA_SHARE * loader.rows * loader.row_length / groups
         media = {name: max(1, round(room / len(tokens) / size)) for name, size in tokens.items()}
-    times = stage.optim.accumulate
+    # Micro-batches are those of an optimizer step: scoring has none, as in `heldout_pipeline`.
+    times = stage.optim.accumulate if program == "train" else 1
     spec = batch_spec(model, loader.rows * times, loader.row_length, groups * times, dict(media))
     return spec, dict(media)
 
@@ -186,7 +191,7 @@ def compile_program(
         report["memory"], make = serving_program(run, config, mesh, args.program, rows, length)
     else:
         media = parse_media(args.media, run.stage_model(config))
-        spec, media = assumed_batch(run, config, data_shards(mesh), media)
+        spec, media = assumed_batch(run, config, data_shards(mesh), media, args.program)
         rows, length = spec.token_id_BT.shape
         report |= {"rows": rows, "row_length": length, "media_per_pool_group": media}
         stage = build_stage(run, config, mesh, steps=config.optim.steps or 1000)

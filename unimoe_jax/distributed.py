@@ -36,6 +36,9 @@ WAIT_SECONDS = 24 * 3600
 LEAVE_SECONDS = 5
 """How long a process that failed waits to see whether all others failed as well."""
 PORT = 8476
+CLUSTERS = ("auto", "slurm", "tpu", "jobset", "none")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+"""What jax reads of a task that `srun` has started."""
 ALIKE_LOG = "unimoe_jax.data.index"
 """Logs what all processes find in the same files; process 0 tells it."""
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -80,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     group.add_argument(
         "--cluster",
-        choices=("auto", "slurm", "tpu", "jobset", "none"),
-        default=os.environ.get("UNIMOE_CLUSTER", "auto"),
+        choices=CLUSTERS,
+        default=os.environ.get("UNIMOE_CLUSTER") or "auto",
         help="who started the processes; `tpu` on all workers of a Cloud TPU pod",
     )
 
@@ -93,6 +96,8 @@ def find_processes(args: argparse.Namespace, env: Mapping[str, str]) -> Processe
         DistributedError: settings that are incomplete or contradict each other.
     """
     cluster = args.cluster
+    if cluster not in CLUSTERS:  # argparse takes any default
+        raise DistributedError(f"UNIMOE_CLUSTER={cluster!r}: allowed: {', '.join(CLUSTERS)}")
     if cluster == "none":
         return None
     explicit = _explicit(args, env)
@@ -101,7 +106,7 @@ def find_processes(args: argparse.Namespace, env: Mapping[str, str]) -> Processe
     if cluster == "jobset" or (cluster == "auto" and "JOBSET_NAME" in env):
         return _jobset(env)
     if cluster == "slurm" or (cluster == "auto" and _under_srun(env)):
-        return Processes("slurm")
+        return _slurm(env)
     # A pod on Kubernetes names its workers; one made by gcloud does not: there, say --cluster tpu.
     if cluster == "tpu" or (cluster == "auto" and "," in env.get("TPU_WORKER_HOSTNAMES", "")):
         return Processes("tpu")
@@ -153,7 +158,17 @@ def _checked(found: Processes) -> Processes:
 
 def _under_srun(env: Mapping[str, str]) -> bool:
     # A batch script without srun has the job's variables, but not those of a step.
-    return "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    tasks = _number(None, "SLURM_STEP_NUM_TASKS", env)
+    return "SLURM_STEP_NODELIST" in env and (tasks or 1) > 1
+
+
+def _slurm(env: Mapping[str, str]) -> Processes:
+    missing = [name for name in SLURM if name not in env]
+    if missing:
+        raise DistributedError(f"SLURM: {', '.join(missing)} not set; start with srun")
+    for name in SLURM[2:]:
+        _number(None, name, env)
+    return Processes("slurm")
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -176,6 +191,9 @@ def initialize(args: argparse.Namespace) -> None:
         }
     elif found.method == "slurm":
         options |= {"cluster_detection_method": "slurm"}
+    # It would note SIGTERM for those who ask, and nothing here does: a program could not be ended
+    # before it has anything to save, and one that saves nothing never.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
@@ -324,7 +342,8 @@ def guard(body: Callable[[], int]) -> int:
     try:
         code = body()
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
+        fail("interrupted", 130)
+        _leave_now(130)  # an orderly exit would wait for threads that compile
     except Exception as error:
         if not _joined():
             raise

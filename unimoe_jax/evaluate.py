@@ -9,10 +9,11 @@ every question the media of another: what remains is what the model guesses with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,24 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def exact_match(
-    params: Flat, pipeline: Pipeline, compiled: Mapping[Signature, Any], mesh: Mesh
-) -> dict[str, float]:
-    """Accuracy per source of one pass over `pipeline`; `compiled`: scoring step per signature."""
+    params: Flat,
+    pipeline: Pipeline,
+    compiled: Mapping[Signature, Any],
+    mesh: Mesh,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Accuracy per source of one pass over `pipeline`; `compiled`: scoring step per signature. None
+    if `stopped`, which is asked before every step, said so first."""
     right, total = Counter(), Counter()
     batches = pipeline.batches(
         parts=own_data_shards(mesh), of=data_shards(mesh), stop_step=pipeline.steps_per_epoch
     )
-    pending = [
-        (step, compiled[signature](params, to_devices(batch, mesh)))
-        for step, signature, batch in batches
-    ]
+    pending = []
+    with contextlib.closing(batches):
+        for step, signature, batch in batches:
+            if stopped():
+                return None
+            pending.append((step, compiled[signature](params, to_devices(batch, mesh))))
     for step, (exact_BS, real_BS) in pending:
         exact_BS, real_BS = np.asarray(exact_BS), np.asarray(real_BS)
         for row, sources in enumerate(pipeline.sources_at(step)):

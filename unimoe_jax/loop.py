@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from unimoe_jax.distributed import is_writer, require_same, writer_first
 from unimoe_jax.evaluate import exact_match, to_devices
 from unimoe_jax.losses import MODALITY_LOSSES
 from unimoe_jax.metric_series import metric_name
-from unimoe_jax.metrics import MetricsWriter, Progress, write_text_atomic
+from unimoe_jax.metrics import MetricsWriter, Progress, write_json_atomic, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
-from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline
+from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline, stage_steps
 from unimoe_jax.sharding import data_shards, own_data_shards
 from unimoe_jax.stage import (
     Stage,
@@ -203,9 +203,15 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
         step_fns, score_fns, heldout = _compile(runtime, stage, pipeline, progress)
         summary.resume(position)
         started -= summary.seconds  # as if the earlier sittings had ended just now
-        if config.evaluate and summary.heldout_before is None:
+
+        def score() -> dict[str, float] | None:
             params = {**frozen, **state.trained}
-            summary.heldout_before = exact_match(params, heldout, score_fns, mesh)
+            return exact_match(params, heldout, score_fns, mesh, runtime.stop.agreed)
+
+        if config.evaluate and summary.heldout_before is None:
+            summary.heldout_before = score()
+            if summary.heldout_before is None:
+                return None
         log = _open_log(runtime, stage, pipeline, progress, summary, done)
 
         def save(step: int, state: TrainState) -> None:
@@ -218,9 +224,13 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             )
         if not finished:
             return None
-        params = {**frozen, **state.trained}
         if config.evaluate:
-            summary.heldout = exact_match(params, heldout, score_fns, mesh)
+            summary.heldout = score()
+            if summary.heldout is None:  # scoring may outlast a scheduler's patience
+                if done < stage.steps:
+                    save(stage.steps, state)
+                return None
+    params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
     summary.samples = pipeline.tally.as_json()
@@ -254,8 +264,7 @@ def _prepare(runtime: Runtime, config: StageConfig) -> tuple[Pipeline, Stage]:
 
     pipeline = writer_first("indices", build)
     require_same(f"data of stage {config.name}", json.dumps(pipeline.state(0), sort_keys=True))
-    steps = config.optim.steps or pipeline.steps(config.optim.epochs)
-    stage = build_stage(run, config, mesh, steps)
+    stage = build_stage(run, config, mesh, stage_steps(config, pipeline))
     if runtime.is_writer:
         table = runtime.folder / "params" / f"{config.name}.txt"
         table.parent.mkdir(exist_ok=True)
@@ -309,9 +318,12 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
         for name in (heldout.signatures if heldout else ())
     }
     progress.announce(f"compiling {len(jobs)} programs,")
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    pool = ThreadPoolExecutor(max_workers=4)
+    try:
         compiled = pool.map(lambda job: job().compile(), jobs.values())
         done = dict(zip(jobs, compiled, strict=True))
+    finally:  # who interrupts this does not wait for minutes of it
+        pool.shutdown(wait=False, cancel_futures=True)
     steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}
     scores = {key[1]: fn for key, fn in done.items() if key[0] == "score"}
     return steps, scores, heldout
@@ -373,7 +385,12 @@ def _check_finite(pending, limit: int, saved: int) -> None:
 
 
 def _leave(runtime: Runtime, stage: Stage, params: Flat, folder: Path, summary) -> None:
-    """Write what the stage leaves behind, with a manifest of where it came from."""
+    """Write what the stage leaves behind, with a manifest of where it came from.
+
+    The summary comes first: a stage whose result is there is finished, and never tells again.
+    """
+    if runtime.is_writer:
+        write_json_atomic(folder.with_name("summary.json"), asdict(summary))
     params, changed = results(stage, params)
     run, config = runtime.run, stage.config
     manifest = {

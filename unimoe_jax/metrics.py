@@ -24,6 +24,7 @@ from rich.live import Live
 from rich.text import Text
 
 from unimoe_jax.config import MODULES
+from unimoe_jax.disk import named
 from unimoe_jax.metric_series import metric_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -69,11 +70,14 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 beside `path`, syncs it to disk and renames it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with named(path), temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
@@ -141,17 +145,20 @@ class MetricsWriter:
         if clash:
             raise ValueError(f"metrics may not be called {clash}: every record has these already")
         record = head | jsonable(values)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with named(self._file.name):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             for tag, number in _scalars(record):
                 self._board.add_scalar(tag, number, record["step"])
             self._board.flush()
 
     def close(self) -> None:
-        for sink in (self._file, self._board):
-            if sink is not None:
-                sink.close()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            with named(self._file.name):  # what could not be written is tried again
+                self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -84,8 +84,23 @@ def _locked(config: RunConfig, folder: Path, overwrite: bool, resume: bool) -> I
             _remove_run(folder)
         if not resume and _has_trained(folder):
             _check_settings(folder / "config.yaml", dump(config))
-        write_text_atomic(folder / "config.yaml", dump(config))
+        with _settings_of_what_trains(folder, dump(config)):
+            yield
+
+
+@contextlib.contextmanager
+def _settings_of_what_trains(folder: Path, text: str) -> Iterator[None]:
+    """config.yaml holds `text` from here on, unless an error comes before anything was trained with
+    it: a command that was refused must not make the one before it `other settings`."""
+    path = folder / "config.yaml"
+    before, trained = path.read_text() if path.exists() else text, _trained(folder)
+    write_text_atomic(path, text)
+    try:
         yield
+    except Exception:
+        if before != text and _trained(folder) == trained:
+            write_text_atomic(path, before)
+        raise
 
 
 def _check_is_run(folder: Path) -> None:
@@ -114,6 +129,13 @@ def _remove_run(folder: Path) -> None:
 def _has_trained(folder: Path) -> bool:
     """Whether there is anything that other settings would mix with."""
     return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*/*/*"))
+
+
+def _trained(folder: Path) -> tuple[int, list[Path]]:
+    """What changes with every step: the size of the records, and the folders of checkpoints."""
+    path = folder / "metrics.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    return size, sorted((folder / "checkpoints").glob("*/*/*"))
 
 
 def _check_settings(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from unimoe_jax.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data import embedded
 from unimoe_jax.data.pipeline import Pipeline
-from unimoe_jax.data.records import PLACEHOLDERS, RecordFile, path_groups
+from unimoe_jax.data.records import PLACEHOLDERS, RecordFile, path_groups, turns_of
 from unimoe_jax.data.tally import BadSample, index_log
 from unimoe_jax.data.tokenizer import Tokenizer
 
@@ -149,6 +149,21 @@ def stage_pipeline(
     )
 
 
+def stage_steps(stage: StageConfig, pipeline: Pipeline) -> int:
+    """How many steps the stage trains on the batches of `pipeline`.
+
+    Raises:
+        ConfigError: none; it would leave what it began with.
+    """
+    steps = stage.optim.steps or pipeline.steps(stage.optim.epochs)
+    if not steps:
+        raise ConfigError(
+            f"stages.{stage.name}.optim.epochs = {stage.optim.epochs:g}: less than one step; "
+            f"batches per epoch: {pipeline.steps_per_epoch}; set more epochs, or optim.steps"
+        )
+    return steps
+
+
 def heldout_pipeline(
     run: RunConfig, stage: StageConfig, data: DataConfig, tokenizer: Tokenizer, groups: int
 ) -> Pipeline:
@@ -178,42 +193,44 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
     a guess among the answers that the same question has elsewhere, whichever is more."""
     levels = {}
     for name in sources:
-        # Records without a question and its answer were passed over, and are counted as bad.
-        pairs = [pair for pair in map(_last_pair, _records(data.sources[name])) if pair]
+        pairs = list(_answered(_records(data.sources[name])))
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
         choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
         # A question asked once or twice says nothing about what else it could be answered with.
         guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2)
-        levels[name] = max(guess, *answers.values(), 0) / max(1, len(pairs))
+        levels[name] = max(*answers.values(), guess, 0) / max(1, len(pairs))
     return levels
 
 
-def _last_pair(record: dict) -> tuple[str, str] | None:
-    """The last question of a record and its answer."""
-    turns = record.get("conversations")
-    last = turns[-2:] if isinstance(turns, list) else []
-    told = [turn.get("value") for turn in last if isinstance(turn, dict)]
-    whole = len(told) == 2 and all(isinstance(value, str) for value in told)
-    return tuple(told) if whole else None
+def _answered(records: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    """The last question and its answer of every record that has them; others are counted as bad
+    where samples are read."""
+    for record in records:
+        with contextlib.suppress(BadSample):
+            *_, question, answer = turns_of(record)
+            yield question.text, answer.text
 
 
 def _records(source: SourceConfig) -> list[dict]:
-    """As the loader reads them; {} for one that it cannot read.
+    """The records that can be read, found as the loader finds them.
 
     Raises:
-        ConfigError: that is all of them.
+        ConfigError: there are none.
     """
-    file, records, broken = RecordFile(source.path), [], None
+    try:
+        file = RecordFile(source.path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found, problem = [], ""
     for number in range(len(file)):
         try:
-            records.append(file.read(number))
-        except BadSample as error:
-            records.append({})
-            broken = broken or error
-    if broken and not any(records):
-        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({broken})")
-    return records
+            found.append(file.read(number))
+        except BadSample as bad:
+            problem = problem or bad.message
+    if not found:
+        raise ConfigError(f"{source.path}: neither a JSON list nor JSON lines ({problem})")
+    return found
 
 
 def with_shuffled_media(data: DataConfig, sources: Iterable[str], folder: Path) -> DataConfig:

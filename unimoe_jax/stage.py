@@ -31,7 +31,16 @@ from unimoe_jax.params import (
     split,
     table,
 )
-from unimoe_jax.sharding import check_divides, current_mesh, data_shards, param_sharding, replicated
+from unimoe_jax.sharding import (
+    ShardingError,
+    check_divides,
+    current_mesh,
+    current_platform,
+    data_shards,
+    mesh_axes,
+    param_sharding,
+    replicated,
+)
 from unimoe_jax.train_step import TrainState, init_state
 from unimoe_jax.upcycle import Source, Start, members, needed_sources, origin_of, start_of
 
@@ -60,8 +69,7 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
     """
     config = run.stage_model(stage)
     for module, moe in config.experts().items():
-        place = "decoder" if module == "decoder" else f"vision.{module}"
-        check_divides(f"model.{place}.moe.num_experts", moe.num_experts, "expert")
+        check_divides(f"{_moe_key(module)}.num_experts", moe.num_experts, "expert")
     model = UniMoE(config, LayerOptions(lora=config.lora))
     mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
     batch = full_batch(config, data_shards(mesh) if mesh else 1)
@@ -70,6 +78,10 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
         return table(shapes, stage.train, run.precision)
     except ParamError as error:
         raise ParamError(f"stages.{stage.name}.{error}") from None
+
+
+def _moe_key(module: str) -> str:
+    return f"model.{'decoder' if module == 'decoder' else f'vision.{module}'}.moe"
 
 
 @dataclass(frozen=True)
@@ -128,9 +140,16 @@ def build_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, steps: int) -> S
     """Models, parameter table, shardings and optimizer of a stage. Must run inside `use_mesh`.
 
     Raises:
-        ParamError, ShardingError: rules or shapes that do not fit; the parameter is named.
+        ParamError, ShardingError: rules or shapes that do not fit; the parameter is named. Or an
+            exchange of tokens that the devices do not have.
     """
     config = run.stage_model(stage)
+    for module, moe in config.experts().items():
+        if moe.exchange == "ragged" and mesh_axes("expert") and current_platform() == "cpu":
+            raise ShardingError(
+                f"{_moe_key(module)}.exchange = ragged: CPUs have no such collective; allowed "
+                "there: auto | gather | all_to_all"
+            )
     dtype = jnp.dtype(run.precision.compute)
     infos = parameter_table(run, stage)
     schedule = learning_rate(stage.optim, steps)
@@ -214,10 +233,9 @@ def _check_count(
     at, member = members(path, info.shape, moe_layers)[0]
     count = info.shape[len(at)] if member.expert is not None else len(take.experts)
     if count != len(take.experts):
-        place = "decoder" if member.module == "decoder" else f"vision.{member.module}"
         raise ParamError(
-            f"{key}: names {len(take.experts)} origins, but model.{place}.moe.num_experts = "
-            f"{count}; allowed: one for every expert"
+            f"{key}: names {len(take.experts)} origins, but {_moe_key(member.module)}.num_experts "
+            f"= {count}; allowed: one for every expert"
         )
 
 

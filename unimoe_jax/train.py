@@ -17,12 +17,13 @@ if __name__ == "__main__":
     restart_with_huge_pages()
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -33,6 +34,7 @@ from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.disk import WriteError
 from unimoe_jax.distributed import require_same, wait_for_all, writer_first
 from unimoe_jax.dry_run import dry_run
 from unimoe_jax.evaluate import SCORING_ERRORS, is_scorable
@@ -51,14 +53,20 @@ from unimoe_jax.setup_data import (
     pool_groups,
     resolve_sources,
 )
-from unimoe_jax.sharding import current_mesh, data_shards, make_mesh, use_mesh
+from unimoe_jax.sharding import (
+    current_mesh,
+    data_shards,
+    make_mesh,
+    param_sharding,
+    use_mesh,
+)
 from unimoe_jax.stage import check_continues, check_start, parameter_table
 from unimoe_jax.stop import StopSignal
 
 SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
 LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
 SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
-STOPPED_CODE = int(os.environ.get("UNIMOE_STOPPED_CODE", "0"))
+STOPPED_CODE = "UNIMOE_STOPPED_CODE"
 # Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
 DATA_ERRORS = (FileNotFoundError, ValueError)
 
@@ -112,7 +120,7 @@ def _main(args: argparse.Namespace) -> int:
         if args.debug or distributed.lost_peer(error):
             raise
         return distributed.fail(f"error: {error}", 2)
-    except (TrainingStopped, TooManyBadSamples) as error:
+    except (TrainingStopped, TooManyBadSamples, WriteError, OSError) as error:
         if args.debug:
             raise
         return distributed.fail(f"stopped: {error}", 1)
@@ -124,6 +132,7 @@ def _main(args: argparse.Namespace) -> int:
 def run(config: RunConfig, args: argparse.Namespace) -> int:
     """All stages (or one) in order; finished stages are passed over."""
     started = time.monotonic()
+    stopped = stopped_code()
     check_stage_name(config, args.stage)
     if args.stage and args.overwrite:
         raise ConfigError(
@@ -146,7 +155,19 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             done = run_stages(runtime, args.stage)
             if done and runtime.is_writer:
                 finish(runtime, time.monotonic() - started if ahead else None)
-    return 0 if done else STOPPED_CODE
+    return 0 if done else stopped
+
+
+def stopped_code() -> int:
+    """What the launcher is told when a run has stopped and saved.
+
+    Raises:
+        ConfigError: the environment holds what is no exit code.
+    """
+    text = os.environ.get(STOPPED_CODE) or "0"
+    if not text.isdecimal() or int(text) > 255:
+        raise ConfigError(f"{STOPPED_CODE}={text!r}: allowed: exit codes, 0..255")
+    return int(text)
 
 
 def run_stages(runtime: Runtime, only: str | None) -> bool:
@@ -159,8 +180,6 @@ def run_stages(runtime: Runtime, only: str | None) -> bool:
             runtime.tell(f"{stage.name}: finished before, passed over")
             continue
         summary = train_stage(runtime, stage)
-        if summary is not None and runtime.is_writer:
-            write_stage_summary(folder, stage.name, asdict(summary))
         if summary is None or runtime.stop.agreed():
             runtime.tell(f"{runtime.stop.reason}: saved; the same command continues")
             return False
@@ -192,6 +211,8 @@ def check(
     for stage in config.stages:
         infos = parameter_table(config, stage)
         if stage.name in planned:
+            for path, info in infos.items():
+                param_sharding(current_mesh(), path, info.shape, info.axes)
             check_start(config, stage, infos, folder, planned)
             if args.resume and not args.overwrite:
                 check_continues(stage, infos, folder / "checkpoints" / stage.name / "steps")
@@ -262,14 +283,9 @@ def enable_compilation_cache(config: RunConfig) -> None:
 # --------------------------------------------------------------------------------- results
 
 
-def write_stage_summary(folder: Path, name: str, summary: dict) -> None:
-    """Kept per stage, so that a run finished in several sittings still sums up."""
-    path = folder / "checkpoints" / name / "summary.json"
-    write_json_atomic(path, summary)
-
-
 def read_stage_summary(folder: Path, name: str) -> dict | None:
-    """What `write_stage_summary` wrote, or None if there is nothing.
+    """What `train_stage` has written of a stage, so that a run finished in several sittings still
+    sums up; None if there is nothing.
 
     Raises:
         RunFolderError: the file is not that.
@@ -300,13 +316,18 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
     """summary.json, plots, report, and the block at the end. seconds: that this call took; None if
     it has trained nothing, then the time of the last that has stays."""
     config, folder = runtime.run, runtime.folder
-    found = {stage.name: read_stage_summary(folder, stage.name) for stage in config.stages}
+    names = [stage.name for stage in config.stages]
+    # A stage writes its summary before its result.
+    done = [name for name in names if finished_steps(folder, name) is not None]
+    found = {name: read_stage_summary(folder, name) for name in done}
     stages = {name: summary for name, summary in found.items() if summary is not None}
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     before = last["heldout_before"] if last else {}
     levels = chance_levels(runtime.data, before)
-    if seconds is None and (folder / "summary.json").exists():
-        seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
+    if seconds is None:
+        # There may be none, or a damaged one: it is about to be written anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
     recorded = (folder / METRICS_FILE).exists()
     if not recorded:
         runtime.tell(f"{folder / METRICS_FILE}: missing, so there is no report of the stages")

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from itertools import product
+from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +144,17 @@ def test_hosts_threads_and_workers_do_not_change_the_batches(build, mixed):
         same(one, two)
 
 
+def test_an_index_that_cannot_be_written_is_named(build, mixed, monkeypatch, tmp_path):
+    def full(*_, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    data = data_config(mixed, voice="speech").model_copy(update={"cache": str(tmp_path / "cache")})
+    with pytest.raises(OSError, match=r"No space left on device: '.*/cache/index-.*\.npz'"):
+        build(data)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
     pipeline = build(mixed)
     for step, signature, batch in pipeline.batches(stop_step=pipeline.steps_per_epoch):
@@ -147,12 +166,36 @@ def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
 
 
 def test_worker_processes_give_the_same_batches(build, mixed):
-    steps = 3
+    """Also after signals that a terminal or a scheduler sends to all processes of a run: the last
+    step before it stops may need a batch."""
+    steps = 6
     whole = list(build(mixed).batches(stop_step=steps))
     for workers in (1, 2):
-        pipeline = build(mixed, LOADER.model_copy(update={"workers": workers}))
+        pipeline = build(mixed, LOADER.model_copy(update={"workers": workers, "prefetch": 1}))
         for (_, _, one), (_, _, two) in zip(whole, pipeline.batches(stop_step=steps), strict=True):
             same(one, two)
+            for worker, number in product(active_children(), (signal.SIGINT, signal.SIGTERM)):
+                os.kill(worker.pid, number)
+
+
+def test_workers_end_with_a_program_that_was_killed():
+    worker = "import os, time; from unimoe_jax.data.workers import stay_with_parent; "
+    worker += "stay_with_parent(0, 1); print(os.getpid(), flush=True); time.sleep(60)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        number = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(number):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(number: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{number}/cmdline").read_bytes())  # of a zombie nothing is left
+    except OSError:
+        return False
 
 
 def test_resuming_equals_going_on(build, mixed):
@@ -174,7 +217,9 @@ def test_a_changed_data_set_is_refused_on_resume(build, mixed):
     state = build(mixed).state(3)
     with pytest.raises(ValueError, match="seed was 3, is 4"):
         build(mixed, seed=4).check_state(state)
-    with pytest.raises(ValueError, match="which samples form a batch"):
+    with pytest.raises(
+        ValueError, match=r"rows, optim.accumulate, .* take the change back, or remove"
+    ):
         build(mixed, LOADER.model_copy(update={"rows": 2})).check_state(state)
     records = json.loads(mixed.read_text())
     mixed.write_text(json.dumps(records[1:]))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.data.helpers import Folder, data_config, model_config, talk
 from unimoe_jax.config import LoaderConfig, OptimConfig, RunConfig, StageConfig
+from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.pipeline import Pipeline
-from unimoe_jax.setup_data import heldout_pipeline, stage_pipeline
+from unimoe_jax.setup_data import (
+    chance_levels,
+    heldout_pipeline,
+    stage_pipeline,
+    stage_steps,
+    with_shuffled_media,
+)
 
 LOADER = LoaderConfig(row_length=128, rows=2)
 
@@ -79,3 +88,38 @@ def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokeni
         for row in range(2):
             is_text = not (batch.slot_BT[row] >= 0).any()
             assert is_text or "image" in signature
+
+
+def test_a_stage_has_a_step(mixed, tokenizer):
+    run, one = run_of(mixed)
+    pipeline = stage_pipeline(run, one, run.data, tokenizer, 1)
+    for epochs, steps in ((0.6, 1), (3.0, 3)):
+        optim = OptimConfig(learning_rate=1, epochs=epochs)
+        assert stage_steps(one.model_copy(update={"optim": optim}), pipeline) == steps
+    optim = OptimConfig(learning_rate=1, epochs=0.2)
+    with pytest.raises(
+        ConfigError, match=r"stages.one.optim.epochs = 0.2: .* per epoch: 1; set more"
+    ):
+        stage_steps(one.model_copy(update={"optim": optim}), pipeline)
+
+
+BROKEN = (
+    '{"conversations": [',
+    "[]",
+    '{"conversations": [{"from": "human"}, {"from": "gpt"}]}',
+    "{}",
+)
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_chance_counts_what_can_be_scored(folder: Folder, form):
+    """A run is summed up after all of it was trained: what reading passes over must not end it."""
+    good = [json.dumps(talk(f"say\u2028{word}", word), ensure_ascii=False) for word in "aab"]
+    lines = [*good, *(BROKEN if form == "lines" else BROKEN[1:])]
+    text = "\n".join(lines) if form == "lines" else f"[{', '.join(lines)}]"
+    path = folder.root / "data.json"
+    path.write_text("\ufeff" * (form == "list") + text)
+    data = data_config(path, LOADER)
+    assert chance_levels(data, ["all"]) == {"all": pytest.approx(2 / 3)}
+    shuffled = with_shuffled_media(data, ["all"], folder.root)
+    assert chance_levels(shuffled, ["all"]) == {"all": pytest.approx(2 / 3)}

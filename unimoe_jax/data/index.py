@@ -127,16 +127,22 @@ def _write(path: Path, index: Index) -> None:
     events = json.dumps([asdict(event) for event in index.events]).encode()
     # Processes of several hosts may have the same number: in a container each is 1.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    with open(partial, "wb") as file:
-        np.savez_compressed(
-            file,
-            good=index.good,
-            tokens=index.tokens,
-            labels=index.labels,
-            entries=index.entries,
-            events=np.frombuffer(events, np.uint8),
-        )
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(
+                file,
+                good=index.good,
+                tokens=index.tokens,
+                labels=index.labels,
+                entries=index.entries,
+                events=np.frombuffer(events, np.uint8),
+            )
+        partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of an open file it is not known
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, reader: SampleReader) -> Index | None:

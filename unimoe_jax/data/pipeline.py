@@ -23,6 +23,7 @@ from unimoe_jax.data.samples import SampleReader
 from unimoe_jax.data.stream import BatchWriter
 from unimoe_jax.data.tally import BadSample, Tally, pack_events, unpack_events
 from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.data.workers import stay_with_parent
 
 EVENTS = "events"
 
@@ -240,7 +241,8 @@ class Pipeline:
         return dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=loader.workers, per_worker_buffer_size=max(loader.prefetch, 1)
-            )
+            ),
+            stay_with_parent,
         )
 
     # ------------------------------------------------------------------------------ state
@@ -280,11 +282,14 @@ class Pipeline:
                 )
         if not reasons:
             reasons.append(
-                "mixture weights, row_length, rows, packing, the tokenizer or the number of data "
-                "shards changed which samples form a batch (loader.groups, set from the start, "
-                "keeps batches alike on any number of shards)"
+                "mixture weights, row_length, rows, optim.accumulate, packing, tokenizer or "
+                "number of data shards changed which samples form a batch (loader.groups, set from "
+                "the start, keeps batches alike on any number of shards)"
             )
-        raise ValueError("the data differ from the checkpoint's: " + "; ".join(reasons))
+        raise ValueError(
+            f"the data differ from the checkpoint's: {'; '.join(reasons)}; take the change back, "
+            "or remove the stage's folder `steps` to start it again"
+        )
 
     # ----------------------------------------------------------------------------- report
 

@@ -203,7 +203,7 @@ class RecordReader:
     def record(self, number: int) -> Record:
         """The validated record `number`; raises `BadSample`."""
         content = self.file.read(number)
-        turns = _turns(content)
+        turns = turns_of(content)
         media = {PLACEHOLDERS[key]: self._files(key, content) for key in PLACEHOLDERS}
         media = {placeholder: files for placeholder, files in media.items() if files}
         _check_counts(turns, media)
@@ -283,7 +283,8 @@ def _check_unicode(text: str, what: str) -> None:
         ) from error
 
 
-def _turns(content: dict) -> tuple[Turn, ...]:
+def turns_of(content: dict) -> tuple[Turn, ...]:
+    """Questions and answers in turn; raises `BadSample` where they are not."""
     conversations = content.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         keys = ", ".join(map(ascii, content)) or "nothing"

@@ -28,7 +28,7 @@ from unimoe_jax.sharding import (
     current_mesh,
     current_platform,
     mesh_axes,
-    spec_for,
+    param_sharding,
 )
 
 Exchange = Literal["auto"] | ExchangeForm
@@ -63,7 +63,8 @@ def moe_ffn(
             products of a training step for T · K rows of the hidden width, twice for SwiGLU.
 
     Raises:
-        ShardingError: the mesh cuts experts over some of the batch's axes and others.
+        ShardingError: the mesh cuts experts over some of the batch's axes and others, or does not
+            divide their weights.
     """
     tokens = x_BTD.shape[0] * x_BTD.shape[1]
     row_BT = jnp.arange(tokens, dtype=jnp.uint32).reshape(x_BTD.shape[:2])
@@ -189,8 +190,8 @@ def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange, 
     if not once or set(hidden) & set(batch) or list(axes.values())[-1][1] == "mlp":
         hidden = ()
     leaves = tuple(
-        _leaf(path, axes, batch, cut, hidden)
-        for path, _ in jax.tree_util.tree_leaves_with_path(weights)
+        _leaf(path, w.shape, axes, batch, cut, hidden)
+        for path, w in jax.tree_util.tree_leaves_with_path(weights)
     )
     shards, tokens = _size(mesh, cut), rows.row_X.size // _size(mesh, batch)
     top_k, here = rows.expert_XK.shape[-1], experts // shards
@@ -204,8 +205,12 @@ def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange, 
     return replace(job, group=Group(cut, shards, here, batch, capacity), form=form)
 
 
-def _leaf(path, axes, batch, cut, hidden) -> _Leaf:
-    """Of the array at `path`, a layer's name and what it is there."""
+def _leaf(path, shape, axes, batch, cut, hidden) -> _Leaf:
+    """Of the array at `path`, a layer's name and what it is there.
+
+    Raises:
+        ShardingError: the mesh does not divide it.
+    """
     layer, kind = (key.key for key in path)
     first, last = axes[layer]
     logical = {
@@ -223,7 +228,8 @@ def _leaf(path, axes, batch, cut, hidden) -> _Leaf:
     partial_here = hidden if "mlp" not in logical else ()
     shared = tuple(a for a in batch if a not in cut and a not in scattered) + partial_here
     once = bool(hidden) and kind == "bias" and last != "mlp"
-    return _Leaf(spec_for(logical, f"{layer}/{kind}"), gathered, shared, once)
+    placed = param_sharding(current_mesh(), f"moe/experts/{layer}/{kind}", shape, logical)
+    return _Leaf(placed.spec, gathered, shared, once)
 
 
 # ------------------------------------------------------------------------------- the fast path
