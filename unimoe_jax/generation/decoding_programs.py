@@ -13,7 +13,6 @@ from unimoe_jax.generation.programs import Programs
 from unimoe_jax.generation.state import MOST_STEPS, State, no_newcomers
 from unimoe_jax.models.served import ServedDecoder, Step, Weights
 from unimoe_jax.nn.decode_attention import KVCache
-from unimoe_jax.sharding import check_divides, use_mesh
 
 
 class DecodingPrograms:
@@ -33,9 +32,6 @@ class DecodingPrograms:
         self.decoder, self.weights, self.programs = decoder, weights, programs
         self.eos, self.trace = eos, trace
         self.most = decoder.config.max_positions
-        with use_mesh(programs.mesh, programs.rules):
-            # Training cuts kernels only, whose width may divide where the heads do not.
-            check_divides("model.decoder.num_kv_heads", decoder.config.num_kv_heads, "kv_heads")
 
     def round_rows(self, rows: int) -> int:
         """Rows of a batch: a power of two, times the data shards."""
