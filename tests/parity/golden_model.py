@@ -131,6 +131,8 @@ class Golden:
         for call, part in enumerate((slice(images), slice(images, None))):
             out[f"vision_tower_features/call{call}"] = features[part]
             out[f"mm_projector_out/call{call}"] = soft[part]
+        if not (inputs["features_mask"] > 0).any():
+            return out
         for name, value in self._sound_outputs(params[self.system.voice]).items():
             out |= {f"{name}/call{call}": value[call : call + 1] for call in range(len(value))}
         return out
