@@ -268,6 +268,12 @@ class BeatsConfig(Config):
     norm_eps: float = 1e-5
     remat: bool = False
 
+    @property
+    def projects(self) -> bool:
+        """Whether a linear layer leads from patches to states; the original has none in between
+        equal widths."""
+        return self.embed_size != self.hidden_size
+
 
 class MlpConnectorConfig(Config):
     """`depth` linear layers with exact GELU in between (LLaVA's mlp{depth}x_gelu)."""

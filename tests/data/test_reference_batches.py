@@ -28,7 +28,7 @@ SMALL = {"hidden_size": 8, "mlp_dim": 8, "num_layers": 1, "num_heads": 1}
 QUERIES = QueryConnectorConfig(kind="qformer", num_queries=10, **SMALL)
 
 
-def model(voice: str, image_size: int) -> ModelConfig:
+def model(voice: str, image_size: int, aspect: str) -> ModelConfig:
     speech = SpeechConfig(
         encoder=WhisperConfig(max_positions=1500, **SMALL),
         connector=QUERIES,
@@ -37,7 +37,9 @@ def model(voice: str, image_size: int) -> ModelConfig:
     audio = AudioConfig(encoder=BeatsConfig(embed_size=8, **SMALL), connector=QUERIES)
     return ModelConfig(
         decoder=DecoderConfig(vocab_size=384, num_kv_heads=1, **SMALL),
-        vision=VisionConfig(encoder=ClipConfig(image_size=image_size, patch_size=14, **SMALL)),
+        vision=VisionConfig(
+            encoder=ClipConfig(image_size=image_size, patch_size=14, **SMALL), aspect=aspect
+        ),
         speech=speech if voice == "speech" else None,
         audio=audio if voice == "audio" else None,
     )
@@ -49,7 +51,10 @@ def test_media_equal_the_reference_collator(root):
         names = ("images", "videos", "input_features", "features_mask", "image_mask", "video_mask")
         expected = {name: file[name] for name in names}
         voice = "audio" if "padding_masks" in file else "speech"
-    config = model(voice, expected["images"].shape[-1])
+    # The collator cuts or pads images as the fine-tune's config.json says.
+    tuned = next(root.glob("checkpoint/*/adapter_config.json")).with_name("config.json")
+    aspect = json.loads(tuned.read_text()).get("image_aspect_ratio") or "square"
+    config = model(voice, expected["images"].shape[-1], aspect)
     accepts = frozenset(config.tokens_per_medium())
     reader = RecordReader(root.name, RecordFile(root / "data.json"), root, voice, accepts)
     processors = Processors(config)

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from tests.close import assert_close
 from unimoe_jax.config import BeatsConfig
+from unimoe_jax.convert.tables.beats import encoder_copies
 from unimoe_jax.encoders.beats import (
     QUERY_CHUNK,
     BeatsEncoder,
@@ -40,6 +41,20 @@ CONFIG = BeatsConfig(
 )
 SAMPLES = 3300  # 18 frames of a 25 ms window every 10 ms
 FRAMES = 18
+
+
+def test_no_projection_between_equal_widths():
+    """The original has no post_extract_proj then, and its checkpoint no such tensor."""
+    config = CONFIG.model_copy(update={"embed_size": CONFIG.hidden_size})
+    fbank, length = jnp.zeros((1, FRAMES, config.mel_bins)), jnp.array([SAMPLES])
+    shapes = jax.eval_shape(
+        lambda key: BeatsEncoder(config, LayerOptions()).init(key, fbank, length, SAMPLES),
+        jax.random.key(0),
+    )
+    assert "embed_proj" not in shapes["params"]
+    names = {copy.src for copy in encoder_copies(config, "audio/encoder")}
+    assert not any("post_extract_proj" in name for name in names)
+    assert "beats:layer_norm.weight" in names
 
 
 @pytest.mark.parametrize(

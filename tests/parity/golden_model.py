@@ -29,7 +29,7 @@ from unimoe_jax.encoders.whisper import WhisperEncoder
 from unimoe_jax.models.decoder import Block, Context, Decoder, DecoderOutput
 from unimoe_jax.models.token_stream import token_stream
 from unimoe_jax.models.unimoe import Audio, Pictures, Speech, Vision
-from unimoe_jax.nn.linear import LayerOptions, Linear
+from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.norm import RMSNorm
 from unimoe_jax.nn.packed_attention import tiles_of
 from unimoe_jax.nn.rope import rope_tables
@@ -40,7 +40,7 @@ INSPECTED = ("mlp_norm", "modality_map", "moe")
 
 
 class Text(nn.Module):
-    """Decoder and head on an embedded stream, under the names the whole model gives them."""
+    """The decoder on an embedded stream, under the name the whole model gives it."""
 
     config: ModelConfig
     options: LayerOptions
@@ -49,11 +49,7 @@ class Text(nn.Module):
     def __call__(self, x_BTD, position_BT, mask_BTS, modality_BT):
         decoder = Decoder(self.config.decoder, self.options, frozenset({"hidden"}), name="decoder")
         valid_BT = jnp.ones(modality_BT.shape, bool)
-        out = decoder(x_BTD, position_BT, mask_BTS, modality_BT, valid_BT)
-        head = Linear(
-            self.config.decoder.vocab_size, self.options, axes=("embed", "vocab"), name="lm_head"
-        )
-        return head(out.hidden_BTD), out
+        return decoder(x_BTD, position_BT, mask_BTS, modality_BT, valid_BT)
 
 
 class Outputs(NamedTuple):
@@ -135,6 +131,8 @@ class Golden:
         for call, part in enumerate((slice(images), slice(images, None))):
             out[f"vision_tower_features/call{call}"] = features[part]
             out[f"mm_projector_out/call{call}"] = soft[part]
+        if not (inputs["features_mask"] > 0).any():
+            return out
         for name, value in self._sound_outputs(params[self.system.voice]).items():
             out |= {f"{name}/call{call}": value[call : call + 1] for call in range(len(value))}
         return out
@@ -186,14 +184,20 @@ class Golden:
         """(stream, logits, what the decoder left)."""
         stream = self.stream(params, spliced, soft)
         position, mask = positions_and_mask(spliced.attended, stream.shape[1])
-        logits, out = Text(self.config, self.options).apply(
-            {"params": {"decoder": params["decoder"], "lm_head": params["lm_head"]}},
+        out = Text(self.config, self.options).apply(
+            {"params": {"decoder": params["decoder"]}},
             stream,
             position,
             mask,
             jnp.asarray(spliced.modality),
         )
-        return stream, logits, out
+        return stream, self.logits(params, out.hidden_BTD), out
+
+    def logits(self, params: dict, hidden_BTD: jax.Array) -> jax.Array:
+        """[B,T,V], from a head of its own or the embedding's."""
+        if self.config.decoder.tie_embeddings:
+            return hidden_BTD @ params["embed"]["embedding"].T
+        return hidden_BTD @ params["lm_head"]["kernel"]
 
     def losses(self, logits: jax.Array, aux: Any, spliced: Spliced) -> dict[str, jax.Array]:
         """Language loss and, where the checkpoint's config asks for them, 8e's three losses."""
@@ -258,7 +262,7 @@ class Golden:
         """Final norm and logits."""
         norm = RMSNorm(self.config.decoder.norm_eps, self.options)
         normed = norm.apply({"params": {"scale": self.flat["decoder/final_norm/scale"]}}, hidden)
-        return normed @ self.flat["lm_head/kernel"]
+        return self.logits(nest(self.flat), normed)
 
 
 def language_loss(logits: jax.Array, spliced: Spliced) -> jax.Array:

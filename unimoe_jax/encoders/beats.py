@@ -4,7 +4,7 @@ Parameters, with p the patch size, E = `embed_size`, K conv taps in g groups, N 
 
     patch_embedding/kernel        [p·p, E]     rows ordered (frame, mel bin); no bias
     patch_norm/{scale,bias}       [E]
-    embed_proj/{kernel [E,D], bias [D]}
+    embed_proj/{kernel [E,D], bias [D]}       only where E differs from D, as released
     conv_position/weight_v        [K, D/g, D]  (tap, input channel of the group, output channel)
     conv_position/weight_g        [K]
     conv_position/bias            [D]
@@ -278,11 +278,12 @@ class BeatsEncoder(nn.Module):
             q=patch,
         )
         embed = Linear(config.embed_size, options, axes=(None, "embed"), name="patch_embedding")
-        x_BTE = LayerNorm(config.norm_eps, options, name="patch_norm")(embed(patches_BTC))
-        project = Linear(
-            config.hidden_size, options, use_bias=True, axes=(None, "embed"), name="embed_proj"
-        )
-        x_BTD = project(x_BTE)
+        x_BTD = LayerNorm(config.norm_eps, options, name="patch_norm")(embed(patches_BTC))
+        if config.projects:
+            project = Linear(
+                config.hidden_size, options, use_bias=True, axes=(None, "embed"), name="embed_proj"
+            )
+            x_BTD = project(x_BTD)
 
         tokens = x_BTD.shape[1]
         visible_BT = visible_tokens(length_B, num_samples, frames, tokens)

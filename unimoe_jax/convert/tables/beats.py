@@ -55,7 +55,7 @@ def encoder_copies(config: BeatsConfig, dst: str) -> list[Copy]:
             patch,
         ),
         *norm("beats:layer_norm", f"{dst}/patch_norm"),
-        *linear("beats:post_extract_proj", f"{dst}/embed_proj"),
+        *(linear("beats:post_extract_proj", f"{dst}/embed_proj") if config.projects else ()),
         Entry(f"{pos}weight_v", f"{dst}/conv_position/weight_v", "o i k -> k i o"),
         Entry(f"{pos}weight_g", f"{dst}/conv_position/weight_g", "1 1 k -> k"),
         Entry(f"{pos}bias", f"{dst}/conv_position/bias"),
