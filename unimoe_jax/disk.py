@@ -29,6 +29,8 @@ def writing(what: Path, then: str = "") -> Iterator[None]:
         if found is None and not isinstance(error, OSError):
             raise
         reason = found[1].strip() if found else error.strerror or str(error)
+        if isinstance(error, OSError) and error.filename:  # maybe a source that cannot be read
+            reason += f": {error.filename}"
         raise WriteError(f"{what}: cannot be written ({reason}){then}") from error
 
 

@@ -18,7 +18,6 @@ from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import Resolution, read_slice, release_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
 from unimoe_jax.convert.writer import Chunk, Leaf, Work, write_checkpoint
-from unimoe_jax.disk import WriteError, writing
 
 MODEL_FILE = "model.yaml"
 Tell = Callable[[str], None]
@@ -45,12 +44,7 @@ def import_checkpoint(
         tell(line)
     sums: dict[Path, str] = {}
     finish = partial(_finish, resolution, sources, options, dtype, sums)
-    work = work_of(resolution, sources, sums)
-    try:
-        with writing(folder):
-            write_checkpoint(folder, leaves_of(resolution), work, finish)
-    except WriteError as error:
-        raise ConvertError(str(error)) from error
+    write_checkpoint(folder, leaves_of(resolution), work_of(resolution, sources, sums), finish)
     tell(verdict(resolution, folder))
     return resolution
 

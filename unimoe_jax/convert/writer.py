@@ -30,6 +30,7 @@ import tensorstore as ts
 
 from unimoe_jax.checkpoint import MANIFEST, new_sum, seal
 from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.disk import WriteError, writing
 
 # Every thread holds one source tensor's pages and one block, so few threads bound the memory.
 WORKERS = min(6, (os.cpu_count() or 1) + 1)
@@ -126,10 +127,17 @@ def write_checkpoint(
         finish: gets the unfinished folder, adds side files and returns the manifest.
 
     Raises:
-        ConvertError: `folder` exists, or the disk is too small; or whatever a chunk raises. Nothing
-            is left behind then.
+        ConvertError: `folder` exists, or cannot be written; or whatever a chunk raises. Nothing is
+            left behind then.
     """
-    folder = folder.absolute()
+    try:
+        with writing(folder):
+            _write(folder.absolute(), leaves, work, finish)
+    except WriteError as error:
+        raise ConvertError(str(error)) from error
+
+
+def _write(folder: Path, leaves, work, finish) -> None:
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
         raise ConvertError(f"{folder}: exists already; remove it or choose another --to")

@@ -14,7 +14,6 @@ import numpy as np
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint
-from unimoe_jax.disk import WriteError, writing
 from unimoe_jax.experts.making import Made
 from unimoe_jax.experts.opened import Opened, Part, model_text
 from unimoe_jax.upcycle import place
@@ -36,11 +35,7 @@ def write(
     stacked = stack(made)
     leaves = {path: leaf_of(path, parts) for path, parts in stacked.items()}
     finish = partial(_finish, made, base, sources, command, text, leaves)
-    try:
-        with writing(folder):
-            write_checkpoint(folder, leaves, chunks(stacked), finish)
-    except WriteError as error:
-        raise ConvertError(str(error)) from error
+    write_checkpoint(folder, leaves, chunks(stacked), finish)
     for line in table(made):
         tell(line)
     numbers = sum(leaf.size for leaf in leaves.values())
