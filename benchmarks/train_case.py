@@ -10,6 +10,7 @@ import numpy as np
 
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 ROWS, ROW_LENGTH, SEGMENTS = 4, 512, 4
+EPOCH = 2000  # samples, of which one batch is taken
 SAMPLES = ("equal", "varied")
 
 
@@ -59,9 +60,9 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
     vision = built.model_config.vision
     side = vision.encoder.image_size if signature == "image" else None
     media = 1 + vision.num_tokens if side else 0
-    lengths = varied_samples(media) if samples == "varied" else equal_samples()
+    lengths, room = varied_samples(media) if samples == "varied" else equal_samples()
     vocabulary = built.model_config.decoder.vocab_size
-    batch = make_batch(vocabulary, side, vision.num_tokens, lengths)
+    batch = make_batch(vocabulary, (room, side), vision.num_tokens, lengths)
     np.savez(folder / "batch.npz", **batch)
     kinds = built.model_config.decoder.moe_layers()
     description = {
@@ -82,31 +83,53 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
     (folder / "case.json").write_text(json.dumps(description))
 
 
-def equal_samples() -> list[list[int]]:
-    """Lengths of the samples of each row: four alike, rows full."""
-    return [[ROW_LENGTH // SEGMENTS] * SEGMENTS] * ROWS
+def equal_samples() -> tuple[list[list[int]], int]:
+    """(lengths of the samples of each row: four alike, rows full; how many images there are)."""
+    return [[ROW_LENGTH // SEGMENTS] * SEGMENTS] * ROWS, ROWS * SEGMENTS
 
 
-def varied_samples(media: int) -> list[list[int]]:
-    """The same of text as long as in instruction data, after `media` positions of an image: samples
-    as they come, each in the first row that holds it, until one fits nowhere."""
-    rows: list[list[int]] = [[] for _ in range(ROWS)]
-    # Padded one to a row, text of this seed makes 2.4 times its tokens: the median of 300 seeds.
+def varied_samples(media: int) -> tuple[list[list[int]], int]:
+    """(the same of text as long as in instruction data, after `media` positions of an image; how
+    many images a batch has room for), as the package's own packing puts such samples in batches.
+
+    Of an epoch's batches it is the one in the middle by how many positions its samples take on
+    PyTorch's side, padded one to a row.
+    """
+    from unimoe_jax.config import LoaderConfig
+    from unimoe_jax.data.batch import POOLS
+    from unimoe_jax.data.plan import Plan, Samples
+
     random = np.random.default_rng(8)
-    for length in media + common.text_lengths(random, 1000, ROW_LENGTH - media):
-        row = next((row for row in rows if sum(row) + length <= ROW_LENGTH), None)
-        if row is None:
-            break
-        row.append(int(length))
-    return rows
+    tokens = media + common.text_lengths(random, EPOCH, ROW_LENGTH - media)
+    entries = np.zeros((EPOCH, len(POOLS)), np.int64)
+    entries[:, POOLS.index("image")] = media > 0
+    source, record = np.zeros(EPOCH, np.int64), np.arange(EPOCH)
+    loader = LoaderConfig(row_length=ROW_LENGTH, rows=ROWS)
+    samples = Samples(source, record, tokens, entries, ("made up",), (1.0,))
+    plan = Plan(samples, loader, 0, 1, True)
+    epoch = plan.epoch(0)
+    batches = [
+        [tokens[epoch.row(row)].tolist() for row in rows]
+        for rows in epoch.batches.tolist()
+        if min(rows) >= 0
+    ]
+    batches.sort(key=padded)
+    return batches[len(batches) // 2], plan.capacity(plan.signatures[0]).get("image", 0)
+
+
+def padded(rows: list[list[int]]) -> float:
+    """Positions per token if the samples of these rows are padded to the longest."""
+    lengths = [length for row in rows for length in row]
+    return len(lengths) * max(lengths) / sum(lengths)
 
 
 def make_batch(
-    vocab_size: int, image_size: int | None, patches: int, samples: list[list[int]]
+    vocab_size: int, pool: tuple[int, int | None], patches: int, samples: list[list[int]]
 ) -> dict[str, np.ndarray]:
     """A batch of random tokens in samples of these lengths, the later half of each with targets.
-    With `image_size`, each sample begins with one image."""
-    random = np.random.default_rng(0)
+    pool: room for so many images, pixels of a side; with a size, each sample begins with one."""
+    # With seed 0 a token's second and third expert in `small` are 1e-6 apart: rounding decides.
+    random = np.random.default_rng(1)
     shape = (ROWS, ROW_LENGTH)
     position, segment, length = (np.zeros(shape, np.int32) for _ in range(3))
     image, images = np.zeros(shape, np.int32), 0
@@ -126,9 +149,11 @@ def make_batch(
         "modality_BT": np.where(segment > 0, 0, -1).astype(np.int32),
         "slot_BT": np.full(shape, -1, np.int32),
     }
+    room, image_size = pool
     if image_size:
-        pixels = (1, images, image_size, image_size, 3)
-        batch["image_GIHWC"] = random.standard_normal(pixels, dtype=np.float32)
+        pixels = np.zeros((1, room, image_size, image_size, 3), np.float32)
+        pixels[:, :images] = random.standard_normal(pixels[:, :images].shape, dtype=np.float32)
+        batch["image_GIHWC"] = pixels
         inside = (segment > 0) & (position >= 1) & (position <= patches)
         batch["slot_BT"] = np.where(inside, image * patches + position - 1, -1).astype(np.int32)
         batch["modality_BT"][inside] = 1
@@ -138,7 +163,7 @@ def make_batch(
 
 def one_per_row(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The samples of a packed batch as the originals collate them: one in a row, padded on the
-    right to the longest. What belongs to no position stays as it is."""
+    right to the longest. Images: those that there are, without room for more."""
     rows, segment = [], batch["segment_BT"]
     for row, numbers in enumerate(segment):
         rows += [(row, numbers == number) for number in range(1, numbers.max() + 1)]
@@ -150,4 +175,6 @@ def one_per_row(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number, (row, here) in enumerate(rows):
             full[number, : here.sum()] = batch[name][row, here]
         alone[name] = full
+    if "image_GIHWC" in batch:
+        alone["image_GIHWC"] = batch["image_GIHWC"][:, : len(rows)]
     return alone
