@@ -12,7 +12,7 @@ import pytest
 
 from unimoe_jax.config import MoEConfig
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.nn.stack import Run, layer_runs, scan_layers, where_is
+from unimoe_jax.nn.stack import CPU_UNROLL, Run, layer_runs, scan_layers, where_is
 
 ALL_SMALL = [kinds for length in range(9) for kinds in product((False, True), repeat=length)]
 
@@ -85,3 +85,17 @@ def test_scan_equals_a_loop(remat: bool):
     out, outputs = stack.apply(params, *args)
     np.testing.assert_allclose(out, carry, rtol=1e-6)
     np.testing.assert_allclose(outputs, carries, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "remat", "loop"),
+    [(CPU_UNROLL, False, False), (CPU_UNROLL + 1, False, True), (3, True, True)],
+)
+def test_on_cpus_short_stacks_are_no_loop(length: int, remat: bool, loop: bool):
+    stack = scan_layers(
+        Scale, length, remat, "layers", options=LayerOptions(), start=1.0, recomputed=remat
+    )
+    args = (jnp.float32(2), jnp.arange(float(length)), jnp.float32(0.5))
+    params = stack.init(jax.random.key(0), *args)
+    program = jax.jit(jax.grad(lambda params: stack.apply(params, *args)[0]))
+    assert ("while" in program.lower(params).as_text()) == loop
