@@ -213,6 +213,14 @@ def test_capacity_limits_every_row_of_the_batch(factor: float):
     assert (dropped > 0) == (factor < 4)
 
 
+def test_capacity_is_that_of_the_factor_as_written():
+    """1.1 · 50 · 2 / 10 is 11; in floats it is above that, and 12 when rounded up."""
+    expert = np.stack([np.zeros((1, 50)), np.ones((1, 50))], axis=-1).astype(np.int32)
+    kept, _, dropped = limit_load(expert, np.ones(expert.shape, np.float32), 10, 1.1)
+    assert [int(np.sum(kept == e)) for e in (0, 1)] == [11, 11]
+    assert int(dropped) == 100 - 22
+
+
 def test_the_layer_counts_what_it_drops():
     """And only where a capacity is set; statistics of routing keep all choices."""
     x, there = inputs_of(ROWS, LENGTH), np.ones((ROWS, LENGTH), bool)

@@ -12,6 +12,7 @@ back. In the backward pass gradients of weights are summed straight into the sha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -105,7 +106,8 @@ def limit_load(
     earlier tokens before later ones. Rows are never cut: the result is the same on any mesh.
     """
     _, length, top_k = expert_BTK.shape
-    capacity = -int(-capacity_factor * length * top_k // experts)
+    # As written, not as its float: 1.1 · 100 is above 110, which rounded up would be one slot more.
+    capacity = -(-Fraction(str(capacity_factor)) * length * top_k // experts)
     by_choice = jnp.moveaxis(expert_BTK, 2, 1)  # [B,K,T]: all first choices come first
     chosen = jax.nn.one_hot(by_choice, experts, dtype=jnp.int32).reshape(
         -1, top_k * length, experts
