@@ -347,6 +347,19 @@ def test_a_header_that_understates_its_length_costs_the_surplus_only(build, fold
     assert pipeline.tally.count("capped", "header_too_short") == 1
 
 
+def test_a_surplus_chunk_costs_nothing_of_the_answer(build, folder, monkeypatch):
+    folder.sound("a.wav", 5.0)
+    monkeypatch.setattr("unimoe_jax.data.processors.sound_length", lambda path: 32000)
+    records = [talk("<audio>", "a bird " * number, voice="a.wav") for number in (1, 9)]
+    reader = build(folder.write("d.json", records)).readers[0]
+    for number in range(2):
+        size, _ = reader.measure(number)
+        stream, events = reader.load(number, size)
+        assert (len(stream), stream.supervised.sum()) == (size.tokens, size.labels)
+        assert [event.reason for event in events] == ["header_too_short"]
+        assert "speech: 3 chunks, but the header said 1" in events[0].message
+
+
 def test_mixture_and_unknown_sources(build, mixed, folder):
     other = folder.write("other.json", [talk(f"say {i}") for i in range(8)])
     sources = {

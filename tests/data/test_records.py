@@ -65,6 +65,28 @@ def test_bad_records(folder, record, reason):
         assert caught.value.reason == reason, caught.value.message
 
 
+def test_frames_of_a_folder_stay_in_the_root(folder, monkeypatch):
+    (folder.root / "clip").mkdir()
+    folder.image("clip/0.png")
+    os.symlink(folder.root / "clip" / "0.png", folder.root / "clip" / "1.png")
+    source = reader(folder.write("data.json", [talk("<video>", video="clip")]))
+    (file,) = source.record(0).media["<video>"]
+    assert file.paths == (str(folder.root / "clip"),)
+    (folder.root.parent / "secret.png").write_bytes((folder.root / "clip/0.png").read_bytes())
+    os.symlink(folder.root.parent / "secret.png", folder.root / "clip" / "2.png")
+    with pytest.raises(BadSample, match=r"clip/2.png' is outside the data root") as caught:
+        source.record(0)
+    assert caught.value.reason == "outside_root"
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(BadSample, match=r"clip: Permission denied") as caught:
+        source.record(0)
+    assert caught.value.reason == "unreadable_video"
+
+
 def test_open_voice_modality_and_missing_encoder(folder):
     folder.sound("a.wav")
     path = folder.write("data.json", [talk("<audio>", voice="a.wav")])

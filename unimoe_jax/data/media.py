@@ -112,9 +112,15 @@ def load_frames(
 
 
 def frame_files(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """The images of a video that is a folder of frames or the frames themselves, else ()."""
+    """The images of a video that is a folder of frames or the frames themselves, else ().
+
+    Raises `BadSample`: unreadable_video.
+    """
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        names = sorted(n for n in os.listdir(paths[0]) if n.lower().endswith(IMAGE_SUFFIXES))
+        try:
+            names = sorted(n for n in os.listdir(paths[0]) if n.lower().endswith(IMAGE_SUFFIXES))
+        except OSError as error:
+            raise BadSample("unreadable_video", f"{paths[0]}: {error.strerror or error}") from error
         return tuple(os.path.join(paths[0], name) for name in names)
     is_image = len(paths) > 1 or paths[0].lower().endswith(IMAGE_SUFFIXES)
     return paths if is_image else ()

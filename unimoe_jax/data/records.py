@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from unimoe_jax.config import MediaName
+from unimoe_jax.data.media import frame_files
 from unimoe_jax.data.tally import BadSample
 
 Role = Literal["human", "gpt"]
@@ -225,7 +226,7 @@ class RecordReader:
                     "no_encoder", f"the model has no encoder for {modality} ({key}: {groups[0][0]})"
                 )
         return tuple(
-            MediaFile(modality, tuple(self._resolve(path) for path in paths))
+            MediaFile(modality, tuple(self._resolve(path, modality) for path in paths))
             for modality, paths in zip(modalities, groups, strict=True)
         )
 
@@ -247,7 +248,16 @@ class RecordReader:
             )
         return voices
 
-    def _resolve(self, path: str) -> str:
+    def _resolve(self, path: str, modality: MediaName) -> str:
+        """The file or folder that is meant; all of it lies in the root."""
+        full = self._inside(path)
+        if modality == "video" and os.path.isdir(full):
+            for frame in frame_files((full,)):
+                if os.path.islink(frame):  # the others are where their folder is
+                    self._inside(frame)
+        return full
+
+    def _inside(self, path: str) -> str:
         if "\0" in path:
             raise BadSample("outside_root", f"a path with a NUL byte: {path!r}")
         full = os.path.realpath(os.path.join(self.root, path))

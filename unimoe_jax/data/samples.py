@@ -91,18 +91,18 @@ class SampleReader:
 
         Raises `BadSample`. A file whose header understated its length loses the surplus chunks.
         """
-        spans, events = self.spans(number), []
-        loaded: dict[int, Entries] = {}
+        spans, loaded = self.spans(number), {}
         for span in spans:
             if span.medium:
                 loaded[span.medium.index] = self.processors.load(span.medium.file)
-        entries = {index: len(entry.arrays) for index, entry in loaded.items()}
-        spans, _ = truncate(spans, self._tokens(spans, entries), size.tokens)
         planned = dict(zip(POOLS, size.entries, strict=True))
+        entries, events = self._announced(number, spans, loaded, planned)
+        spans, _ = truncate(spans, self._tokens(spans, entries), size.tokens)
+        # Files have changed, or a shorter one has made room for media that the plan had left out.
         for name, used in self._used(spans, entries).items():
             surplus = used - planned[name]
             if surplus > 0:
-                message = f"{name}: {used} chunks, but the headers said {planned[name]}"
+                message = f"{name}: {used} chunks, but {planned[name]} were planned"
                 events.append(self.event(number, "capped", "header_too_short", message))
             for span in reversed(spans):
                 if surplus > 0 and span.medium and span.medium.file.modality == name:
@@ -119,6 +119,27 @@ class SampleReader:
         if self.blank is not None and not stream.pools:
             stream.pools["image"], stream.lengths["image"] = [self.blank], [0]
         return stream, events
+
+    def _announced(
+        self,
+        number: int,
+        spans: list[Span],
+        loaded: dict[int, Entries],
+        planned: dict[MediaName, int],
+    ) -> tuple[dict[int, int], list[Event]]:
+        """How many entries of each medium count. Those beyond its header go before anything else is
+        cut: nothing of the text, which was planned without them, is to make room for them."""
+        entries, events = {index: len(entry.arrays) for index, entry in loaded.items()}, []
+        found = self._used(spans, entries)
+        for span in spans:
+            name = span.medium and span.medium.file.modality
+            if name and found[name] > planned[name]:  # else the header need not be read again
+                index, count = span.medium.index, self.processors.count(span.medium.file)[0]
+                if entries[index] > count:
+                    message = f"{name}: {entries[index]} chunks, but the header said {count}"
+                    events.append(self.event(number, "capped", "header_too_short", message))
+                entries[index] = min(entries[index], count)
+        return entries, events
 
     def _tokens(self, spans: list[Span], entries: dict[int, int]) -> dict[int, int]:
         return {

@@ -171,7 +171,9 @@ def _key(file: MediaFile) -> tuple:
 
     stamps = [stamp(path) for path in file.paths]
     if file.modality == "video":  # a folder looks the same when one of its frames is written anew
-        stamps += [stamp(path) for path in frame_files(file.paths)]
+        with _named(file):
+            frames = frame_files(file.paths)
+        stamps += [stamp(path) for path in frames]
     return file.modality, tuple(stamps)
 
 
