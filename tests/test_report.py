@@ -115,6 +115,17 @@ def test_html_is_self_contained_and_says_the_essentials(finished):
     assert f"tune decoder {entropy:.3f} {entropy:.3f} {np.log(4):.3f}" in text
 
 
+def test_scores_are_headed_by_the_stage_that_was_scored(tmp_path):
+    for name in ("align", "tune", "after"):
+        stage(tmp_path, name, steps=5)
+    unscored = SUMMARY["stages"]["align"]
+    stages = SUMMARY["stages"] | {"after": unscored}
+    write_json_atomic(tmp_path / "summary.json", SUMMARY | {"stages": stages})
+    html = report.write_report(tmp_path).read_text()
+    assert "<th>before tune</th><th>after tune</th>" in html
+    assert "<h2>Before and after tune</h2>" in html
+
+
 def test_running_run_without_experts_is_reported_from_its_records(tmp_path, capsys):
     stage(tmp_path, "align", steps=5)
     assert report.main([str(tmp_path)]) == 0

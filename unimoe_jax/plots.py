@@ -107,11 +107,13 @@ def write_plots(
     *,
     moe_layers: Sequence[int] | None = None,
     heldout: Mapping[str, Mapping[str, Any]] | None = None,
+    scored: str = "",
 ) -> list[Plot]:
     """Writes `folder`/*.png and returns what was written, in reading order.
 
     `moe_layers` are the decoder layers that the rows of `router_entropy` and `expert_load` belong
-    to; without it, or where their number differs, rows are counted from 0.
+    to; without it, or where their number differs, rows are counted from 0. `heldout` holds the
+    scores of stage `scored`.
     Raises ModuleNotFoundError without matplotlib.
     """
     try:
@@ -123,7 +125,8 @@ def write_plots(
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         plots = []
-        for name, title, caption, figure in _figures(by_stage(records), moe_layers, heldout or {}):
+        ends = {scored or "the last stage": heldout or {}}
+        for name, title, caption, figure in _figures(by_stage(records), moe_layers, ends):
             if figure is None:
                 continue
             plots.append(Plot(folder / f"{name}.png", title, caption))
@@ -132,8 +135,9 @@ def write_plots(
 
 
 def _figures(stages: Stages, moe_layers, heldout):
-    """(file name, heading, caption, figure or None) of every figure."""
-    yield "heldout", "Before and after the last stage", "", _heldout_figure(heldout)
+    """(file name, heading, caption, figure or None) of every figure. heldout: stage -> scores."""
+    for stage, scores in heldout.items():
+        yield "heldout", f"Before and after {stage}", "", _heldout_figure(scores)
     loss = "loss [nats per token]"
     caption = "Thick: moving mean; faint: single steps; orange crosses: not finite."
     yield "loss", "Loss", caption, _scalar_figure(stages, "loss", loss, smooth=True)

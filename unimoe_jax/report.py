@@ -197,8 +197,8 @@ def _heldout_tables(summary: Mapping[str, Any], facts: Mapping[str, Mapping]) ->
             [task, *(_percent(score.get(k)) for k in ("before", "after", "chance"))]
             for task, score in summary["heldout"].items()
         ]
-        last = list(facts)[-1] if facts else ""
-        head = ["task", f"before {last}", f"after {last}", "chance"]
+        stage = _scored(summary.get("stages", {}))
+        head = ["task", f"before {stage}", f"after {stage}", "chance"]
         parts.append(_table(head, rows))
     scored = {name: stage["heldout"] for name, stage in facts.items() if stage.get("heldout")}
     if len(scored) > 1:
@@ -206,6 +206,11 @@ def _heldout_tables(summary: Mapping[str, Any], facts: Mapping[str, Mapping]) ->
         rows = [[task, *(_percent(s.get(task)) for s in scored.values())] for task in tasks]
         parts.append(_table(["task", *scored], rows, "At the end of each stage"))
     return "<h2>Held-out exact match</h2>" + "".join(parts) if parts else ""
+
+
+def _scored(stages: Mapping[str, Mapping]) -> str:
+    """The stage whose scores `heldout` of the summary holds: the last that has any."""
+    return next((name for name in reversed(stages) if stages[name].get("heldout")), "")
 
 
 def _router_table(stages: Stages) -> str:
@@ -309,6 +314,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         run_dir / "plots",
         moe_layers=_moe_layers(run_dir / "config.yaml"),
         heldout=summary.get("heldout"),
+        scored=_scored(summary.get("stages", {})),
     )
     path = run_dir / "report.html"
     write_text_atomic(path, _page(run_dir, summary, records, drawn))
