@@ -19,7 +19,8 @@ from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
 from unimoe_jax.setup_data import pool_groups
 from unimoe_jax.sharding import ShardingError, make_mesh, planned_mesh, use_mesh
-from unimoe_jax.stage import build_stage, check_continues, parameter_table
+from unimoe_jax.stage import build_stage, parameter_table
+from unimoe_jax.stage_checks import check_continues
 from unimoe_jax.train_step import TrainState
 
 RUN = """
@@ -113,11 +114,68 @@ def leave(place: Path, name: str, steps: int = 12) -> Path:
             "stages.two.train=[{match: .*, lr: 1}, {match: zzz, lr: 1}]",
             ("stages.two.train", "zzz"),
         ),
+        (
+            ParamError,
+            "stages.one.init=[{match: embde.*, source: fresh}, {match: .*, source: fresh}]",
+            ("stages.one.init: rules ['embde.*'] are the first match of no parameter",),
+        ),
+        (
+            ParamError,
+            "stages.two.init=[{match: .*, source: fresh}, {match: embed.*, source: one}]",
+            ("stages.two.init: rules ['embed.*'] are the first match of no parameter",),
+        ),
+        (
+            ParamError,
+            "stages.one.lora=[{match: decoder/.*/moe/.*, rank: 2, alpha: 1}]",
+            ("stages.one.lora: rules ['decoder/.*/moe/.*'] are the first match of no layer",),
+        ),
+        (
+            ParamError,
+            "stages.two.init=[{match: .*/moe/experts/.*, experts: [one, one]}, "
+            "{match: .*, source: one}]",
+            ("stages.two.init: ", "one has no 'decoder/run_0/block_0/moe/router/"),
+        ),
+        (
+            ConfigError,
+            "stages.two.mixture={}",
+            ("stages.1.mixture = {}", "allowed: mapping of name to number > 0, not empty"),
+        ),
     ],
 )
 def test_later_stages_are_checked_before_the_first(place, devices, kind, override, parts):
     text = refused(place, kind, override)
     assert all(part in text for part in parts), text
+
+
+ADAPTERS = "stages.%s.lora=[{match: decoder/.*/attention/.*, rank: 2, alpha: 1}]"
+
+
+def test_a_stage_starts_from_what_earlier_ones_will_leave(place, devices):
+    some = "stages.one.train=[{match: embed.*, lr: 1}, {match: .*, lr: null}]"
+    text = refused(place, ParamError, some, "stages.one.leaves=trained")
+    assert "stages.two.init: 'decoder/" in text and "one has no 'decoder/" in text
+    adapters = (ADAPTERS % "one", ADAPTERS % "two")
+    text = refused(place, ParamError, *adapters, "stages.one.merge_lora=true")
+    assert "stages.two.init: " in text and "/lora_a'" in text
+    assert "tokenizer" in refused(place, ConfigError, *adapters)  # else all is well
+
+
+def test_strict_reaches_every_loader(place):
+    own = "stages.two.loader={row_length: 32, rows: 8}"
+    command = ["--config", str(place / "run.yaml"), own]
+    for more, strict in (([], False), (["--strict"], True)):
+        config = train.resolve(train.parse([*command, *more])).config
+        assert (config.stages[1].loader.strict, config.data.loader.strict) == (strict, strict)
+        assert config.stages[0].loader is None
+
+
+def test_a_dry_run_of_one_stage_shows_that_one(place, capsys):
+    command = ["--config", str(place / "run.yaml"), "--dry-run", "--cluster", "none", "--stage"]
+    assert train.main([*command, "two"]) == 0
+    shown = capsys.readouterr().out
+    assert "= stage two =" in shown and "= stage one =" not in shown
+    assert train.main([*command, "tow"]) == 2
+    assert capsys.readouterr().err == "error: --stage tow: no such stage; the run has one, two\n"
 
 
 RANK_3 = "stages.two.lora=[{match: '%s', rank: 3, alpha: 1}]"

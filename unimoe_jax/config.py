@@ -246,7 +246,9 @@ class StageConfig(Config):
     """One stage: its data, what trains, how long, what it starts from, what it leaves behind."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(description="source -> weight")
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="source -> weight"
+    )
     train: tuple[Rule, ...]
     init: tuple[Take, ...] = (Take(match=".*", source="fresh"),)
     optim: OptimConfig

@@ -34,7 +34,8 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {describe(arguments[0])}"
     if origin is dict:
-        return f"mapping of name to {describe(arguments[1])}"
+        limits = _bounds(bounds)
+        return f"mapping of name to {describe(arguments[1])}" + (f",{limits}" if limits else "")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"mapping ({annotation.__name__})"
     words = {bool: "true or false", int: "integer", float: "number", str: "text"}

@@ -19,16 +19,18 @@ from unimoe_jax.setup_data import (
     stage_pipeline,
 )
 from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
-from unimoe_jax.stage import check_start, parameter_table
+from unimoe_jax.stage import parameter_table
+from unimoe_jax.stage_checks import check_start, promised
+from unimoe_jax.upcycle import Source, needed_sources
 
 SAMPLES = 3
 CHECKPOINT = "checkpoint:"
 GIB = 2**30
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the resolved settings, and per stage the parameter table, the memory per device, the
-    token budget per modality and three rendered samples.
+def dry_run(config: RunConfig, only: str | None = None) -> None:
+    """Print the resolved settings, and per stage (or of `only` that one) the parameter table, the
+    memory per device, the token budget per modality and three rendered samples.
 
     Sources whose files are not on this machine are listed and left out: a run file may be checked
     far from its data.
@@ -45,12 +47,16 @@ def dry_run(config: RunConfig) -> None:
     tokenizer_here = config.tokenizer == "embedded" or Path(config.tokenizer).exists()
     if not tokenizer_here:
         print(f"tokenizer: {config.tokenizer} is not here; no samples are shown")
+    to_come = _absent(config)
     with use_mesh(mesh, config.mesh.rules):
         for stage in config.stages:
+            infos = parameter_table(config, stage)
+            to_come[stage.name] = promised(config, stage, infos)
+            if only not in (None, stage.name):
+                continue
             print(f"\n{'=' * 12} stage {stage.name} {'=' * 12}")
             groups = pool_groups(config, stage, data_shards(mesh))
-            infos = parameter_table(config, stage)
-            check_start(config, stage, infos, config_io.run_dir(config), _to_come(config, stage))
+            check_start(config, stage, infos, config_io.run_dir(config), to_come)
             shardings = {
                 path: param_sharding(mesh, path, info.shape, info.axes)
                 for path, info in infos.items()
@@ -73,11 +79,11 @@ def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
     return resolve_sources(data.model_copy(update={"sources": kept})), missing
 
 
-def _to_come(config: RunConfig, stage: StageConfig) -> set[str]:
-    """Stages of the run, and checkpoints that are not on this machine."""
-    names = {name for take in stage.init for name in take.origins if name.startswith(CHECKPOINT)}
-    absent = {n for n in names if not Path(n.removeprefix(CHECKPOINT)).expanduser().is_dir()}
-    return absent | {s.name for s in config.stages}
+def _absent(config: RunConfig) -> dict[str, Source | None]:
+    """Checkpoints that are not on this machine, of which nothing is known."""
+    takes = [take for stage in config.stages for take in stage.init]
+    names = [name for name in needed_sources(takes) if name.startswith(CHECKPOINT)]
+    return {n: None for n in names if not Path(n.removeprefix(CHECKPOINT)).expanduser().is_dir()}
 
 
 def origins(config: RunConfig, stage: StageConfig) -> str:

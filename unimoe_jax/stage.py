@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from unimoe_jax import lora
-from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, open_source
+from unimoe_jax.checkpoint import open_source
 from unimoe_jax.config import ModelConfig, RunConfig, StageConfig, Take
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.unimoe import UniMoE
@@ -42,7 +42,7 @@ from unimoe_jax.sharding import (
     replicated,
 )
 from unimoe_jax.train_step import TrainState, init_state
-from unimoe_jax.upcycle import Source, Start, members, needed_sources, origin_of, start_of
+from unimoe_jax.upcycle import Source, Start, needed_sources, origin_of, start_of
 
 
 def structs(spec: Any, sharding: Callable[[int], Any] = lambda rank: None) -> Any:
@@ -69,7 +69,7 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
     """
     config = run.stage_model(stage)
     for module, moe in config.experts().items():
-        check_divides(f"{_moe_key(module)}.num_experts", moe.num_experts, "expert")
+        check_divides(f"{moe_key(module)}.num_experts", moe.num_experts, "expert")
     model = UniMoE(config, LayerOptions(lora=config.lora))
     mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
     batch = full_batch(config, data_shards(mesh) if mesh else 1)
@@ -80,7 +80,8 @@ def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
         raise ParamError(f"stages.{stage.name}.{error}") from None
 
 
-def _moe_key(module: str) -> str:
+def moe_key(module: str) -> str:
+    """The setting that gives `module` its experts."""
     return f"model.{'decoder' if module == 'decoder' else f'vision.{module}'}.moe"
 
 
@@ -147,7 +148,7 @@ def build_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, steps: int) -> S
     for module, moe in config.experts().items():
         if moe.exchange == "ragged" and mesh_axes("expert") and current_platform() == "cpu":
             raise ShardingError(
-                f"{_moe_key(module)}.exchange = ragged: CPUs have no such collective; allowed "
+                f"{moe_key(module)}.exchange = ragged: CPUs have no such collective; allowed "
                 "there: auto | gather | all_to_all"
             )
     dtype = jnp.dtype(run.precision.compute)
@@ -187,88 +188,6 @@ def source_folder(run_dir: Path, name: str) -> Path:
     if name.startswith("checkpoint:"):
         return Path(name.removeprefix("checkpoint:")).expanduser()
     return run_dir / "checkpoints" / name / "final"
-
-
-def check_start(
-    run: RunConfig,
-    stage: StageConfig,
-    infos: Mapping[str, ParamInfo],
-    run_dir: Path,
-    planned: Collection[str],
-) -> None:
-    """Whether every parameter of the stage has a place to start from; reads manifests alone.
-
-    Of stages in `planned`, which the same command runs, nothing need be there yet.
-
-    Raises:
-        CheckpointError: a source is not there or not finished.
-        ParamError: no origin, another number of experts, or another shape in a source.
-    """
-    key = f"stages.{stage.name}.init"
-    moe_layers, sources = run.stage_model(stage).decoder.moe_layers(), {}
-    for number, take in enumerate(stage.init):
-        for name in take.origins:
-            if name not in ("fresh", *planned):
-                try:
-                    sources[name] = open_source(name, source_folder(run_dir, name))
-                except CheckpointError as error:
-                    first = "" if name.startswith("checkpoint:") else "; run that stage first"
-                    raise CheckpointError(f"{key}.{number}: {error}{first}") from None
-    try:
-        for path, info in infos.items():
-            take = origin_of(path, stage.init)
-            if take.experts:
-                number = stage.init.index(take)
-                _check_count(f"init.{number}.experts", path, info, take, moe_layers)
-            if sources.keys() >= set(take.origins):
-                start_of(path, info.shape, take, sources, moe_layers)
-    except ParamError as error:
-        raise ParamError(f"stages.{stage.name}.{error}") from None
-
-
-def _check_count(
-    key: str, path: str, info: ParamInfo, take: Take, moe_layers: tuple[bool, ...]
-) -> None:
-    """As many experts must be named as the model has where they go."""
-    at, member = members(path, info.shape, moe_layers)[0]
-    count = info.shape[len(at)] if member.expert is not None else len(take.experts)
-    if count != len(take.experts):
-        raise ParamError(
-            f"{key}: names {len(take.experts)} origins, but {_moe_key(member.module)}.num_experts "
-            f"= {count}; allowed: one for every expert"
-        )
-
-
-def check_continues(stage: StageConfig, infos: Mapping[str, ParamInfo], folder: Path) -> None:
-    """Whether the stage, as it is set now, can go on from the steps saved in `folder`.
-
-    Raises:
-        CheckpointError: more steps are done than are wanted, or other parameters trained.
-    """
-    newest = StepCheckpoints.newest(folder)
-    if newest is None:
-        return
-    step, saved = newest
-    again = f"or remove {folder} to start the stage again"
-    if stage.optim.steps is not None and stage.optim.steps < step:
-        raise CheckpointError(
-            f"stages.{stage.name}.optim.steps = {stage.optim.steps}: {step} steps are done; "
-            f"allowed: {step} or more, {again}"
-        )
-    now = {path: info.shape for path, info in infos.items() if info.trained}
-    more, less = sorted(now.keys() - saved.keys()), sorted(saved.keys() - now.keys())
-    other = sorted(path for path in now.keys() & saved.keys() if now[path] != saved[path])
-    changes = {"now also": more, "no longer": less, "of another shape:": other}
-    told = [f"{what} {_some(paths)}" for what, paths in changes.items() if paths]
-    if told:
-        raise CheckpointError(
-            f"stages.{stage.name}.train: what trains has changed since step {step} was saved: "
-            f"{', '.join(told)}; take the change back, {again}"
-        )
-
-
-def _some(paths: list[str]) -> str:
-    return repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def initial_params(
@@ -348,13 +267,21 @@ def results(stage: Stage, params: Flat) -> tuple[Flat, list[str]]:
 
     `merge_lora` adds the adapters to their kernels; `leaves: trained` keeps only what changed.
     """
-    changed = {path for path, info in stage.infos.items() if info.trained}
+    left, changed = left_behind(stage.config, stage.infos)
     if stage.config.merge_lora:
-        changed |= {path.rsplit("/", 1)[0] + "/kernel" for path in changed if lora.is_adapter(path)}
         params = _merged(stage, params)
-    if stage.config.leaves == "trained":
-        params = {path: leaf for path, leaf in params.items() if path in changed}
-    return params, sorted(path for path in changed if path in params)
+    return {path: leaf for path, leaf in params.items() if path in left}, sorted(changed)
+
+
+def left_behind(stage: StageConfig, infos: Mapping[str, ParamInfo]) -> tuple[set[str], set[str]]:
+    """(paths that the stage leaves behind, those of them that it has changed)."""
+    left, changed = set(infos), {path for path, info in infos.items() if info.trained}
+    if stage.merge_lora:
+        changed |= {path.rsplit("/", 1)[0] + "/kernel" for path in changed if lora.is_adapter(path)}
+        left = {path for path in left if not lora.is_adapter(path)}
+    if stage.leaves == "trained":
+        left &= changed
+    return left, changed & left
 
 
 def _merged(stage: Stage, params: Flat) -> Flat:

@@ -60,8 +60,10 @@ from unimoe_jax.sharding import (
     param_sharding,
     use_mesh,
 )
-from unimoe_jax.stage import check_continues, check_start, parameter_table
+from unimoe_jax.stage import parameter_table
+from unimoe_jax.stage_checks import check_continues, check_start, promised
 from unimoe_jax.stop import StopSignal
+from unimoe_jax.upcycle import Source
 
 SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
 LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
@@ -106,13 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     try:
-        overrides = [*args.overrides, *(["data.loader.strict=true"] if args.strict else [])]
-        resolved = config_io.resolve(args.config, overrides)
+        resolved = resolve(args)
         if args.print_config:
             config_io.print_config(resolved.config, resolved.origins)
             return 0
+        check_stage_name(resolved.config, args.stage)
         if args.dry_run:
-            dry_run(resolved.config)
+            dry_run(resolved.config, args.stage)
             return 0
         distributed.initialize(args)
         return run(resolved.config, args)
@@ -126,6 +128,17 @@ def _main(args: argparse.Namespace) -> int:
         return distributed.fail(f"stopped: {error}", 1)
 
 
+def resolve(args: argparse.Namespace) -> config_io.Resolved:
+    """The settings that the command line asks for."""
+    resolved = config_io.resolve(args.config, args.overrides)
+    if not args.strict:
+        return resolved
+    # A stage with a loader of its own takes nothing from the one that the others share.
+    own = [number for number, stage in enumerate(resolved.config.stages) if stage.loader]
+    keys = ["data.loader", *(f"stages.{number}.loader" for number in own)]
+    return config_io.resolve(args.config, [*args.overrides, *(f"{k}.strict=true" for k in keys)])
+
+
 # --------------------------------------------------------------------------------- the run
 
 
@@ -133,7 +146,6 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
     """All stages (or one) in order; finished stages are passed over."""
     started = time.monotonic()
     stopped = stopped_code()
-    check_stage_name(config, args.stage)
     if args.stage and args.overwrite:
         raise ConfigError(
             f"--overwrite with --stage {args.stage} would remove every stage; to run that one "
@@ -207,13 +219,14 @@ def check(
         if args.resume and stage.name in done:
             check_same_length(stage, done[stage.name], folder)
     check_sources(config, ahead)
-    planned = {stage.name for stage in ahead}
+    to_come: dict[str, Source | None] = {}
     for stage in config.stages:
         infos = parameter_table(config, stage)
-        if stage.name in planned:
+        if stage in ahead:
             for path, info in infos.items():
                 param_sharding(current_mesh(), path, info.shape, info.axes)
-            check_start(config, stage, infos, folder, planned)
+            check_start(config, stage, infos, folder, to_come)
+            to_come[stage.name] = promised(config, stage, infos)
             if args.resume and not args.overwrite:
                 check_continues(stage, infos, folder / "checkpoints" / stage.name / "steps")
     # The embedded data set is made by one process and found by the others.
