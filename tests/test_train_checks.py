@@ -140,6 +140,8 @@ def leave(place: Path, name: str, steps: int = 12) -> Path:
             "stages.two.mixture={}",
             ("stages.1.mixture = {}", "allowed: mapping of name to number > 0, not empty"),
         ),
+        (ConfigError, "stages.one.aux.decoder.balance=1", ("aux.decoder needs experts", "set moe")),
+        (ConfigError, "name=''", ('name = ""', "not empty")),
     ],
 )
 def test_later_stages_are_checked_before_the_first(place, devices, kind, override, parts):

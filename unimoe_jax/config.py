@@ -316,7 +316,7 @@ class LogConfig(Config):
 class RunConfig(Config):
     """A whole run. `configs/run/*.yaml` resolve to this."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     output: str = "runs/{name}"
     seed: Seed = 0
     tokenizer: str = Field("embedded", description="folder or .model file; `embedded`: own text")
@@ -347,6 +347,7 @@ class RunConfig(Config):
             if (stage.moe and not self.model.experts()) or wanted - self.model.experts().keys():
                 missing = ", ".join(sorted(wanted - self.model.experts().keys())) or "any module"
                 raise ValueError(f"{where}: moe is on, but the model has no experts in {missing}")
+            self._check_router_losses(stage, where)
             self._check_modality_losses(stage, where)
             origins = [name for take in stage.init for name in take.origins]
             for origin in origins:
@@ -358,6 +359,13 @@ class RunConfig(Config):
                         f"`checkpoint:PATH` nor an earlier stage {names[:position]}"
                     )
         return self
+
+    def _check_router_losses(self, stage: StageConfig, where: str) -> None:
+        has = self.stage_model(stage).experts()
+        for module in MODULES:
+            losses = getattr(stage.aux, module)
+            if (losses.balance or losses.router_z) and module not in has:
+                raise ValueError(f"{where}: aux.{module} needs experts in the {module}; set moe")
 
     def _check_modality_losses(self, stage: StageConfig, where: str) -> None:
         losses, moe = stage.aux.modality, self.stage_model(stage).decoder.moe

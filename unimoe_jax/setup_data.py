@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -136,17 +137,20 @@ def stage_pipeline(
     loader = stage.loader or data.loader
     accumulate = stage.optim.accumulate
     loader = loader.model_copy(update={"rows": loader.rows * accumulate})
-    # The stage's name is in the seed: stages over the same sources see them in another order.
-    seed = run.seed + int.from_bytes(stage.name.encode()[:4], "little") % 65536
     return Pipeline(
         _stage_data(data, stage),
         run.stage_model(stage),
         dict(stage.mixture),
         tokenizer,
         loader,
-        seed=seed,
+        seed=stage_seed(run, stage),
         shards=groups * accumulate,
     )
+
+
+def stage_seed(run: RunConfig, stage: StageConfig) -> int:
+    """The stage's name is in it: stages over the same sources see them in another order."""
+    return run.seed + zlib.crc32(stage.name.encode()) % 65536
 
 
 def stage_steps(stage: StageConfig, pipeline: Pipeline) -> int:

@@ -90,6 +90,20 @@ def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokeni
             assert is_text or "image" in signature
 
 
+def test_stages_see_the_same_sources_in_orders_of_their_own(mixed, tokenizer):
+    def order(name: str) -> list[int]:
+        stage = StageConfig(
+            name=name, mixture={"all": 1}, train=(), optim=OptimConfig(learning_rate=1, steps=1)
+        )
+        data = data_config(mixed)
+        data = data.model_copy(update={"loader": LOADER})
+        run = RunConfig(name="run", model=model_config(), data=data, stages=(stage,))
+        plan = stage_pipeline(run, stage, data, tokenizer, 1).plan
+        return [n for epoch in range(8) for n in plan.epoch(epoch).members.tolist()]
+
+    assert order("tune1") == order("tune1") != order("tune2")
+
+
 def test_a_stage_has_a_step(mixed, tokenizer):
     run, one = run_of(mixed)
     pipeline = stage_pipeline(run, one, run.data, tokenizer, 1)
