@@ -1,72 +1,21 @@
-"""The program as a user runs it: `python -m unimoe_jax.train` in processes of its own."""
+"""The README's quickstart: what it learns, leaves and says."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.tiny_run import ROOT, STAGES, command, environment, metrics, train
 from unimoe_jax import config_io
 from unimoe_jax.checkpoint import load_final
 from unimoe_jax.setup_data import resolve_sources
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "configs/run/tiny.yaml"
-STAGES = ("base", "align", "expert_image", "expert_speech", "expert_sound", "tune")
 TASKS = ("text", "image", "video", "sound", "speech", "image_speech", "video_sound")
-
-
-def command(folder: Path, cache: Path, *arguments: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "unimoe_jax.train", "--config", str(TINY)),
-        *(f"output={folder}", f"data.cache={cache}", *arguments),
-    ]
-
-
-def environment(devices: int = 1, quick: bool = False) -> dict[str, str]:
-    """quick: programs that are compiled with little effort, for runs of few steps."""
-    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0" if quick else ""
-    return {**os.environ, **own, "XLA_FLAGS": flags}
-
-
-def train(folder: Path, cache: Path, *arguments: str, devices: int = 1, quick: bool = False) -> str:
-    """Runs to the end; returns what it printed, both streams in order."""
-    done = subprocess.run(
-        command(folder, cache, *arguments),
-        env={**environment(devices, quick), "PYTHONUNBUFFERED": "1", "JAX_LOG_COMPILES": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def short(steps: int) -> list[str]:
-    """Overrides: every stage for a few steps, rows in eight pool groups, every step logged."""
-    return [
-        *(f"stages.{stage}.optim.steps={steps}" for stage in STAGES),
-        *("data.loader.groups=8", "log.every=1", "log.plots=false", "log.tensorboard=false"),
-        # One stage with batches grouped by modality: two signatures, two programs.
-        "stages.expert_image.loader={row_length: 240, rows: 8, groups: 8}",
-    ]
-
-
-# ------------------------------------------------------------------------ the real tiny run
 
 
 @pytest.fixture(scope="session")
@@ -197,80 +146,6 @@ def test_other_settings_are_refused(finished, cache):
     assert done.returncode == 2
     assert "+seed: 5" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-# ---------------------------------------------------------------- reduced steps, other layouts
-
-
-@pytest.fixture(scope="session")
-def reduced_run(tmp_path_factory, cache) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    return folder, train(folder, cache, *short(4), quick=True)
-
-
-@pytest.fixture(scope="session")
-def reduced(reduced_run) -> Path:
-    return reduced_run[0]
-
-
-def test_nothing_is_compiled_after_the_first_step(reduced_run):
-    _, printed = reduced_run
-    assert "Compiling jit(step)" in printed
-    for stage in STAGES:
-        steps = printed.split(f"{stage} 1/4")[1].split(f"{stage} 4/4")[0]
-        assert "Compiling" not in steps, stage
-
-
-def test_eight_devices_equal_one(reduced, cache, tmp_path):
-    folder = tmp_path / "eight"
-    mesh = "mesh={data: 2, fsdp: 2, expert: 2, tensor: 1}"
-    train(folder, cache, *short(4), mesh, devices=8, quick=True)
-    one, eight = metrics(reduced), metrics(folder)
-    assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in eight]
-    for a, b in zip(one, eight, strict=True):
-        assert a["signature"] == b["signature"]
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-4, err_msg=str(a))
-
-
-def test_resume_is_bit_exact(reduced, cache, tmp_path):
-    """SIGTERM in the middle of the last stage; the same command goes on to the same numbers."""
-    folder = tmp_path / "stopped"
-    arguments = [*short(4), "checkpoint.every=100"]
-    process = subprocess.Popen(
-        command(folder, cache, *arguments),
-        env=environment(quick=True),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    log = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 600
-    while not (log.exists() and '"stage": "tune", "step": 1,' in log.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "SIGTERM: saved" in printed
-    assert not (folder / "checkpoints/tune/final").exists()
-    train(folder, cache, *arguments, quick=True)
-
-    def comparable(records: list[dict]) -> list[dict]:
-        timed = ("time", "tokens_per_s", "data_wait_share")
-        return [{k: v for k, v in r.items() if k not in timed} for r in records]
-
-    def last_losses(folder: Path) -> list[float]:
-        stages = json.loads((folder / "summary.json").read_text())["stages"]
-        return [stage["last_loss"] for stage in stages.values()]
-
-    assert comparable(metrics(folder)) == comparable(metrics(reduced))
-    assert last_losses(folder) == last_losses(reduced)
-    for stage in STAGES:
-        straight = load_final(reduced / "checkpoints" / stage / "final")
-        resumed = load_final(folder / "checkpoints" / stage / "final")
-        assert straight.keys() == resumed.keys()
-        for path, value in straight.items():
-            np.testing.assert_array_equal(resumed[path], value, err_msg=f"{stage} {path}")
 
 
 # ------------------------------------------------------------------------------- bad settings
