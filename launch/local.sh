@@ -5,8 +5,10 @@
 #   PROGRAM=unimoe_jax.evaluate launch/local.sh --processes 2 runs/tiny
 #
 # With NVIDIA devices each process takes one of them. SIGTERM and Ctrl-C reach all processes; each
-# saves and leaves. The exit code is 0 if every process ended well, else that of the first that did
-# not. PYTHON names the interpreter, PORT the coordinator's port (default: a free one).
+# saves and leaves. Where one fails the others notice it and leave; those that have not after GRACE
+# seconds (default 60), because they still wait for it to join, are killed. The exit code is 0 if
+# every process ended well, else that of the first that did not. PYTHON names the interpreter, PORT
+# the coordinator's port (default: a free one).
 set -euo pipefail
 
 if [[ ${1:-} != --processes || ! ${2:-} =~ ^[1-9][0-9]*$ ]]; then
@@ -18,29 +20,58 @@ shift 2
 
 python=${PYTHON:-python3}
 program=${PROGRAM:-unimoe_jax.train}
+grace=${GRACE:-60}
+gpus=0
+if [[ ${JAX_PLATFORMS:-} != cpu ]] && found=$(nvidia-smi --list-gpus 2>/dev/null); then
+  # Of those that are visible, jax counts from 0.
+  gpus=$(tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-$found}" | wc -l)
+  if ((count > gpus)); then
+    echo "launch/local.sh: --processes $count: each takes a GPU, and there are $gpus; allowed: 1 to" \
+      "$gpus, or any number with JAX_PLATFORMS=cpu" >&2
+    exit 2
+  fi
+fi
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$count
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null || true' TERM INT HUP
 
+# Each in a process group of its own: a terminal's Ctrl-C would reach it beside the SIGTERM from
+# here, and a second signal means "at once, unsaved".
+set -m
 for ((index = 0; index < count; index++)); do
   own=(JAX_PROCESS_ID="$index")
-  if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; then
-    own+=(JAX_LOCAL_DEVICE_IDS="$index")
-  fi
+  ((gpus == 0)) || own+=(JAX_LOCAL_DEVICE_IDS="$index")
   env "${own[@]}" "$python" -m "$program" "$@" &
   pids+=("$!")
 done
+set +m
 
 result=0
-for pid in "${pids[@]}"; do
-  code=0
-  # A trapped signal ends `wait` before the process has ended.
-  while kill -0 "$pid" 2>/dev/null; do
-    wait "$pid" && code=0 || code=$?
+while ((${#pids[@]} > 0)); do
+  left=()
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      left+=("$pid")
+      continue
+    fi
+    code=0
+    wait "$pid" || code=$?
+    if ((code != 0 && result == 0)); then
+      result=$code
+      last=$((SECONDS + grace))
+    fi
   done
-  wait "$pid" 2>/dev/null && code=0 || code=$((code ? code : $?))
-  ((result != 0)) || result=$code
+  pids=(${left[@]+"${left[@]}"})
+  if ((result != 0 && ${#pids[@]} > 0 && SECONDS >= last)); then
+    echo "launch/local.sh: a process has ended with code $result; ${#pids[@]} that did not leave" \
+      "within $grace s are killed" >&2
+    for pid in "${pids[@]}"; do
+      kill -KILL -- "-$pid" 2>/dev/null || true # its loader's processes as well
+    done
+    last=$((SECONDS + grace))
+  fi
+  sleep 0.2 || true # Ctrl-C ends it as well
 done
 exit "$result"

@@ -1,5 +1,5 @@
-"""Launch files: shell scripts by shellcheck, JobSets by a schema of what they use, the Dockerfile's
-stages. `launch/local.sh` is run in test_multihost.py.
+"""Launch files: shell scripts by shellcheck and with programs that stand in, JobSets by a schema of
+what they use, the Dockerfile's stages. `launch/local.sh` starts a real run in test_multihost.py.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,6 +60,87 @@ def test_slurm_sends_sigterm_in_time_and_queues_again():
         for name in ("--ntasks-per-node", "--gpus-per-node")
     )
     assert tasks == gpus  # one process per GPU
+
+
+# ------------------------------------------------------------------ processes on this machine
+
+STAND_IN = """
+import os, signal, sys, time
+index, got = int(os.environ["JAX_PROCESS_ID"]), []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: got.append(number))
+os.write(1, b"process %d has begun\\n" % index)
+if sys.argv[1] == "fail" and index == 1:
+    sys.exit(3)
+end = time.monotonic() + 60
+while time.monotonic() < end and not got:
+    time.sleep(0.05)
+time.sleep(0.5)  # for a second signal
+os.write(1, b"process %d got %d\\n" % (index, len(got)))
+"""
+
+
+@pytest.fixture
+def local(tmp_path):
+    """`start(processes, arguments, environment)` of a program that waits for a signal."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    gpus = tmp_path / "nvidia-smi"
+    gpus.write_text("#!/bin/sh\nprintf 'GPU 0: H200\\nGPU 1: H200\\n'\n")
+    gpus.chmod(0o755)
+    own = {"PYTHONPATH": str(tmp_path), "PROGRAM": "stand_in", "PYTHON": sys.executable}
+    own |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+
+    started = []
+
+    def start(processes: int, argument: str, **environment: str) -> subprocess.Popen:
+        launcher = subprocess.Popen(
+            [LAUNCH / "local.sh", "--processes", str(processes), argument],
+            env={**os.environ, **own, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # as a terminal gives it
+        )
+        started.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in started:
+        launcher.terminate()
+        launcher.communicate(timeout=50)
+
+
+def test_processes_that_wait_for_one_that_failed_are_ended(local):
+    started = time.monotonic()
+    launcher = local(3, "fail", GRACE="1")
+    told = launcher.communicate(timeout=50)[1]
+    assert launcher.returncode == 3
+    assert time.monotonic() - started < 50
+    assert "ended with code 3; 2 that did not leave within 1 s are killed" in told
+
+
+@pytest.mark.parametrize("whom", [os.kill, os.killpg], ids=["launcher", "terminal"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_process_once(local, whom, number):
+    """A second one would end a run at once, without saving."""
+    launcher = local(2, "wait")
+    begun = [launcher.stdout.readline() for _ in range(2)]
+    assert all("has begun" in line for line in begun)
+    whom(launcher.pid, number)
+    printed = launcher.communicate(timeout=50)[0]
+    assert launcher.returncode == 0
+    assert sorted(printed.splitlines()) == ["process 0 got 1", "process 1 got 1"]
+
+
+def test_no_more_processes_than_gpus(local):
+    for processes, visible, there in ((3, "", 2), (2, "5", 1)):
+        launcher = local(processes, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES=visible)
+        told = launcher.communicate(timeout=50)[1]
+        assert launcher.returncode == 2
+        assert f"--processes {processes}: each takes a GPU, and there are {there}; " in told
+
+
+# ------------------------------------------------------------------------------------- others
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "k8s_jobset.yaml"], ids=lambda path: path.name)

@@ -209,8 +209,7 @@ def stopped(place, killed) -> Outcome:
 
     def stop_the_second() -> None:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        assert len(children) == 2
-        os.kill(int(children[1]), signal.SIGTERM)
+        os.kill(int(children[1]), signal.SIGTERM)  # a third may be what the script waits with
 
     folder = place / "many"
     return finish([launcher], folder, logged(folder)[-1]["step"] + 5, stop_the_second)
