@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Run on a SLURM cluster, one process per GPU:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config configs/run/unimoe_8e.yaml
+#   sbatch --nodes=4 launch/slurm.sh --config configs/run/unimoe_8e.yaml      8 GPUs per node
+#   sbatch --nodes=4 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sh …
+#
+# --ntasks-per-node and --cpus-per-task reserve processors; how many processes a node runs is how
+# many GPUs it has.
 #
 # Two minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM: all
 # processes save the same step and leave, and the job queues again and continues there. `output` and
@@ -31,9 +35,14 @@ export PYTHONUNBUFFERED=1
 # What the program returns when it was told to stop and has saved.
 export UNIMOE_STOPPED_CODE=75
 
+gpus=${SLURM_GPUS_ON_NODE:-$SLURM_NTASKS_PER_NODE}
+# srun would take the number of tasks from what was reserved, and from SLURM 22.05 on only one
+# processor for each.
+each=(--ntasks="$((gpus * SLURM_JOB_NUM_NODES))" --ntasks-per-node="$gpus"
+  --cpus-per-task="$SLURM_CPUS_PER_TASK")
 # --signal reaches the processes, not this script.
 code=0
-srun "$python" -m "$program" "$@" || code=$?
+srun "${each[@]}" "$python" -m "$program" "$@" || code=$?
 if ((code == UNIMOE_STOPPED_CODE)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -143,6 +143,25 @@ def test_no_more_processes_than_gpus(local):
 # ------------------------------------------------------------------------------------- others
 
 
+@pytest.mark.parametrize(("gpus", "code"), [("8", 0), ("4", 75), (None, 3)])
+def test_slurm_runs_a_process_per_gpu(tmp_path, gpus, code):
+    """Whatever number of tasks was reserved; a run that stopped and saved is queued again."""
+    for name, does in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7"}
+    own |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
+    own |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    command = ["bash", LAUNCH / "slurm.sh", "--config", "run.yaml"]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+    count = int(gpus or 8)
+    tasks = f"--ntasks={2 * count} --ntasks-per-node={count} --cpus-per-task=12"
+    program = "python -m unimoe_jax.train --config run.yaml"
+    again = ["scontrol requeue 7"] if code == 75 else []
+    assert done.stdout.splitlines() == [f"srun {tasks} {program}", *again]
+    assert done.returncode == code
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "k8s_jobset.yaml"], ids=lambda path: path.name)
 def test_no_hyper_parameters(path):
     """Settings of a run stand in its run file; only places are given on the command line."""
