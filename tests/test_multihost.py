@@ -308,6 +308,25 @@ def test_a_process_that_has_nothing_to_save_ends_when_told():
     assert process.returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_processes_do_not_wait_for_ever_for_one_that_never_comes(index):
+    """jax would abort, and print a stack."""
+    imported = "import distributed\n"
+    program = JOIN.replace(imported, f"{imported}distributed.JOIN_SECONDS = 2\n")
+    found = ["--coordinator", free_address(), "--processes", "2", "--process", index]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *found],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    told = done.stderr.splitlines()
+    assert len(told) == 1
+    assert f"not all processes have come to process 0 ({found[1]}) within 2 s" in told[0]
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30
 """A process that is silent for so long counts as dead, and the others stop."""
+JOIN_SECONDS = 300
+"""How long processes wait at the start until all are there."""
 WAIT_SECONDS = 24 * 3600
 """How long processes wait for the one that prepares data; a dead one is noticed by its silence."""
 LEAVE_SECONDS = 5
@@ -175,13 +178,17 @@ def initialize(args: argparse.Namespace) -> None:
     """Join the other processes, if there are any. Comes before anything that touches a device.
 
     Raises:
-        DistributedError: incomplete settings, or process 0 is not reached.
+        DistributedError: incomplete settings, or process 0 is not reached. The program ends where
+            some never come.
     """
     found = find_processes(args, os.environ)
     settle_cpu(several=found is not None)
     if found is None:
         return
-    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    options = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "initialization_timeout": JOIN_SECONDS + 60,
+    }
     if found.coordinator is not None:
         options |= {
             "coordinator_address": found.coordinator,
@@ -194,14 +201,29 @@ def initialize(args: argparse.Namespace) -> None:
     # It would note SIGTERM for those who ask, and nothing here does: a program could not be ended
     # before it has anything to save, and one that saves nothing never.
     jax.config.update("jax_enable_preemption_service", False)
+    where = found.coordinator or f"found by {found.method}"
+    # jax would abort, with a stack and without a word of what is missing.
+    patience = threading.Timer(JOIN_SECONDS, _not_all_there, [where])
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        where = found.coordinator or f"found by {found.method}"
         reason = _first_line(error)
         raise DistributedError(f"process 0 ({where}) is not reached: {reason}") from error
+    finally:
+        patience.cancel()
     if not is_writer():
         logging.getLogger(ALIKE_LOG).setLevel(logging.ERROR)
+
+
+def _not_all_there(where: str) -> NoReturn:
+    message = (
+        f"error: not all processes have come to process 0 ({where}) within {JOIN_SECONDS} s: one "
+        "has not started, has failed (see what it printed), or does not reach that address"
+    )
+    print(f"{socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+    _leave_now(2)
 
 
 # ------------------------------------------------------------------------ collectives on CPUs
