@@ -353,6 +353,14 @@ def test_sizes_of_generation_count_something(flag, text, capsys):
     assert f"argument {flag}: {text!r} is not a whole number from 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["0", "-3", "nan", "inf", "x"])
+def test_a_device_has_memory(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(CONFIG), "--topology", "cpu:1", f"--memory={text}"])
+    assert stopped.value.code == 2
+    assert f"argument --memory: {text!r} is not a number above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--json", "--hlo"])
 def test_targets_are_checked_before_compiling(flag, devices, tmp_path, capsys, monkeypatch):
     def compile_program(*_):

@@ -117,6 +117,14 @@ def test_changes_of_unknown_axes(devices, changes, message: str):
         pass
 
 
+def test_a_change_names_an_axis_once(devices):
+    with (
+        pytest.raises(ShardingError, match=r"mesh.rules.batch: \['data', 'data'\]: an axis"),
+        use_mesh(make_mesh(SIZES, devices), {"batch": ("data", "data")}),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("shape", "axes", "message"),
     [

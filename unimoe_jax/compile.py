@@ -21,6 +21,7 @@ Memory per device, in classes:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -316,7 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=_positive, help="of prompt or cache; default: row_length")
     parser.add_argument("--media", help="pool entries per pool group, as image=2,speech=10")
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="per device; default: the kind's"
+        "--memory", type=_size, metavar="GIB", help="per device; default: the kind's"
     )
     parser.add_argument("--effort", choices=EFFORT, default="quick", help="of the compiler")
     parser.add_argument("--hlo", type=Path, help="write the optimised program's text here")
@@ -334,6 +335,17 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
+
+
+def _size(text: str) -> float:
+    """An argument that says how large something is."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return size
 
 
 def report_path(run: str, stage: str, topology: str, program: str) -> Path:

@@ -119,6 +119,10 @@ def use_mesh(
             raise ShardingError(
                 f"mesh.rules.{axis}: unknown mesh axes {strange}; known: {list(MESH_AXES)}"
             )
+        if len(set(names)) < len(names):
+            raise ShardingError(
+                f"mesh.rules.{axis}: {list(names)}: an axis twice; allowed: each at most once"
+            )
     token = _rules.set({**RULES, **(changes or {})})
     planned = isinstance(mesh, jax.sharding.AbstractMesh)
     try:
