@@ -36,6 +36,7 @@ from unimoe_jax.distributed import (
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 120, 20
 BAD_SAMPLE = "`conversations` is missing or empty (bad: malformed_record)"
+BROKEN = "picture33.png"
 JOIN = """
 import argparse, time
 from unimoe_jax import distributed
@@ -71,6 +72,8 @@ def place(tmp_path_factory) -> Path:
         if name == "heldout":
             records.append({"image": "heldout0.png", "conversations": []})
         (folder / f"{name}.json").write_text(json.dumps(records))
+    broken = folder / BROKEN
+    broken.write_bytes(broken.read_bytes()[:300])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["USER: Which colour is it? Say red green blue ASSISTANT:"] * 50),
@@ -253,8 +256,9 @@ def test_only_process_0_prints(stopped, four):
     assert stopped.printed[0].count("saved; the same command continues") == 1
     assert four.printed[0].count(BAD_SAMPLE) == 1
     for text in four.printed[1:]:
-        lines = [line for line in text.splitlines() if "[Gloo]" not in line]  # from C++
-        assert lines == []
+        # From C++; and what only the process that loads it can know.
+        known = ("[Gloo]", f"{BROKEN}: image file is truncated")
+        assert [line for line in text.splitlines() if not any(k in line for k in known)] == []
 
 
 def test_resumed_on_one_and_on_four_processes(alone, four):
@@ -281,6 +285,8 @@ def test_results_equal_those_of_one_process(place, undisturbed, four):
         np.testing.assert_allclose(many[path], value, rtol=1e-3, atol=1e-4, err_msg=path)
     scores = [json.loads((place / name / "summary.json").read_text()) for name in ("one", "many")]
     assert scores[0]["heldout"] == scores[1]["heldout"]
+    found = [score["stages"]["tune"]["samples"] for score in scores]
+    assert found == [{"total": 90, "bad": {"unreadable_image": 1}}] * 2
 
 
 def test_failures_of_all_are_told_once(place):

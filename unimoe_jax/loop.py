@@ -22,7 +22,7 @@ from unimoe_jax.config import MODULES, DataConfig, RunConfig, StageConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.distributed import is_writer, require_same, writer_first
+from unimoe_jax.distributed import all_texts, is_writer, require_same, writer_first
 from unimoe_jax.evaluate import exact_match, to_devices
 from unimoe_jax.losses import MODALITY_LOSSES
 from unimoe_jax.metric_series import metric_name
@@ -233,6 +233,8 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
+    for text in all_texts("samples", pipeline.tally.as_text()):  # each process has read its own
+        pipeline.tally.join(text)
     summary.samples = pipeline.tally.as_json()
     _leave(runtime, stage, params, folder / "final", summary)
     if pipeline.tally.counts:

@@ -225,6 +225,24 @@ def test_tally_counts_once_and_stops_at_the_share(caplog):
         tally.add([bad(line) for line in range(11)], loaded=20)
 
 
+def test_tallies_of_processes_are_joined():
+    """What was found while indexing all have met; what was loaded each has met its own."""
+
+    def bad(record):
+        return Event("bad", "s", "f.json", record, 1, "missing_file", f"{record} is gone")
+
+    tallies = [Tally(total=10, max_bad_share=1) for _ in range(2)]
+    for number, tally in enumerate(tallies):
+        tally.add([bad(1)])
+        tally.add([bad(2 + number), bad(4)], loaded=4)
+    texts = [tally.as_text() for tally in tallies]
+    for tally in tallies:
+        for text in texts:
+            tally.join(text)
+        assert tally.as_json() == {"total": 10, "bad": {"missing_file": 4}}
+    assert "record 1: 1 is gone" in tallies[0].table()
+
+
 def test_records_on_one_line_are_told_apart():
     tally = Tally(total=200, max_bad_share=0.01)
     events = [Event("bad", "s", "f.json", n, 1, "missing_file", "gone") for n in (1, 2, 17)]

@@ -90,6 +90,7 @@ class Tally:
     counts: Counter = field(default_factory=Counter)
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
     _met: set = field(default_factory=set)
+    _met_loading: list = field(default_factory=list)
     _bad_loads: int = 0
 
     def add(self, events: list[Event], loaded: int = 0) -> None:
@@ -103,10 +104,10 @@ class Tally:
             key = (event.source, event.file, event.record, event.kind, event.reason)
             if key in self._met:
                 continue
-            self._met.add(key)
-            self.counts[event.kind, event.reason] += 1
             told = f"{event.where}: {event.message}"
-            self.examples.setdefault((event.kind, event.reason), told)
+            self._count(key, told)
+            if loaded:
+                self._met_loading.append(key)
             self._tell(event, told, log if loaded else index_log)
             if event.kind == "bad":
                 self._bad_loads += loaded > 0
@@ -115,6 +116,27 @@ class Tally:
         self._check(self.bad, self.total, "of the data set")
         seen = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
         self._check(self._bad_loads, seen, "loaded")
+
+    def _count(self, key: tuple, told: str) -> None:
+        self._met.add(key)
+        self.counts[key[-2:]] += 1
+        self.examples.setdefault(key[-2:], told)
+
+    def as_text(self) -> str:
+        """What `join` needs of another process's tally; while indexing all meet the same."""
+        examples = [[*kind, told] for kind, told in self.examples.items()]
+        return json.dumps({"met": self._met_loading, "examples": examples})
+
+    def join(self, text: str) -> None:
+        """Count what another process has met too; it loads other samples, in later epochs the same.
+
+        The shares that are allowed are each process's own.
+        """
+        other = json.loads(text)
+        examples = {(kind, reason): told for kind, reason, told in other["examples"]}
+        for key in map(tuple, other["met"]):
+            if key not in self._met:
+                self._count(key, examples[key[-2:]])
 
     def _tell(self, event: Event, told: str, teller: logging.Logger) -> None:
         number = self.counts[event.kind, event.reason]
