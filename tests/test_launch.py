@@ -228,6 +228,7 @@ class Claim(Strict):
 
 class EmptyDir(Strict):
     medium: Literal["Memory"]
+    sizeLimit: Annotated[str, Field(pattern=r"^\d+[MG]i$")]
 
 
 class Volume(Strict):
