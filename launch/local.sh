@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 program=${PROGRAM:-unimoe_jax.train}
 grace=${GRACE:-60}
 gpus=0
-if [[ ${JAX_PLATFORMS:-} != cpu ]] && found=$(nvidia-smi --list-gpus 2>/dev/null); then
+if [[ ${JAX_PLATFORMS:-} != cpu ]] && found=$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU '); then
   # Of those that are visible, jax counts from 0.
   gpus=$(tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-$found}" | wc -l)
   if ((count > gpus)); then

@@ -85,7 +85,7 @@ def local(tmp_path):
     """`start(processes, arguments, environment)` of a program that waits for a signal."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     gpus = tmp_path / "nvidia-smi"
-    gpus.write_text("#!/bin/sh\nprintf 'GPU 0: H200\\nGPU 1: H200\\n'\n")
+    gpus.write_text("#!/bin/sh\nprintf 'GPU 0: H200\\n  MIG 0: part\\nGPU 1: H200\\n'\n")
     gpus.chmod(0o755)
     own = {"PYTHONPATH": str(tmp_path), "PROGRAM": "stand_in", "PYTHON": sys.executable}
     own |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
