@@ -15,7 +15,7 @@ from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.loop import StageSummary, TrainingStopped, _Log, _steps
-from unimoe_jax.sharding import make_mesh
+from unimoe_jax.sharding import batch_mesh_axes, current_mesh, make_mesh
 
 STEPS, EVERY = 12, 4
 
@@ -147,7 +147,28 @@ def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, d
     assert found == saved
 
 
-def test_who_interrupts_compilation_does_not_wait_for_it(monkeypatch):
+def placed(mesh) -> SimpleNamespace:
+    """A runtime on `mesh` with a table of axes that is not the default."""
+    return SimpleNamespace(run=SimpleNamespace(mesh=MeshConfig(rules={"batch": "data"})), mesh=mesh)
+
+
+def test_programs_are_traced_with_the_table_of_the_run(devices, monkeypatch):
+    """They are in threads, which start with the default one."""
+
+    def lower(*_):
+        found = batch_mesh_axes(), current_mesh().size
+        return SimpleNamespace(compile=lambda: found)
+
+    monkeypatch.setattr(loop, "lower_step", lower)
+    pipeline = SimpleNamespace(signatures=("text",), spec=lambda name: name)
+    stage = SimpleNamespace(config=SimpleNamespace(evaluate=()))
+    progress = SimpleNamespace(announce=lambda text: None)
+    runtime = placed(make_mesh(MeshConfig(data=2, expert=2), devices[:4]))
+    steps, _, _ = loop._compile(runtime, stage, pipeline, progress)
+    assert steps == {"text": (("data",), 4)}
+
+
+def test_who_interrupts_compilation_does_not_wait_for_it(devices, monkeypatch):
     started, ended = threading.Event(), threading.Event()
 
     class Program:
@@ -164,7 +185,8 @@ def test_who_interrupts_compilation_does_not_wait_for_it(monkeypatch):
     monkeypatch.setattr(loop, "lower_step", lambda run, stage, mesh, name: Program(name))
     names = dict.fromkeys(("interrupted", "long"))
     pipeline = SimpleNamespace(signatures=names, spec=lambda name: name)
-    runtime, stage = SimpleNamespace(run=None, mesh=None), SimpleNamespace(evaluate=())
+    runtime = placed(make_mesh(MeshConfig(), devices[:1]))
+    stage = SimpleNamespace(evaluate=())
     progress = SimpleNamespace(announce=lambda text: None)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

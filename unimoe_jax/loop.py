@@ -30,7 +30,7 @@ from unimoe_jax.metrics import MetricsWriter, Progress, write_json_atomic, write
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
 from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline, stage_steps
-from unimoe_jax.sharding import data_shards, own_data_shards
+from unimoe_jax.sharding import data_shards, own_data_shards, use_mesh
 from unimoe_jax.stage import (
     Stage,
     build_stage,
@@ -319,11 +319,15 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
         ("score", name): lambda name=name: lower_score(stage, mesh, heldout.spec(name))
         for name in (heldout.signatures if heldout else ())
     }
+
+    def compiled(job: Callable[[], Any]) -> Any:
+        with use_mesh(mesh, run.mesh.rules):  # its thread knows neither mesh nor table
+            return job().compile()
+
     progress.announce(f"compiling {len(jobs)} programs,")
     pool = ThreadPoolExecutor(max_workers=4)
     try:
-        compiled = pool.map(lambda job: job().compile(), jobs.values())
-        done = dict(zip(jobs, compiled, strict=True))
+        done = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
     finally:  # who interrupts this does not wait for minutes of it
         pool.shutdown(wait=False, cancel_futures=True)
     steps = {key[1]: fn for key, fn in done.items() if key[0] == "step"}

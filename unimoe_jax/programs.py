@@ -24,7 +24,7 @@ def lower_step(run: RunConfig, stage: Stage, mesh: Mesh, spec: Batch) -> jax.sta
     )
     shardings = (stage.state_shardings(mesh), replicated(mesh))
     jitted = jax.jit(step, donate_argnums=(0,), out_shardings=shardings)
-    with jax.set_mesh(mesh):  # compilation may run in another thread than `use_mesh`
+    with jax.set_mesh(mesh):  # `use_mesh` may hold one without devices
         return jitted.lower(
             stage.state_template(mesh), stage.frozen_template(), batch_structs(mesh, spec)
         )
