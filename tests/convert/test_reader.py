@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -63,7 +64,15 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         ({"x": {**GOOD, "shape": [2, 3]}}, b"\0" * 16, None, r"needs 24 bytes"),
         ({"x": {**GOOD, "dtype": "F3"}}, b"\0" * 16, None, "malformed"),
         ({"x": {**GOOD, "shape": [-2, -2]}}, b"\0" * 16, None, "shape"),
-        ({"x": {**GOOD, "shape": [1 << 40, 1 << 40]}}, b"\0" * 16, None, "needs"),
+        ({"x": {**GOOD, "shape": [1 << 30, 1 << 30]}}, b"\0" * 16, None, "needs"),
+        ({"x": {**GOOD, "shape": [1 << 40, 1 << 40]}}, b"\0" * 16, None, "shape"),
+        ({"x": {**GOOD, "shape": [10**400, 10**400]}}, b"\0" * 16, None, "shape"),
+        ({"x": {**GOOD, "shape": [0, 1 << 62], "data_offsets": [0, 0]}}, b"", None, "shape"),
+        ({"x": {**GOOD, "shape": [1] * 100 + [4]}}, b"\0" * 16, None, "shape"),
+        ({"x": {**GOOD, "shape": [4.5]}}, b"\0" * 16, None, "malformed"),
+        ({"x": {**GOOD, "shape": [math.inf]}}, b"\0" * 16, None, "malformed"),
+        ({"x": {**GOOD, "data_offsets": [0, math.inf]}}, b"\0" * 16, None, "malformed"),
+        ({"x": {**GOOD, "data_offsets": [math.inf, 16]}}, b"\0" * 16, None, "malformed"),
         ({"x": GOOD, "y": GOOD}, b"\0" * 16, None, "from 16"),
         ({"x": {"dtype": "F32"}}, b"", None, "malformed"),
         ([1], b"", None, "not JSON"),

@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import mmap
+import operator
 import re
 import struct
 import sys
@@ -28,6 +30,7 @@ import numpy as np
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 OLDEST_TORCH = (2, 10)
 MAX_HEADER = 100_000_000
+MAX_AXES = 32
 SAFETENSORS_DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -141,7 +144,7 @@ def open_safetensors(path: Path) -> Tensors:
     data, tensors, end = 8 + length, {}, 0
     for name, entry in sorted(entries, key=lambda item: _begin(path, *item)):
         dtype, shape, (first, last) = _entry(path, name, entry)
-        expected = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+        expected = math.prod(shape) * dtype.itemsize
         if first != end or last - first != expected:
             raise ConvertError(
                 f"{path}: tensor {name!r} of shape {shape} {dtype} needs {expected} bytes from "
@@ -170,22 +173,24 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _begin(path: Path, name: str, entry: Any) -> int:
     try:
-        return int(entry["data_offsets"][0])
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        return operator.index(entry["data_offsets"][0])
+    except (TypeError, KeyError, IndexError) as error:
         raise ConvertError(f"{path}: tensor {name!r} has a malformed header entry") from error
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     try:
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        shape = tuple(int(size) for size in entry["shape"])
-        first, last = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(operator.index(size) for size in entry["shape"])
+        first, last = (operator.index(offset) for offset in entry["data_offsets"])
     except (TypeError, KeyError, ValueError) as error:
         raise ConvertError(
             f"{path}: tensor {name!r} has a malformed header entry: {entry!r:.120}"
         ) from error
-    if any(size < 0 for size in shape):
-        raise ConvertError(f"{path}: tensor {name!r} has shape {shape}")
+    # Sizes beside a 0 as well: numpy makes no array of more axes or bytes, even an empty one.
+    most = np.iinfo(np.int64).max // dtype.itemsize
+    if len(shape) > MAX_AXES or min(shape, default=0) < 0 or math.prod(filter(None, shape)) > most:
+        raise ConvertError(f"{path}: tensor {name!r} has shape {shape!s:.120}")
     return dtype, shape, (first, last)
 
 
