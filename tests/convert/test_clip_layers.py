@@ -31,3 +31,19 @@ def test_layers_after_the_selected_one(tmp_path: Path, unread: str):
     assert (kept is None) == (unread == "drop")
     if unread == "keep":
         assert kept.shape == (1, *layers.shape[1:])
+
+
+@pytest.mark.parametrize("unread", ["drop", "keep"])
+def test_what_no_layer_of_the_encoder_has_is_refused(tmp_path: Path, capsys, unread: str):
+    """Only layers that are not built are passed over: in a built one it would change features."""
+    folder, out = tmp_path / "clip", tmp_path / "out"
+    folder.mkdir()
+    shapes = encoder_shapes(TINY, moe=False)
+    prefix = next(name for name in shapes if ".layers.0." in name).partition("0.")[0]
+    strange = f"{prefix}{'2' if unread == 'keep' else '0'}.self_attn.q_norm.weight"
+    write_file(folder / "model.safetensors", tensors(shapes | {strange: (4,)}))
+    (folder / "config.json").write_text(json.dumps(tower_json(TINY)))
+    arguments = ("import", "--from", str(folder), "--to", str(out), "--unread-layers", unread)
+    assert main(arguments) == 2
+    assert strange in capsys.readouterr().err
+    assert not out.exists()

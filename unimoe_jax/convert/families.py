@@ -13,7 +13,7 @@ from unimoe_jax.convert.family import TOKENIZER_FILES, TUNED_FILES, Source
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import Plan
 from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
-from unimoe_jax.convert.senses import ENCODER_EXCUSES, ENCODERS, PLACEHOLDER, Sources, senses_of
+from unimoe_jax.convert.senses import ENCODERS, PLACEHOLDER, Sources, encoder_excuses, senses_of
 from unimoe_jax.convert.tables import cumo, llama, mixtral, unimoe
 
 
@@ -85,7 +85,7 @@ def plan_parts(sources: Sources, options: Options) -> Plan:
             config[sense] = {"encoder": part.encoder.model_dump(mode="json")}
     for source in sources.values():
         groups |= source.groups
-        excuses += ENCODER_EXCUSES.get(source.role, ())
+    excuses += encoder_excuses(sources, model)
     files = _side_files(
         [sources[role] for role in ("clip", "whisper", "decoder") if role in sources]
     )
@@ -141,8 +141,7 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
     if rounding is not None:
         text = text.model_copy(update={"rope_table_dtype": rounding.rope_table})
     model = ModelConfig(decoder=text, lora=unimoe.lora_rules(copies, peft, own), **senses)
-    for role in ("clip", "whisper", "beats"):
-        excuses += ENCODER_EXCUSES[role] if role in sources else ()
+    excuses += encoder_excuses(sources, model)
     order = [sources[r] for r in ("clip", "whisper", "base", "tuned") if r in sources]
     return Plan(
         family="unimoe-8e" if is_8e else f"unimoe-{sense}",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from unimoe_jax.config import (
     AudioConfig,
     DecoderConfig,
     MlpConnectorConfig,
+    ModelConfig,
     QueryConnectorConfig,
     SpeechConfig,
     VisionConfig,
     WhisperConfig,
 )
-from unimoe_jax.convert.entry import Copy, Entry, expand
+from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand
 from unimoe_jax.convert.family import Source
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, Tensors, with_prefix
@@ -34,7 +35,12 @@ def _reader_placeholder() -> QueryConnectorConfig:
     )
 
 
-ENCODER_EXCUSES = {"clip": clip.EXCUSES, "whisper": whisper.EXCUSES, "beats": beats.EXCUSES}
+def encoder_excuses(roles: Iterable[str], model: ModelConfig) -> list[Excuse]:
+    """Tensors of the encoders' folders that this model has no use for."""
+    known = {"whisper": whisper.EXCUSES, "beats": beats.EXCUSES}
+    if model.vision is not None:
+        known["clip"] = clip.excuses(model.vision.encoder)
+    return [excuse for role in roles for excuse in known.get(role, ())]
 
 
 def _clip_part(source: Source, options: Options) -> tuple[VisionConfig, list[Copy]]:

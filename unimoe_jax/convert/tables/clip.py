@@ -18,12 +18,15 @@ OUTSIDE = (
     Excuse(r"clip:(vision_model\.)?post_layernorm\..*", UNREAD_NORM),
     Excuse(r"clip:(.*\.)?position_ids", "a buffer that counts positions"),
 )
-EXCUSES = (
-    *OUTSIDE,
-    Excuse(
-        r"clip:(vision_model\.)?encoder\.layers\.\d+\..*", "layers after the selected hidden state"
-    ),
-)
+
+
+def excuses(config: ClipConfig) -> tuple[Excuse, ...]:
+    """What has no place in this encoder: only layers that it does not build, nothing in the others,
+    which may hold what would change its features."""
+    numbers = range(config.used_layers + config.kept_unread, config.num_layers)
+    layers = rf"encoder\.layers\.({'|'.join(map(str, numbers))})\..*"
+    dropped = Excuse(rf"clip:(vision_model\.)?{layers}", "layers after the selected hidden state")
+    return (*OUTSIDE, dropped) if numbers else OUTSIDE
 
 
 def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
