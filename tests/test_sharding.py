@@ -131,7 +131,11 @@ def test_a_change_names_an_axis_once(devices):
         ((4, 4), ("embed", "width"), "unknown logical axis 'width'"),
         ((4, 4), ("embed",), "2 axes"),
         ((4, 4), ("embed", "embed"), "two dimensions on.*fsdp"),
-        ((4, 4), ("batch", "expert"), "two dimensions on.*expert"),
+        (
+            (4, 4),
+            ("batch", "expert"),
+            r"two dimensions on.*expert.*; change mesh\.rules\.batch or mesh\.rules\.expert$",
+        ),
         ((4, 3), (None, "embed"), "dimension 1 .embed. of size 3 .* 2 shards"),
         ((4, 2), ("batch", None), "size 4 .* 8 shards"),
     ],

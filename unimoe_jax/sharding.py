@@ -196,12 +196,21 @@ def spec_for(axes: Sequence[str | None], name: str = "array") -> PartitionSpec:
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         clash = used & set(names)
         if clash:
-            raise ShardingError(f"{name}: axes {tuple(axes)} put two dimensions on {sorted(clash)}")
+            blamed = [a for a in dict.fromkeys(axes) if a in rules and clash & _on(rules[a])]
+            raise ShardingError(
+                f"{name}: axes {tuple(axes)} put two dimensions on {sorted(clash)}; change "
+                + " or ".join(f"mesh.rules.{axis}" for axis in blamed)
+            )
         used |= set(names)
         # Axes of size 1 are left out, so that a spec says what is really cut.
         names = tuple(n for n in names if mesh is None or mesh.shape[n] > 1)
         entries.append(None if not names else names[0] if len(names) == 1 else names)
     return PartitionSpec(*entries)
+
+
+def _on(entry: MeshAxes) -> set[str]:
+    """The mesh axes of an entry of the table."""
+    return {entry} if isinstance(entry, str) else set(entry or ())
 
 
 def param_sharding(
