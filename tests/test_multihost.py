@@ -289,11 +289,18 @@ def test_results_equal_those_of_one_process(place, undisturbed, four):
     assert found == [{"total": 90, "bad": {"unreadable_image": 1}}] * 2
 
 
-def test_failures_of_all_are_told_once(place):
-    processes = start(2, [*arguments(place, "bad", "{data: 3}")])
-    outcome = finish(processes, place / "bad")
-    assert outcome.codes == [2, 2]
-    told = [text for text in outcome.printed if "error: mesh.data=3" in text]
+@pytest.mark.parametrize(
+    ("mesh", "more", "code", "message"),
+    [
+        ("{data: 3}", [], 2, "error: mesh.data=3"),
+        # What stops process 0 is to the other that process 0 has stopped.
+        ("{data: 2}", ["--strict"], 1, "stopped: "),
+    ],
+)
+def test_failures_of_all_are_told_once(place, mesh, more, code, message):
+    outcome = finish(start(2, [*arguments(place, "bad", mesh), *more]), place / "bad")
+    assert outcome.codes == [code, code]
+    told = [text for text in outcome.printed if message in text]
     assert len(told) == 1
     assert "Traceback" not in "".join(outcome.printed)
 

@@ -381,15 +381,18 @@ def guard(body: Callable[[], int]) -> int:
 def fail(message: str, code: int) -> int:
     """Print `message` once and end with `code`: returned, or at once where others may wait.
 
-    If all processes fail, process 0 speaks for them. If only some do, each of them speaks, and the
-    others learn of it as their connections break.
+    If all processes fail, process 0 speaks for them, and they end with its code: what stops it is
+    to the others that it has stopped. If only some do, each of them speaks, and the others learn of
+    it as their connections break.
     """
     if not _joined():
         print(message, file=sys.stderr, flush=True)
         return code
-    together = _all_leave()
-    if is_writer() or not together:
-        print(f"{'' if together else _name()}{message}", file=sys.stderr, flush=True)
+    together = _all_leave(code)
+    code = code if together is None else together
+    if is_writer() or together is None:
+        alone = _name() if together is None else ""
+        print(f"{alone}{message}", file=sys.stderr, flush=True)
     if is_writer():  # the others' connections end with this process
         time.sleep(1)
     return _leave_now(code)
@@ -403,12 +406,15 @@ def _joined() -> bool:
     return _client() is not None
 
 
-def _all_leave() -> bool:
+def _all_leave(code: int) -> int | None:
+    """Process 0's code, where all processes come here; else None."""
     try:
+        if is_writer():
+            _client().key_value_set("unimoe/code", str(code))
         _client().wait_at_barrier("unimoe/leave", LEAVE_SECONDS * 1000)
+        return int(_client().blocking_key_value_get("unimoe/code", LEAVE_SECONDS * 1000))
     except jax.errors.JaxRuntimeError:
-        return False
-    return True
+        return None
 
 
 def _leave_now(code: int) -> NoReturn:
