@@ -22,7 +22,10 @@ python=${PYTHON:-python3}
 program=${PROGRAM:-unimoe_jax.train}
 grace=${GRACE:-60}
 gpus=0
-if [[ ${JAX_PLATFORMS:-} != cpu ]] && found=$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU '); then
+cpu=false
+# An empty list of visible devices hides them all.
+if [[ ${JAX_PLATFORMS:-} == cpu || -z ${CUDA_VISIBLE_DEVICES-all} ]]; then cpu=true; fi
+if [[ $cpu == false ]] && found=$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU '); then
   # Of those that are visible, jax counts from 0.
   gpus=$(tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-$found}" | wc -l)
   if ((count > gpus)); then

@@ -92,10 +92,11 @@ def local(tmp_path):
 
     started = []
 
-    def start(processes: int, argument: str, **environment: str) -> subprocess.Popen:
+    def start(processes: int, argument: str, **environment: str | None) -> subprocess.Popen:
+        env = {**os.environ, **own, **environment}
         launcher = subprocess.Popen(
             [LAUNCH / "local.sh", "--processes", str(processes), argument],
-            env={**os.environ, **own, **environment},
+            env={name: value for name, value in env.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -133,11 +134,13 @@ def test_a_signal_reaches_every_process_once(local, whom, number):
 
 
 def test_no_more_processes_than_gpus(local):
-    for processes, visible, there in ((3, "", 2), (2, "5", 1)):
+    for processes, visible, there in ((3, None, 2), (2, "5", 1)):
         launcher = local(processes, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES=visible)
         told = launcher.communicate(timeout=50)[1]
         assert launcher.returncode == 2
         assert f"--processes {processes}: each takes a GPU, and there are {there}; " in told
+    launcher = local(3, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="")  # hidden
+    assert all("has begun" in launcher.stdout.readline() for _ in range(3))
 
 
 # ------------------------------------------------------------------------------------- others
