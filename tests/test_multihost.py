@@ -24,6 +24,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
+from unimoe_jax import distributed
 from unimoe_jax.checkpoint import load_final, verify
 from unimoe_jax.distributed import (
     DistributedError,
@@ -340,6 +341,16 @@ def test_processes_do_not_wait_for_ever_for_one_that_never_comes(index):
     assert f"not all processes have come to process 0 ({found[1]}) within 2 s" in told[0]
 
 
+def test_a_port_in_use_is_said(monkeypatch):
+    """jax would crash without a word of its own."""
+    monkeypatch.setattr(distributed, "settle_cpu", lambda several: None)
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        found = flags(coordinator=address, processes=2, process=0)
+        with pytest.raises(DistributedError, match=rf"{address}'.* cannot listen .*in use"):
+            distributed.initialize(found)
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -454,6 +465,8 @@ def test_cpu_collectives_get_threads_and_an_order(flags_given, several, expected
     [
         ({"processes": 2}, {}, r"--coordinator .*--process .*not given"),
         ({"coordinator": "a", "processes": 2, "process": 0}, {}, "not HOST:PORT"),
+        ({"coordinator": ":1", "processes": 2, "process": 0}, {}, "not HOST:PORT"),
+        ({"coordinator": "a:65536", "processes": 2, "process": 0}, {}, "port from 1 to 65535"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "process 2 of 2"),
         ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
         ({}, {"JOBSET_NAME": "run"}, "REPLICATED_JOB_NAME, PROCESSES"),

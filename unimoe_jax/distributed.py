@@ -152,8 +152,11 @@ def _jobset(env: Mapping[str, str]) -> Processes:
 
 
 def _checked(found: Processes) -> Processes:
-    if ":" not in found.coordinator or not found.coordinator.rsplit(":", 1)[1].isdigit():
-        raise DistributedError(f"coordinator {found.coordinator!r}: not HOST:PORT")
+    host, _, port = found.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise DistributedError(
+            f"coordinator {found.coordinator!r}: not HOST:PORT with a port from 1 to 65535"
+        )
     if not 0 <= found.index < found.count:
         raise DistributedError(f"process {found.index} of {found.count}: counted from 0")
     return found
@@ -174,6 +177,20 @@ def _slurm(env: Mapping[str, str]) -> Processes:
     return Processes("slurm")
 
 
+def _check_port(coordinator: str) -> None:
+    """Process 0 must be able to listen there; jax would crash."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise DistributedError(
+                f"coordinator {coordinator!r}: process 0 cannot listen on that port "
+                f"({error.strerror}); take another one, on all processes"
+            ) from error
+
+
 def initialize(args: argparse.Namespace) -> None:
     """Join the other processes, if there are any. Comes before anything that touches a device.
 
@@ -190,6 +207,8 @@ def initialize(args: argparse.Namespace) -> None:
         "initialization_timeout": JOIN_SECONDS + 60,
     }
     if found.coordinator is not None:
+        if found.index == 0:
+            _check_port(found.coordinator)
         options |= {
             "coordinator_address": found.coordinator,
             "num_processes": found.count,
