@@ -26,13 +26,8 @@ from PIL import Image
 
 from unimoe_jax import distributed
 from unimoe_jax.checkpoint import load_final, verify
-from unimoe_jax.distributed import (
-    DistributedError,
-    Processes,
-    find_processes,
-    lost_peer,
-    settle_cpu,
-)
+from unimoe_jax.distributed import lost_peer, settle_cpu
+from unimoe_jax.processes import DistributedError, Processes, find_processes
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 120, 20
