@@ -412,6 +412,20 @@ def test_parts_are_compared_without_logits(everything, tmp_path, capsys):
     assert "logits: not compared" in capsys.readouterr().out
 
 
+def test_what_stages_left_is_compared_with_logits(dense, other, tmp_path, capsys):
+    """Its settings stand in the run directory; a part of it that holds the embedding has none."""
+    assert convert("verify", dense.parents[2], other) == 1
+    assert "logits: largest difference" in capsys.readouterr().out
+    params = {path: value for path, value in load_final(dense).items() if "mlp" not in path}
+    manifest = {"stage": "pft", "moe_layers": read_manifest(dense)["moe_layers"]}
+    part = tmp_path / "checkpoints" / "pft" / "final"
+    shapes = {path: list(value.shape) for path, value in params.items()}
+    save_final(part, params, manifest | {"shapes": shapes})
+    shutil.copyfile(dense.parents[2] / "config.yaml", tmp_path / "config.yaml")
+    assert convert("verify", part, dense) == 1
+    assert "logits: not compared" in capsys.readouterr().out
+
+
 def test_settings_can_be_named(dense, tmp_path, capsys):
     """A checkpoint outside its run directory does not know its model."""
     alone = tmp_path / "a" / "b" / "c"

@@ -27,7 +27,7 @@ from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import read_slice, resolve
+from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.upcycle import Source
 
@@ -93,7 +93,11 @@ def is_ours(path: Path) -> bool:
 
 def has_text_model(checkpoint: Checkpoint) -> bool:
     """Whether it answers to text: parts of a model may come with the settings of all of it."""
-    return "decoder" in checkpoint.config and "embed/embedding" in checkpoint.params
+    if "decoder" not in checkpoint.config:
+        return False
+    config = {key: value for key, value in checkpoint.config.items() if key in ("decoder", "lora")}
+    needed = parameter_shapes(ModelConfig.model_validate(config), [""])
+    return needed.keys() <= checkpoint.params.keys()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -141,8 +145,7 @@ def open_checkpoint(
     path = find_checkpoint(path)
     if not is_ours(path):
         return _source(path, options, "source")
-    found = _ours(path, model_file)
-    return found if found.config else replace(found, config=_config_of_run(found))
+    return _ours(path, model_file)
 
 
 def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
@@ -165,6 +168,11 @@ def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _ours(path: Path, model_file: Path | None) -> Checkpoint:
+    found = _written(path, model_file)
+    return found if found.config else replace(found, config=_config_of_run(found))
+
+
+def _written(path: Path, model_file: Path | None) -> Checkpoint:
     path = path.absolute()
     try:
         verify(path)
