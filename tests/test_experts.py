@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.convert import unimoe_folders
 from tests.convert.folders import llama_tensors, write_llama
-from tests.golden_dir import golden_dir
 from unimoe_jax import config_io
 from unimoe_jax.checkpoint import load_final, open_source, read_manifest, save_final
 from unimoe_jax.config import ModelConfig, RunConfig, Take
@@ -220,7 +220,9 @@ def test_a_pytorch_folder_is_a_source(tmp_path):
 
 def test_pytorch_folders_give_what_their_import_gives(tmp_path):
     """Merged adapters leave routers as released inference has them; the base's tokenizer comes."""
-    source = golden_dir("unimoe-audio") / "checkpoint"
+    source = tmp_path / "source"
+    unimoe_folders.write(source, experts=4)
+    (source / "base" / "tokenizer.model").write_bytes(b"pieces")
     assert convert("import", "--from", source, "--to", tmp_path / "imported") == 0
     for name, base in (("direct", source), ("after", tmp_path / "imported")):
         assert run("prune", "--from", base, "--keep", "2,0", "--to", tmp_path / name) == 0
