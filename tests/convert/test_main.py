@@ -14,9 +14,11 @@ import yaml
 from tests.convert.folders import CONFIG, llama_tensors, write_llama
 from unimoe_jax.checkpoint import load_final, open_source
 from unimoe_jax.config import ModelConfig
+from unimoe_jax.convert import exporting, writer
 from unimoe_jax.convert.__main__ import main
 from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.reader import ConvertError, open_folder, sha256
+from unimoe_jax.experts.__main__ import main as experts_main
 
 
 @pytest.fixture
@@ -49,6 +51,30 @@ def test_import_can_be_taken_from(source: Path, tmp_path: Path, capsys):
     printed = capsys.readouterr().out
     assert "o i -> i o" in printed
     assert printed.splitlines()[-1].startswith("OK")
+
+
+@pytest.mark.parametrize("program", ["import", "export", "experts"])
+def test_an_interrupt_leaves_nothing_behind(source, tmp_path, capsys, monkeypatch, program):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    out, more = tmp_path / "out", ("--num-experts", "2", "--module", "decoder")
+    if program == "export":
+        assert run("import", "--from", source, "--to", tmp_path / "in") == 0
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(writer, "write_chunk", interrupt)
+    monkeypatch.setattr(exporting, "write_safetensors", interrupt)
+    capsys.readouterr()
+    code = {
+        "import": lambda: run("import", "--from", source, "--to", out),
+        "export": lambda: run("export", "--from", tmp_path / "in", "--to", out, "--format", "hf"),
+        "experts": lambda: experts_main(
+            ["upcycle", "--from", str(source), "--to", str(out), *more]
+        ),
+    }[program]()
+    assert code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("files", ["safetensors", "bin"])

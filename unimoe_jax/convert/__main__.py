@@ -79,13 +79,17 @@ def _import_arguments(add: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, and for `verify` equal; 1: `verify` found a difference; 2: refused."""
+    """Exit status 0: done, and for `verify` equal; 1: `verify` found a difference; 2: refused;
+    130: interrupted."""
     given = parser().parse_args(arguments)
     try:
         return COMMANDS[given.command](given)
     except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _import(given: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@
 Checkpoints are those of this package: an import, what a stage of a run left (`checkpoints/STAGE/
 final`; a run directory: its last whole stage), or what this program wrote; to be read, also PyTorch
 folders, as `unimoe_jax.convert import` takes them. Adapters are merged. What is written appears
-complete or not at all, with a manifest of parents and hashes. Exit codes: 0 done, 2 bad input.
+complete or not at all, with a manifest of parents and hashes. Exit codes: 0 done, 2 bad input, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -140,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = first["msg"].removeprefix("Value error, ")
         print(f"error: {where + ': ' if where else ''}{text}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
