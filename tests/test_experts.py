@@ -414,6 +414,15 @@ def test_parts_are_compared_without_logits(everything, tmp_path, capsys):
     assert "logits: not compared" in capsys.readouterr().out
 
 
+def test_a_name_stands_for_one_checkpoint(dense, other, tmp_path, capsys):
+    """The one that all else comes from is called base: the manifest has one parent a name."""
+    arguments = ("assemble", "--from", dense, "--module", "encoder", "--to", tmp_path / "moe")
+    assert run(*arguments, "--expert", f"base={other}", "--expert", f"b={dense}") == 2
+    assert f"--expert base={other}: base is {dense} already" in capsys.readouterr().err
+    assert run(*arguments, "--expert", f"b={other}", "--expert", f"base={dense}") == 0
+    assert read_manifest(tmp_path / "moe")["parents"] == {"base": str(dense), "b": str(other)}
+
+
 def test_what_stages_left_is_compared_with_logits(dense, other, tmp_path, capsys):
     """Its settings stand in the run directory; a part of it that holds the embedding has none."""
     assert convert("verify", dense.parents[2], other) == 1

@@ -173,7 +173,7 @@ def _upcycle(given: argparse.Namespace, base: Opened) -> None:
 
 
 def _assemble(given: argparse.Namespace, base: Opened) -> None:
-    named: dict[str, Opened] = {}
+    named = {base.name: base}  # the manifest tells them apart by name
     experts = []
     for text in given.experts:
         name, equals, path = text.partition("=")
