@@ -53,6 +53,13 @@ def test_import_can_be_taken_from(source: Path, tmp_path: Path, capsys):
     assert printed.splitlines()[-1].startswith("OK")
 
 
+def test_an_import_is_not_imported_again(source: Path, tmp_path: Path, capsys):
+    assert run("import", "--from", source, "--to", tmp_path / "out") == 0
+    for given in (tmp_path / "out", tmp_path):  # a folder of folders stands for its members
+        assert run("import", "--from", given, "--to", tmp_path / "again") == 2
+        assert f"{tmp_path / 'out'}: is a checkpoint of this package" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", ["import", "export", "experts"])
 def test_an_interrupt_leaves_nothing_behind(source, tmp_path, capsys, monkeypatch, program):
     def interrupt(*arguments):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unimoe_jax.checkpoint import MANIFEST
 from unimoe_jax.convert.names import ALIGNER, NON_LORA, PROJECTOR, tensors_by_table
 from unimoe_jax.convert.reader import (
     TORCH_SUFFIXES,
@@ -87,6 +88,8 @@ def _recognise(path: Path) -> list[Source]:
     if experts:
         groups = {file.stem: open_file(file) for file in experts}
         return [Source("experts", path, {}, groups)]
+    if (path / MANIFEST).is_file() and (path / "params").is_dir():
+        raise ConvertError(f"{path}: is a checkpoint of this package already, no PyTorch folder")
     members = [member for member in sorted(path.iterdir()) if not member.name.startswith(".")]
     known = [m for m in members if m.is_dir() or m.suffix in TORCH_SUFFIXES]
     if not known:
