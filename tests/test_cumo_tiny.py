@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from unimoe_jax.checkpoint import load_final
+from unimoe_jax.convert import __main__ as convert
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.experts import __main__ as experts
+from unimoe_jax.generation.loader import find
 from unimoe_jax.upcycle_check import ROUNDING
 
 ROOT = Path(__file__).parents[1]
@@ -102,3 +106,16 @@ def test_the_stage_stops_where_it_would_not_be_the_dense_model(finished, cache, 
     assert done.returncode == 2, done.stdout[-3000:]
     assert "experts/fc2/" in done.stderr and "is not upcycled" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_made_of_a_run_can_be_asked(finished, tmp_path):
+    """The run's tokenizer and template go with it."""
+    of_run = find(finished[0], None)
+    made, exported = tmp_path / "made", tmp_path / "exported"
+    command = ["--from", str(finished[0]), "--to"]
+    assert experts.main(["prune", *command, str(made), "--keep", "0,2"]) == 0
+    assert convert.main(["export", *command, str(exported), "--format", "cumo"]) == 0
+    of_made = find(made, None)
+    assert of_made.template == of_run.template
+    for folder in (made, exported):
+        assert Tokenizer.load(folder).fingerprint == of_run.tokenizer.fingerprint

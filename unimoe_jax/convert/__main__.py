@@ -101,7 +101,7 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    checkpoint = opening.open_checkpoint(given.source, given.model)
+    checkpoint = opening.with_tokenizer(opening.open_checkpoint(given.source, given.model))
     exporting.export_checkpoint(checkpoint, given.target, given.format, given.files)
     return 0
 

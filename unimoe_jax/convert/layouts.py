@@ -141,8 +141,8 @@ def _encoders(checkpoint: Checkpoint, model: ModelConfig, layout: Layout) -> Non
 
 def _tokenizer(checkpoint: Checkpoint, layout: Layout, folder: str) -> None:
     for name in TOKENIZER_FILES:
-        if (checkpoint.path / name).is_file():
-            layout.side_files[f"{folder}/{name}"] = checkpoint.path / name
+        if name in checkpoint.files:
+            layout.side_files[f"{folder}/{name}"] = checkpoint.files[name]
 
 
 def _side(checkpoint: Checkpoint, layout: Layout, role: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from unimoe_jax import config_io
 from unimoe_jax.checkpoint import (
     MANIFEST,
     SUMS,
@@ -21,14 +22,16 @@ from unimoe_jax.checkpoint import (
     read_settings,
     verify,
 )
-from unimoe_jax.config import ModelConfig
+from unimoe_jax.config import ModelConfig, RunConfig
 from unimoe_jax.config_yaml import ConfigError, parse
 from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import recognise
+from unimoe_jax.convert.family import TOKENIZER_FILES, recognise
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype
+from unimoe_jax.data import embedded
+from unimoe_jax.setup_data import cache_folder
 from unimoe_jax.upcycle import Source
 
 RUN_FILE = "config.yaml"
@@ -49,7 +52,8 @@ class Parameter:
 class Checkpoint:
     """Lazy parameters, and the model that they are part of where it is known.
 
-    files: name -> tokenizer or processor file that goes with them.
+    files: name -> tokenizer or processor file that goes with them. template: how it was asked, if
+    that is known and does not follow from the family.
     """
 
     path: Path
@@ -57,6 +61,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     files: Mapping[str, Path] = field(default_factory=dict)
+    template: str | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -192,7 +197,8 @@ def _written(path: Path, model_file: Path | None) -> Checkpoint:
                 f"{path}: {name!r} has shape {array.shape}, the manifest says {shape}"
             )
         params[name] = Parameter(shape, array.dtype.name, partial(read_part, array))
-    return Checkpoint(path, params, config, manifest, dict(_beside(path)))
+    beside, template = dict(_beside(path)), manifest.get("template")
+    return Checkpoint(path, params, config, manifest, beside, template)
 
 
 def _beside(path: Path) -> Iterator[tuple[str, Path]]:
@@ -235,9 +241,8 @@ def _run(file: Path) -> Mapping[str, Any]:
 
 def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
     """Model settings of what a stage left, from the run directory it lies in; {} elsewhere."""
-    name = checkpoint.manifest.get("stage")
-    file = checkpoint.path.parent.parent.parent / RUN_FILE  # RUN/checkpoints/STAGE/final
-    if name is None or not file.is_file():
+    name, file = checkpoint.manifest.get("stage"), _run_file(checkpoint)
+    if file is None:
         return {}
     run = _run(file)
     stage = next((stage for stage in run["stages"] if stage["name"] == name), None)
@@ -257,6 +262,41 @@ def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
     config = model.with_experts(found.modules()).model_dump(mode="json", exclude_none=True)
     adapters = any(path.endswith("/lora_a") for path in shapes)
     return config | ({"lora": stage["lora"]} if adapters else {})
+
+
+def _run_file(checkpoint: Checkpoint) -> Path | None:
+    """The config.yaml of the run that left the checkpoint."""
+    file = checkpoint.path.parent.parent.parent / RUN_FILE  # RUN/checkpoints/STAGE/final
+    return file if "stage" in checkpoint.manifest and file.is_file() else None
+
+
+def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with what an answer needs and a stage leaves elsewhere: the run's template, and its
+    tokenizer where that is on this machine."""
+    file = _run_file(checkpoint)
+    try:
+        run = config_io.load(file) if file else None
+    except ConfigError:  # a run of another version; its parameters are what was asked for
+        run = None
+    if run is None:
+        return checkpoint
+    named = {stage.name: stage.template for stage in run.stages}
+    template = named.get(checkpoint.manifest["stage"]) or run.data.template
+    if template == "plain":  # captions: nothing was asked
+        template = None
+    files = {**_tokenizer_files(run), **checkpoint.files}
+    return replace(checkpoint, files=files, template=template)
+
+
+def _tokenizer_files(run: RunConfig) -> dict[str, Path]:
+    path: Path | None = Path(run.tokenizer)
+    if run.tokenizer == "embedded":
+        path = embedded.made(cache_folder(run.data), size=run.data.embedded_size)
+    if path is None:
+        return {}
+    folder = path if path.is_dir() else path.parent
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return files | ({"tokenizer.model": path} if path.is_file() else {})
 
 
 # ---------------------------------------------------------------------------------- PyTorch folders

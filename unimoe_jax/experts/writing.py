@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from unimoe_jax.convert.importing import MODEL_FILE
+from unimoe_jax.convert.opening import with_tokenizer
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint
 from unimoe_jax.experts.making import Made
@@ -93,11 +94,13 @@ def _finish(
     folder: Path,
 ) -> dict[str, Any]:
     (folder / MODEL_FILE).write_text(text)
-    for name, path in base.checkpoint.files.items():
+    spoken = with_tokenizer(base.checkpoint)
+    for name, path in spoken.files.items():
         shutil.copyfile(path, folder / name)
     every = {source.name: source for source in (base, *sources)}
     return {
-        "family": base.checkpoint.manifest.get("family", ""),
+        "family": spoken.manifest.get("family", ""),
+        "template": spoken.template,
         "moe_layers": list(made.moe_layers),
         "lora_merged": True,
         "command": command,

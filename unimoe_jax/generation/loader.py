@@ -246,7 +246,8 @@ def _of_import(folder: Path, template: str | None) -> Found:
         ) from error
     family = str(manifest.get("family", ""))
     known = next((name for start, name in TEMPLATE_OF_FAMILY if family.startswith(start)), None)
-    if template is None and known is None:
+    known = manifest.get("template") or known
+    if template is None and known not in TEMPLATES:
         raise GenerationError(
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )

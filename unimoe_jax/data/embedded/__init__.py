@@ -4,8 +4,8 @@ It makes training, evaluation and tests possible without a download. Sources are
 `embedded:SPLIT/NAME`, with SPLIT `train` or `heldout` and NAME one of `SOURCES`.
 """
 
-from unimoe_jax.data.embedded.dataset import build, resolve, tokenizer_path
+from unimoe_jax.data.embedded.dataset import build, made, resolve, tokenizer_path
 from unimoe_jax.data.embedded.media import VERSION, Counts
 from unimoe_jax.data.embedded.tasks import NAMES as SOURCES
 
-__all__ = ["SOURCES", "VERSION", "Counts", "build", "resolve", "tokenizer_path"]
+__all__ = ["SOURCES", "VERSION", "Counts", "build", "made", "resolve", "tokenizer_path"]

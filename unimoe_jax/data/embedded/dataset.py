@@ -68,6 +68,12 @@ def tokenizer_path(folder: str | Path, seed: int = 0, size: int = 1) -> str:
     return str(build(folder, seed, size) / "tokenizer.model")
 
 
+def made(folder: str | Path, seed: int = 0, size: int = 1) -> Path | None:
+    """The data set's folder if it has been built."""
+    final = Path(folder) / _name(seed, size, None)
+    return final if _complete(final) else None
+
+
 def _name(seed: int, size: int, counts: Counts | None) -> str:
     name = f"embedded-{VERSION}-{seed}-{size}"
     if counts is None or counts == Counts():
