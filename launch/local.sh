@@ -21,6 +21,10 @@ shift 2
 python=${PYTHON:-python3}
 program=${PROGRAM:-unimoe_jax.train}
 grace=${GRACE:-60}
+if [[ ! $grace =~ ^[0-9]+$ ]]; then
+  echo "launch/local.sh: GRACE=$grace: allowed: whole seconds" >&2
+  exit 2
+fi
 gpus=0
 cpu=false
 # An empty list of visible devices hides them all.

@@ -46,7 +46,10 @@ case $action in
       python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
     ;;
   stop)
-    everywhere 'xargs kill -TERM < unimoe_jax/.pid'
+    # A number that was left by an earlier run may be another program's by now.
+    # shellcheck disable=SC2016 # the workers' shells expand it
+    everywhere 'pid=$(cat unimoe_jax/.pid) && grep -qsa unimoe_jax "/proc/$pid/cmdline" &&
+      kill -TERM "$pid" || echo "$HOSTNAME: no run here" >&2'
     ;;
   run)
     (($# > 0)) || usage

@@ -329,7 +329,9 @@ def test_only_optimizer_steps_hold_micro_batches():
     assert rows == {"train": 24, "score": 8}
 
 
-@pytest.mark.parametrize("text", ["image", "image=x", "sound=1", "image=1,", "image=0"])
+@pytest.mark.parametrize(
+    "text", ["image", "image=x", "sound=1", "image=1,", "image=0", "image=1,image=2"]
+)
 def test_bad_media_are_refused(text):
     with pytest.raises(ConfigError, match="NAME=COUNT"):
         parse_media(text, config_io.load(CONFIG).model)

@@ -133,6 +133,12 @@ def test_a_signal_reaches_every_process_once(local, whom, number):
     assert sorted(printed.splitlines()) == ["process 0 got 1", "process 1 got 1"]
 
 
+def test_the_patience_with_the_others_is_in_seconds(local):
+    launcher = local(1, "wait", GRACE="soon")
+    assert "GRACE=soon: allowed: whole seconds" in launcher.communicate(timeout=50)[1]
+    assert launcher.returncode == 2
+
+
 def test_no_more_processes_than_gpus(local):
     for processes, visible, there in ((3, None, 2), (2, "5", 1)):
         launcher = local(processes, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES=visible)
@@ -144,6 +150,31 @@ def test_no_more_processes_than_gpus(local):
 
 
 # ------------------------------------------------------------------------------------- others
+
+
+def test_a_pod_stops_its_run_and_nothing_else(tmp_path):
+    (tmp_path / "unimoe_jax").mkdir()
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/bin/bash\ncd "$HOME" && exec bash -c "${!#}"\n')  # the last argument
+    gcloud.chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+    def stop(running: subprocess.Popen) -> str:
+        (tmp_path / "unimoe_jax/.pid").write_text(f"{running.pid}\n")
+        command = [LAUNCH / "tpu_pod.sh", "--tpu", "pod", "--zone", "here", "--stop"]
+        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+        assert done.returncode == 0
+        return done.stderr
+
+    other = subprocess.Popen(["sleep", "60"])
+    ours = subprocess.Popen(["bash", "-c", "exec -a unimoe_jax.train sleep 60"])
+    assert "no run here" in stop(other)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+    assert stop(ours) == ""
+    assert ours.wait(timeout=20) == -signal.SIGTERM
+    assert "no run here" in stop(ours)
 
 
 @pytest.mark.parametrize(("gpus", "code"), [("8", 0), ("4", 75), (None, 3)])

@@ -80,15 +80,14 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
     if text is None:
         return None
     pairs = re.findall(r"(\w+)=(0*[1-9]\d*)(?:,|$)", text)
-    known = set(model.tokens_per_medium())
-    if (
-        ",".join(f"{name}={count}" for name, count in pairs) != text
-        or {p[0] for p in pairs} - known
-    ):
+    known, counts = set(model.tokens_per_medium()), dict(pairs)
+    read = ",".join(f"{name}={count}" for name, count in counts.items())
+    if read != text or counts.keys() - known:
         raise ConfigError(
-            f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}, COUNT from 1 up"
+            f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}, each once, COUNT from "
+            "1 up"
         )
-    return {name: int(count) for name, count in pairs}
+    return {name: int(count) for name, count in counts.items()}
 
 
 def assumed_batch(

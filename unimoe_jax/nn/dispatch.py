@@ -184,7 +184,8 @@ def _job(expert_fn: ExpertFunction, weights: Any, rows: Routed, form: Exchange, 
     batch, cut, hidden = mesh_axes("batch"), mesh_axes("expert"), mesh_axes("mlp")
     if set(cut) & set(batch) and not set(cut) <= set(batch):
         raise ShardingError(
-            f"experts are cut over {cut}, the batch over {batch}: neither holds all"
+            f"experts are cut over {cut}, the batch over {batch}, which holds some of these axes; "
+            "allowed: all or none; change mesh.rules.expert or mesh.rules.batch"
         )
     axes = expert_fn.axes()
     # The function must meet the hidden width once, and nothing else may be cut by those axes.
