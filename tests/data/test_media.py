@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from unimoe_jax.data.media import (
     LOUDEST,
     ImageLimits,
+    frame_files,
     frame_numbers,
     load_frames,
     load_image,
@@ -108,6 +110,62 @@ def test_frames_of_a_video(folder):
     assert [frame.getpixel((0, 0))[0] for frame in frames] == [0, 20, 40, 60]
     few = [str(folder.root / "frames" / f"f{n}.png") for n in (1, 2)]
     assert [f.getpixel((0, 0))[0] for f in load_frames(tuple(few), 4)] == [10, 10, 20, 20]
+
+
+def write_animation(path, levels, **settings):
+    first, *others = (Image.new("RGB", (8, 8), (level,) * 3) for level in levels)
+    first.save(path, save_all=True, append_images=others, **settings)
+    return str(path)
+
+
+def levels_of(path, count=4):
+    return [frame.getpixel((0, 0))[0] for frame in load_frames((path,), count)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "settings"),
+    [("gif", {}), ("GIF", {"disposal": 2}), ("webp", {"lossless": True}), ("png", {})],
+)
+def test_an_animated_image_is_a_video(tmp_path, suffix, settings):
+    path = write_animation(tmp_path / f"moving.{suffix}", range(0, 110, 10), **settings)
+    assert frame_files((path,)) == ()
+    assert levels_of(path) == [0, 20, 40, 60]
+    assert levels_of(path, 22) == [10 * (n // 2) for n in range(22)]
+    assert load_image(path).getpixel((0, 0)) == (0, 0, 0)  # as an image it is its first frame
+    assert frame_files((path, path)) == (path, path)  # of several, each is a frame
+
+
+def test_what_an_animated_png_shows_elsewhere_is_no_frame(tmp_path):
+    path = tmp_path / "moving.apng"
+    write_animation(path, [250, 10, 20], format="PNG", default_image=True)
+    assert levels_of(str(path)) == [10, 10, 20, 20]
+
+
+def test_stills_and_pages_are_frames(tmp_path):
+    for name, levels in (("still.gif", [7]), ("still.webp", [7]), ("pages.tiff", [7, 90])):
+        path = write_animation(tmp_path / name, levels)
+        assert frame_files((path,)) == (path,)
+        assert levels_of(path) == [7] * 4
+
+
+def test_refused_animations(tmp_path):
+    def frames(path):
+        return load_frames((path,), 2)
+
+    whole = tmp_path / "whole.gif"
+    data = bytearray(Path(write_animation(whole, [10, 20])).read_bytes())
+    second = data.rindex(b",\0\0\0\0")  # its place, then its size
+    for name, end in (("palette.gif", second + 12), ("pixels.gif", len(data) - 4)):
+        (tmp_path / name).write_bytes(data[:end])
+        refused(frames, tmp_path / name, "unreadable_image")
+    (tmp_path / "label.gif").write_bytes(data[:second] + b"!\xf9\x01\0\0;")
+    refused(frames, tmp_path / "label.gif", "unreadable_image")
+    data[second + 5 : second + 9] = b"\x64\0\x64\0"
+    (tmp_path / "grows.gif").write_bytes(data)
+    limits = ImageLimits(max_pixels=100)
+    assert len(load_frames((str(whole),), 2, limits)) == 2
+    with pytest.raises(BadSample, match=r"grows.gif: 100x100 exceeds 100 pixels"):
+        load_frames((str(tmp_path / "grows.gif"),), 2, limits)
 
 
 def test_frames_far_apart_are_found_by_seeking(folder):

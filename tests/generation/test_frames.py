@@ -63,6 +63,18 @@ def test_a_frame_that_is_written_anew_counts(model, frames, tmp_path):
     assert not np.array_equal(before, after)
 
 
+def test_an_animated_image_is_a_video_file(model, frames, tmp_path):
+    """Of which the model takes as many frames as in training; written anew it is another one."""
+    place = tmp_path / "moving.png"
+    for order in (frames, frames[::-1]):
+        first, *others = map(Image.open, order)
+        first.save(place, save_all=True, append_images=others)
+        (soft,) = model.media.encode([MediaFile("video", (str(place),))])
+        chosen = (str(order[0]), str(order[2]))
+        (expected,) = model.media.encode([MediaFile("video", chosen)])
+        np.testing.assert_allclose(soft, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_another_thread_forgets_is_not_missed(model, frames, monkeypatch):
     """Many may ask one model; each drops what is too old of what all of them remember."""
     images = [MediaFile("image", (str(path),)) for path in frames[:2]]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,8 @@ LOUDEST = 2.0**31
 1e11 on the power of a frame overflows float32: BEATs' features would be infinite or NaN."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+ANIMATED_FORMATS = ("GIF", "WEBP", "PNG")
+"""Where several frames are a film. Those of a TIFF are pages, those of a JPEG (MPO) are views."""
 CONTAINER_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mp3,wav,flac,ogg,aac",
     "protocol_whitelist": "file",
@@ -53,20 +58,27 @@ def load_image(path: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     Alpha is dropped, as in the originals; 16-bit grey is scaled (Pillow alone would clip it).
     Raises `BadSample`: missing_file, unreadable_image, image_too_large, aspect_ratio.
     """
+    with _opened(path, IMAGE_FORMATS) as image:
+        _check_size(path, image.size, limits)
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _opened(path: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """An image file; what is wrong with it or, in the block, with its pixels is a `BadSample`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                _check_size(path, image.size, limits)
-                image = ImageOps.exif_transpose(image)
-                return _to_rgb(image)
+            with Image.open(path, formats=formats) as image:
+                yield image
     except FileNotFoundError as error:
         raise BadSample("missing_file", f"no such file: {path}") from error
     except Image.DecompressionBombError as error:
         raise BadSample("image_too_large", f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise BadSample("unreadable_image", f"{path}: not one of {IMAGE_FORMATS}") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadSample("unreadable_image", f"{path}: not one of {formats}") from error
+    # The last two: Pillow lets them pass where a later frame of a GIF breaks off.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
         raise BadSample("unreadable_image", f"{path}: {error}") from error
 
 
@@ -100,7 +112,8 @@ def load_frames(
     """`count` RGB frames of a video: a file, a folder of frame images, or the images themselves.
 
     Frame i of a file is the one shown at i * step / fps with step = int(duration * fps) // count
-    (the released extraction helper); images are chosen by the same rule.
+    (the released extraction helper); images, and the frames of an animated one, are chosen by the
+    same rule from their number alone.
     Raises `BadSample`: unreadable_video, missing_file and those of `load_image`.
     """
     images = frame_files(paths)
@@ -108,11 +121,14 @@ def load_frames(
         return [load_image(images[i], limits) for i in frame_numbers(len(images), count)]
     if os.path.isdir(paths[0]):
         raise BadSample("unreadable_video", "a video folder without images")
-    return _decode_frames(paths[0], count, limits)
+    decode = _animation_frames if _is_animated(paths[0]) else _decode_frames
+    return decode(paths[0], count, limits)
 
 
 def frame_files(paths: tuple[str, ...]) -> tuple[str, ...]:
     """The images of a video that is a folder of frames or the frames themselves, else ().
+
+    An animated image alone is a video file.
 
     Raises `BadSample`: unreadable_video.
     """
@@ -122,14 +138,43 @@ def frame_files(paths: tuple[str, ...]) -> tuple[str, ...]:
         except OSError as error:
             raise BadSample("unreadable_video", f"{paths[0]}: {error.strerror or error}") from error
         return tuple(os.path.join(paths[0], name) for name in names)
-    is_image = len(paths) > 1 or paths[0].lower().endswith(IMAGE_SUFFIXES)
-    return paths if is_image else ()
+    if len(paths) > 1:
+        return paths
+    is_frame = paths[0].lower().endswith(IMAGE_SUFFIXES) and not _is_animated(paths[0])
+    return paths if is_frame else ()
 
 
 def frame_numbers(total: int, count: int) -> list[int]:
     """Which of `total` frames to read: every (total // count)-th; repeated if there are too few."""
     step = total // count
     return [i * step for i in range(count)] if step else [i * total // count for i in range(count)]
+
+
+def _is_animated(path: str) -> bool:
+    """Whether an image has a second frame, whole or broken: whoever reads it next says which."""
+    opened = False
+    try:
+        with _opened(path, ANIMATED_FORMATS) as image:
+            opened = True
+            return image.is_animated
+    except BadSample:
+        return opened
+
+
+def _animation_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Image]:
+    with _opened(path, ANIMATED_FORMATS) as image:
+        # A PNG may begin with a picture for those that cannot show its frames.
+        first = int(getattr(image, "default_image", False))
+        numbers = frame_numbers(image.n_frames - first, count)
+        shown: dict[int, Image.Image] = {}
+        # One by one, as Pillow decodes all before the one asked for: a frame of a GIF may enlarge
+        # the picture, and none is decoded before its size is checked.
+        for number in range(numbers[-1] + 1):
+            image.seek(first + number)
+            _check_size(path, image.size, limits)
+            if number in numbers:
+                shown[number] = _to_rgb(ImageOps.exif_transpose(image))
+        return [shown[number] for number in numbers]
 
 
 def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Image]:
