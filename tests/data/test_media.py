@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from unimoe_jax.data.media import (
     LOUDEST,
     ImageLimits,
+    _duration,
     frame_files,
     frame_numbers,
     load_frames,
@@ -255,6 +258,13 @@ def test_video_of_an_unknown_codec(tmp_path):
     write_video(file)
     file.write_bytes(file.read_bytes().replace(b"FMP4", b"zq7x"))
     refused(lambda path: load_frames((path,), 2), file, "unreadable_video")
+
+
+def test_video_that_names_only_its_frames():
+    """Neither a duration nor an average rate: the guessed rate says how long it is."""
+    container = SimpleNamespace(duration=None)
+    stream = SimpleNamespace(duration=None, frames=50, average_rate=None)
+    assert _duration(container, stream, Fraction(25)) == 2
 
 
 def test_sound_with_a_damaged_header(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,7 @@ def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Ima
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
                 raise BadSample("unreadable_video", f"{path}: unknown frame rate")
-            total = int(_duration(container, stream) * rate) or stream.frames
+            total = int(_duration(container, stream, rate) * rate) or stream.frames
             if total < 1:
                 raise BadSample("unreadable_video", f"{path}: no frames")
             times = [float(number / rate) for number in frame_numbers(total, count)]
@@ -203,13 +204,13 @@ def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Ima
         raise BadSample("unreadable_video", f"{path}: {error}") from error
 
 
-def _duration(container, stream) -> float:
+def _duration(container, stream, rate: Fraction) -> float:
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:
         return container.duration / 1e6
     if stream.frames:
-        return float(stream.frames / stream.average_rate)
+        return float(stream.frames / rate)
     raise ValueError("unknown duration")
 
 
