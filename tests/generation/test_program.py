@@ -61,6 +61,14 @@ def test_chat_remembers(model, files):
     assert len(chat.history) == 4
 
 
+def test_a_chat_knows_the_home_folder(model, files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files["a"].parent))
+    chat, out = Chat(model, SHORT), io.StringIO()
+    run_chat(chat, [f"/image ~/{files['a'].name}", "/image ~nobody-here/a.png"], out)
+    assert chat.attached == [Media("image", (str(files["a"]),))]
+    assert "error: no such file: ~nobody-here/a.png" in out.getvalue()
+
+
 def test_a_chat_survives(model, capsys):
     """Names that are too long, bytes that are no text; a tag without a file is told."""
     chat, out = Chat(model, SHORT), io.StringIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
@@ -86,8 +87,9 @@ def _turn(chat: Chat, text: str, out: TextIO) -> None:
     elif command[:1] == "/" and command[1:] in MEDIA:
         if not rest.strip():
             raise GenerationError(f"{command} needs a path")
-        chat.attach(Media(command[1:], (rest.strip(),)))
-        print(f"attached {len(chat.attached)}: {rest.strip()}", file=out)
+        path = os.path.expanduser(rest.strip())  # no shell has seen it
+        chat.attach(Media(command[1:], (path,)))
+        print(f"attached {len(chat.attached)}: {path}", file=out)
     elif command[:1] == "/" and "/" not in command[1:]:
         raise GenerationError(f"unknown command {command}; {HELP}")
     elif text or chat.attached:
