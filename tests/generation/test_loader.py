@@ -62,7 +62,7 @@ def test_null_in_generation_config_means_nothing_is_said(copy):
     assert (eos, sampling.temperature, notes) == ((2,), 1.0, ())
 
 
-@pytest.mark.parametrize("value", ["x", 10**12, [2, "x"]])
+@pytest.mark.parametrize("value", ["x", 10**12, [2, "x"], True, [2, False]])
 def test_end_tokens_are_ids(copy, value):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(GenerationError, match=r"eos_token_id = .*; allowed"):

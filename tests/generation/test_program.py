@@ -221,7 +221,7 @@ def test_what_is_no_list_of_requests(model, requests):
         model.generate(requests)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5])
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
 def test_batches_hold_at_least_one(model, size):
     with pytest.raises(GenerationError, match=f"batch_size = {size}"):
         model.generate([generate.ask("x")], batch_size=size)

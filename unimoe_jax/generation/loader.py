@@ -338,7 +338,8 @@ def generation_settings(found: Found) -> tuple[tuple[int, ...], Sampling, tuple[
     given = {key: value for key, value in found.generation.items() if value is not None}
     eos = given.get("eos_token_id", found.tokenizer.eos_id)
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(token, int) and abs(token) < 2**31 for token in eos):
+    # In Python true is 1, which is a token of every vocabulary.
+    if not all(type(token) is int and abs(token) < 2**31 for token in eos):
         raise GenerationError(
             f"{GENERATION_FILE}: eos_token_id = {given['eos_token_id']!r}; allowed: the id of a "
             "token, or a list of ids"

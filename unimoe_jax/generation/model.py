@@ -171,5 +171,5 @@ class Model:
 
 
 def _check_batch_size(size: int) -> None:
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise GenerationError(f"batch_size = {size!r}; allowed: a whole number >= 1")
