@@ -117,12 +117,21 @@ def mesh_of(text: str | None) -> MeshConfig | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 where something cannot be answered; one line says why."""
+    """Returns 0, or 2 where something cannot be answered; one line says why.
+
+    130 after Ctrl-C; 141, in silence, where whoever reads the answers has gone (`… | head`).
+    """
     tolerate_bytes()
     try:
         args = parser().parse_args(arguments)
         check(args)
-        return run(args)
+        status = run(args)
+        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
+        return status
+    except BrokenPipeError:
+        # What is still to be written would be complained of at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports SIGPIPE
     except (GenerationError, CheckpointError, ConfigError, ShardingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

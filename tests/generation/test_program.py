@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,18 @@ def test_bad_arguments(arguments, pieces, checkpoint, capsys):
     assert said.startswith("error: ")
     for piece in pieces:
         assert piece in said
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_who_has_gone(monkeypatch, capfd, flush):
+    """Ends the program quietly, whether a line is written at once or left to the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(generate, "run", lambda args: print("fox", flush=flush))
+    with open(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert generate.main(["--model", "m", "--prompt", "x"]) == 141
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--show-routing", "--output"])
