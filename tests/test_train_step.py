@@ -209,6 +209,18 @@ def test_a_non_finite_batch_changes_nothing_and_is_counted(single):
     assert np.isfinite(metrics["loss"])
 
 
+def test_a_skipped_step_does_not_change_the_rate_that_is_told(single):
+    """The schedule stands still with the rest of the optimizer, and so does what is logged."""
+    state, _ = single.step(single.state(), single.frozen, single.batch)
+    expected, rate = single.step(state, single.frozen, single.batch)
+    broken = {**single.frozen, "lm_head/kernel": single.frozen["lm_head/kernel"] * jnp.nan}
+    skipped, told = single.step(state, broken, single.batch)
+    after, told_after = single.step(skipped, single.frozen, single.batch)
+    assert_close(after.trained, expected.trained, 1e-6)
+    assert float(rate["lr"]) < 1e-2
+    assert float(told["lr"]) == float(told_after["lr"]) == float(rate["lr"])
+
+
 # ------------------------------------------------------------------------------- meshes
 
 

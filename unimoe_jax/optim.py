@@ -60,3 +60,14 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
     ]
     return optax.chain(*steps)
+
+
+def steps_made(state: optax.OptState) -> jax.Array:
+    """Where the schedule stands in the state of such an optimizer: a step that was skipped does not
+    move it."""
+
+    def is_schedule(path, value) -> bool:
+        del value
+        return getattr(path[-1], "tuple_name", None) == optax.ScaleByScheduleState.__name__
+
+    return optax.tree.get(state, "count", filtering=is_schedule)

@@ -21,7 +21,7 @@ from unimoe_jax.losses import modality_losses, modality_sums, router_losses
 from unimoe_jax.metric_series import metric_name
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.moe import MoEAux
-from unimoe_jax.optim import Schedule
+from unimoe_jax.optim import Schedule, steps_made
 from unimoe_jax.params import Flat, nest
 
 
@@ -89,7 +89,7 @@ def make_train_step(
             carry = (zeros[0][1], zeros[1])
             (metrics, grads), _ = jax.lax.scan(one, carry, (micros, jnp.arange(accumulate)))
         metrics |= {
-            "lr": schedule(state.step),
+            "lr": schedule(steps_made(state.optimizer)),
             "tokens": jnp.sum(batch.segment_BT > 0),
             "targets": jnp.sum(batch.weight_BT),
         }
