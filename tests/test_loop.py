@@ -21,9 +21,9 @@ STEPS, EVERY = 12, 4
 
 
 def metrics(step: int, bad_steps: int = 0) -> dict[str, np.ndarray]:
-    numbers = dict.fromkeys(("aux", "grad_norm", "lr", "bad", "tokens"), 1.0)
+    numbers = dict.fromkeys(("aux", "grad_norm", "lr", "tokens"), 1.0)
     counts = np.ones(len(MODALITY))
-    own = {"loss": 1 / step, "bad_steps": bad_steps}
+    own = {"loss": 1 / step, "bad_steps": bad_steps, "bad": int(bad_steps > 0)}
     own |= {"nll_by_modality": counts, "targets_by_modality": counts}
     return {name: np.asarray(value) for name, value in (numbers | own).items()}
 
@@ -92,6 +92,28 @@ def test_the_last_loss_is_a_mean_of_the_last_steps(devices):
     rig.run()
     assert rig.summary.first_loss == 1
     assert rig.summary.last_loss == pytest.approx(np.mean([1 / step for step in range(1, 7)]))
+
+
+def test_a_record_tells_of_all_steps_since_the_last():
+    """How many were skipped, and the loss of those that were not, whichever step is recorded."""
+    records = []
+    write = SimpleNamespace(write=lambda step, values: records.append(values), update=lambda *_: 0)
+    log = _Log(write, write, StageSummary(STEPS), 5, STEPS, imbalance=lambda step: {})
+    counts = np.ones(len(MODALITY))
+    for step in range(1, 11):
+        found = metrics(step, bad_steps=int(step in (3, 4, 7)))
+        nll = counts * (np.nan if found["bad"] else step)
+        log.add(step, frozenset(), found | {"nll_by_modality": nll})
+    assert [values["skipped"] for values in records] == [0, 2, 1]
+    assert [values["loss_by_modality"]["text"] for values in records] == [1, 3.5, 8.25]
+
+
+def test_a_record_of_nothing_but_skipped_steps_has_no_loss_by_modality():
+    records = []
+    write = SimpleNamespace(write=lambda step, values: records.append(values), update=lambda *_: 0)
+    log = _Log(write, write, StageSummary(STEPS), 1, STEPS, imbalance=lambda step: {})
+    log.add(1, frozenset(), metrics(1, bad_steps=1))
+    assert (records[0]["skipped"], records[0]["loss_by_modality"]) == (1, {})
 
 
 def test_seconds_are_taken_over():

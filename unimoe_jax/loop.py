@@ -109,6 +109,7 @@ class _Log:
     steps: int
     imbalance: Callable[[int], dict[str, float]]
     tokens: float = 0.0
+    skipped: int = 0
     waited: float = 0.0  # for data since `since`, whatever the step: a share of that time
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     latest: dict[str, np.ndarray] = field(default_factory=dict)
@@ -121,9 +122,12 @@ class _Log:
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
         self.latest |= metrics  # of the last step with images, where this one has none
         self.tokens += float(metrics["tokens"])
+        # What a skipped step made of its samples may be no number, and taught nothing.
+        summed = ("load", "dropped") if metrics["bad"] else ("load", "dropped", "_by_modality")
         for name, value in metrics.items():
-            if name.endswith(("load", "dropped", "_by_modality")):
+            if name.endswith(summed):
                 self.sums[name] = self.sums.get(name, 0) + value
+        self.skipped += int(metrics["bad"])
         loss = float(metrics["loss"])
         if math.isfinite(loss):
             if self.summary.first_loss is None:
@@ -146,7 +150,7 @@ class _Log:
             "lr": float(metrics["lr"]),
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
-            "skipped": int(metrics["bad"]),
+            "skipped": self.skipped,
             "loss_by_modality": self._by_modality(),
             "shard_imbalance": self.imbalance(step - 1),
         }
@@ -159,7 +163,7 @@ class _Log:
         self.total_tokens += self.tokens
         self.total_seconds += seconds
         self.tokens, self.waited, self.since = 0.0, 0.0, time.monotonic()
-        self.sums, self.latest = {}, {}
+        self.sums, self.latest, self.skipped = {}, {}, 0
 
     def _routers(self, module: str) -> dict[str, Any]:
         """What the records say of a module's routers; nothing if no step since the last has run
@@ -177,6 +181,8 @@ class _Log:
         return {metric_name(module, name): value for name, value in found.items()}
 
     def _by_modality(self) -> dict[str, float]:
+        if "nll_by_modality" not in self.sums:
+            return {}
         nll, targets = self.sums["nll_by_modality"], self.sums["targets_by_modality"]
         return {name: float(nll[i] / targets[i]) for name, i in MODALITY.items() if targets[i]}
 
