@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unimoe_jax.config import RouterConfig
+from unimoe_jax.nn.moe import _statistics
 from unimoe_jax.nn.router import (
     NUM_MODALITIES,
     balance_loss,
@@ -133,6 +134,17 @@ def test_z_loss_and_entropy(logits):
     expected = -(probs * np.log(probs)).sum(1).mean()
     np.testing.assert_allclose(router_entropy(routed(logits), valid), expected, rtol=1e-6)
     assert float(router_z_loss(logits, jnp.zeros(TOKENS, bool))) == 0
+
+
+def test_the_z_loss_is_that_of_the_clean_logits(logits):
+    """The noise that draws the second expert is no work of the router."""
+    noise = jax.random.gumbel(jax.random.key(1), logits.shape)
+    valid_BT, modality_BT = VALID[None], jnp.zeros((1, TOKENS), jnp.int32)
+    z = [
+        float(_statistics(routed(logits, noise=n), modality_BT, valid_BT, None).router_z)
+        for n in (None, noise)
+    ]
+    assert z[0] == z[1] == pytest.approx(float(router_z_loss(logits, VALID)))
 
 
 def test_load_per_modality_and_expert(logits):

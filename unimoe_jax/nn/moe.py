@@ -204,7 +204,7 @@ def _statistics(
     mean = partial(row_mean, routing, valid_BT, row_weight_B)
     return MoEAux(
         balance=mean(balance_loss),
-        router_z=mean(lambda rows, valid_X: router_z_loss(rows.logits_XE, valid_X)),
+        router_z=mean(lambda rows, valid_X: router_z_loss(rows.clean_XE, valid_X)),
         entropy=mean(router_entropy),
         load_ME=expert_load(routing, modality_BT.reshape(-1)),
         logits_BTE=routing.logits_XE.reshape(*lead, -1),

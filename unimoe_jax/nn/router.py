@@ -20,12 +20,14 @@ class Routing(NamedTuple):
     weight_XK: float32, 0 where there is no expert.
     probs_XE: float32 softmax of the clean logits.
     logits_XE: float32 logits, with the sampling noise where it was drawn (as 8e returns them).
+    clean_XE: float32 logits without it.
     """
 
     expert_XK: jax.Array
     weight_XK: jax.Array
     probs_XE: jax.Array
     logits_XE: jax.Array
+    clean_XE: jax.Array
 
 
 def route(
@@ -66,6 +68,7 @@ def route(
         weight_XK=jnp.where(valid, weight.astype(jnp.float32), 0.0),
         probs_XE=probs,
         logits_XE=returned,
+        clean_XE=logits,
     )
 
 
