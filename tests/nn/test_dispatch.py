@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -184,6 +185,24 @@ def test_dropout_is_the_same_in_both_paths(seed: int):
     without = run(SWIGLU, *args[1:], "dense")
     assert relative_error(grouped, without) > 1e-2
     assert relative_error(run(*args[:5], seed + np.uint32(1), "grouped"), grouped) > 1e-2
+
+
+@pytest.mark.parametrize("method", ["grouped", "dense"])
+def test_experts_drop_each_its_own_entries(method: str):
+    """Equal experts make the same of a token, but for what each of them drops."""
+    expert_fn = replace(SWIGLU, train=True)
+    weights = jax.tree.map(lambda w: np.repeat(w[:1], EXPERTS, axis=0), weights_of(expert_fn))
+    x, weight = inputs_of(ROWS, LENGTH), np.ones((ROWS, LENGTH, 1), np.float32)
+    run = jax.jit(moe_ffn, static_argnums=(0, 6))
+
+    def of(fn: ExpertFunction, expert: int) -> jax.Array:
+        chosen = np.full(weight.shape, expert, np.int32)
+        return run(fn, weights, x, chosen, weight, np.uint32(3), method)
+
+    assert relative_error(of(SWIGLU, 0), of(SWIGLU, 1)) < TOLERANCE
+    found = [of(expert_fn, expert) for expert in range(EXPERTS)]
+    for first, second in itertools.combinations(found, 2):
+        assert relative_error(first, second) > 1e-2
 
 
 # ------------------------------------------------------------------------------- capacity

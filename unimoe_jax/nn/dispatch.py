@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from unimoe_jax.nn import exchange, grouped
 from unimoe_jax.nn.exchange import ExchangeForm, Group
-from unimoe_jax.nn.experts import ExpertFunction
+from unimoe_jax.nn.experts import ExpertFunction, expert_seeds
 from unimoe_jax.nn.grouped import Blocks, Routed
 from unimoe_jax.sharding import (
     ShardingError,
@@ -87,12 +87,13 @@ def _dense(expert_fn: ExpertFunction, weights: Any, rows: Routed, seed: jax.Arra
     )
 
     def add(y_XD, expert):
-        w, combine_X = expert
-        out = expert_fn(w, x_XD, row_X, seed).astype(jnp.float32)
+        w, combine_X, own_seed = expert
+        out = expert_fn(w, x_XD, row_X, own_seed).astype(jnp.float32)
         return y_XD + combine_X[:, None] * out, None
 
     empty = jnp.zeros((x_XD.shape[0], expert_fn.features or x_XD.shape[1]), jnp.float32)
-    y, _ = jax.lax.scan(add, empty, (weights, combine_EX))
+    seed_E = expert_seeds(seed, jnp.arange(experts))
+    y, _ = jax.lax.scan(add, empty, (weights, combine_EX, seed_E))
     return y.astype(x_XD.dtype)
 
 
@@ -300,10 +301,11 @@ def _flat(a: jax.Array) -> jax.Array:
 
 def _forward_here(job: _Job, keep: bool, weights: Any, rows: Routed, seed: jax.Array):
     lead = rows.row_X.shape
+    seed_E = _seeds(job, weights, seed)
     weights, rows = _whole(job, weights), _held(job, weights, jax.tree.map(_flat, rows))
 
     def apply(rows: Routed) -> tuple[jax.Array, Any]:
-        return grouped.forward(job.expert_fn, weights, rows, seed, job.blocks, keep)
+        return grouped.forward(job.expert_fn, weights, rows, seed_E, job.blocks, keep)
 
     if job.group is None:
         y, first = apply(rows)
@@ -318,11 +320,12 @@ def _forward_here(job: _Job, keep: bool, weights: Any, rows: Routed, seed: jax.A
 def _backward_here(job: _Job, trained, weights: Any, rows: Routed, seed: jax.Array, g_BTD, first):
     """(gradients of the trained arrays of the weights, in order; of x; of the combine weights)."""
     lead, top_k = rows.row_X.shape, rows.expert_XK.shape[-1]
+    seed_E = _seeds(job, weights, seed)
     whole, rows = _whole(job, weights), _held(job, weights, jax.tree.map(_flat, rows))
 
     def pull(rows: Routed, g_XD: jax.Array, dtrained: list[jax.Array]):
         return grouped.backward(
-            job.expert_fn, whole, trained, rows, seed, job.blocks, g_XD, dtrained, first
+            job.expert_fn, whole, trained, rows, seed_E, job.blocks, g_XD, dtrained, first
         )
 
     wanted = grouped.selected(jax.tree.leaves(whole), trained)
@@ -336,6 +339,14 @@ def _backward_here(job: _Job, trained, weights: Any, rows: Routed, seed: jax.Arr
         dx, dweight = jax.lax.psum((dx, dweight), job.summed)
     dtrained = _summed(job, trained, dtrained, weights)
     return dtrained, dx.reshape(*lead, -1), dweight.reshape(*lead, top_k)
+
+
+def _seeds(job: _Job, weights: Any, seed: jax.Array) -> jax.Array:
+    """Of the experts here, by their numbers in the whole layer."""
+    axes = job.group.axes if job.group else job.held
+    experts = jax.tree.leaves(weights)[0].shape[0]
+    first = jax.lax.axis_index(axes) * experts if axes else 0
+    return expert_seeds(seed, first + jnp.arange(experts))
 
 
 def _held(job: _Job, weights: Any, rows: Routed) -> Routed:

@@ -15,13 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from unimoe_jax.config import LoRARule
-from unimoe_jax.nn.linear import LayerOptions, apply_linear, row_dropout
+from unimoe_jax.nn.linear import LayerOptions, apply_linear, mix_bits, row_dropout
 
 Weights = dict[str, dict[str, jax.Array]]
 AdapterRules = tuple[tuple[str, LoRARule], ...]
 
 
 # --------------------------------------------------------------------------------- functions
+
+
+def expert_seeds(seed: jax.Array, number_E: jax.Array) -> jax.Array:
+    """Seeds of the adapters' dropout in experts of these numbers, uint32 [E]: the experts of a
+    token read the same row, and each is to drop entries of its own."""
+    return seed ^ mix_bits(number_E.astype(jnp.uint32))
 
 
 @dataclass(frozen=True)

@@ -165,35 +165,38 @@ def forward(
     expert_fn: ExpertFunction,
     weights: Any,
     rows: Routed,
-    seed: jax.Array,
+    seed_E: jax.Array,
     blocks: Blocks,
     keep: bool = False,
 ) -> tuple[jax.Array, Any]:
     """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x, and
     what `backward` may be given, None without `keep`: `expert_fn.first` of every slot, sorted.
 
-    weights: pytree with a leading axis of E experts. blocks: see `blocks_for`.
+    weights: pytree with a leading axis of E experts. seed_E: uint32, of each expert's dropout.
+    blocks: see `blocks_for`.
     """
     x_XD, expert_XK, weight_XK, row_X = rows
     experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
     order = _sort_slots(expert_XK, experts, blocks.sizes[0])
 
-    def compute(w, x, row):
+    def compute(expert, x, row):
+        w, seed = expert
         first = expert_fn.first(w, x, row, seed)
         return expert_fn.rest(w, first, row, seed), first if keep else None
 
-    def block(out, w, offset, size, end):
+    def block(out, expert, offset, size, end):
         del end
         token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
         # A tail block may write into the next expert's rows; that expert overwrites them.
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
-        return jax.tree.map(write, out, compute(w, x_XD[token], row_X[token])), []
+        return jax.tree.map(write, out, compute(expert, x_XD[token], row_X[token])), []
 
-    one = jax.tree.map(lambda w: w[0], weights)
+    every = (weights, seed_E)
+    one = jax.tree.map(lambda w: w[0], every)
     shapes = jax.eval_shape(compute, one, x_XD[:1], row_X[:1])
     positions = order.slot_of.shape[0]
     empty = jax.tree.map(lambda s: jnp.zeros((positions, *s.shape[1:]), s.dtype), shapes)
-    (y_sorted, first), _ = _over_experts(blocks, order, weights, [], block, empty)
+    (y_sorted, first), _ = _over_experts(blocks, order, every, [], block, empty)
     # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
     at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
     return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype), first
@@ -247,7 +250,7 @@ def backward(
     weights: Any,
     trained: Sequence[bool],
     rows: Routed,
-    seed: jax.Array,
+    seed_E: jax.Array,
     blocks: Blocks,
     g_XD: jax.Array,
     dtrained: list[jax.Array],
@@ -264,8 +267,8 @@ def backward(
     order = _sort_slots(expert_XK, experts, blocks.sizes[0])
     slot_weight = weight_XK.reshape(-1)
 
-    def block(carry, w, offset, size, end):
-        dx_sorted, dweight_sorted = carry
+    def block(carry, expert, offset, size, end):
+        (w, seed), (dx_sorted, dweight_sorted) = expert, carry
         slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
         mine = offset + jnp.arange(size) < end
         # Another expert's rows have a gradient of zero, but in float16 could overflow in this one.
@@ -283,7 +286,7 @@ def backward(
     positions = order.slot_of.shape[0]
     empty = jnp.zeros((positions, x_XD.shape[1]), x_XD.dtype), jnp.zeros(positions, jnp.float32)
     (dx_sorted, dweight_sorted), dtrained = _over_experts(
-        blocks, order, weights, dtrained, block, empty
+        blocks, order, (weights, seed_E), dtrained, block, empty
     )
     at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
     dx = sum_choices(dx_sorted, at_XK, real_XK)
