@@ -32,7 +32,13 @@ from unimoe_jax.evaluate import to_devices
 from unimoe_jax.params import Flat, nest, split
 from unimoe_jax.sharding import make_mesh, replicated, use_mesh
 from unimoe_jax.stage import Stage, build_stage, place
-from unimoe_jax.train_step import TrainState, init_state, make_score_step, make_train_step
+from unimoe_jax.train_step import (
+    TrainState,
+    init_state,
+    make_score_step,
+    make_train_step,
+    routed,
+)
 
 LOSSES = RouterLossConfig(balance=0.1, router_z=0.01, balance_layers="sum")
 ROWS, LENGTH, GROUPS = 8, 18, 8
@@ -188,6 +194,46 @@ def test_micro_batches_equal_one_batch(single, first, accumulate: int):
             np.testing.assert_allclose(metrics[name], all_metrics[name], 1e-5, err_msg=name)
     assert_close(state.optimizer[0].trace, expected.optimizer[0].trace, 1e-5)
     assert_close(state.trained, expected.trained, 1e-5)
+
+
+@pytest.mark.parametrize("empty", [(2, 3, 6, 7), (3,)])
+def test_micro_batches_count_for_routers_by_their_tokens(single, empty):
+    """One without any, as the last ones of an epoch may be, as nothing: rows 2, 3, 6 and 7 are the
+    second micro-batch."""
+    rows = np.isin(np.arange(ROWS), empty)[:, None]
+    nothing = {"segment_BT": 0, "modality_BT": -1, "weight_BT": 0}
+    changed = {n: np.where(rows, v, getattr(single.batch, n)) for n, v in nothing.items()}
+    batch = single.batch._replace(
+        **{n: a.astype(getattr(single.batch, n).dtype) for n, a in changed.items()}
+    )
+    losses = RouterLossConfig(balance=0.1 * (len(empty) == 4), router_z=0.1)
+    config = single.stage.config.model_copy(update={"aux": AuxLossConfig(decoder=losses)})
+    stage = replace(single.stage, config=config)
+    found = []
+    for accumulate in (1, 2):
+        step = compiled_step(stage, single.mesh, accumulate, shards=2)
+        state, metrics = step(single.state(), single.frozen, batch)
+        found.append((state.optimizer[0].trace, metrics))
+    (gradients, expected), (actual, metrics) = found
+    names = ["loss", "aux", "router_z", "entropy"] + ["balance"] * (len(empty) == 4)
+    for name in names:
+        np.testing.assert_allclose(metrics[name], expected[name], 1e-5, err_msg=name)
+    assert_close(actual, gradients, 1e-5)
+
+
+@pytest.mark.parametrize(("unused", "pictures"), [("skip", 4 * (7 + 2 * 7)), ("count", 8 + 2 * 8)])
+def test_pictures_count_for_their_routers(unused: str, pictures: int):
+    """Of 8 images and 8 videos of two frames, four soft tokens each, one of each is not used."""
+    config, batch = model_config(True), batch_of(True)
+    vision = config.vision.model_copy(update={"unused_images": unused})
+    config = config.model_copy(update={"vision": vision})
+    batch.segment_BT[0], batch.modality_BT[0], batch.slot_BT[0] = 0, -1, -1
+    found = routed(config, batch)
+    assert found["encoder"] == found["connector"] == pictures
+    assert found["decoder"] == (batch.segment_BT > 0).sum()
+    pools = {"image_GIHWC": None, "video_GIFHWC": None, "slot_BT": np.full_like(batch.slot_BT, -1)}
+    text = batch._replace(**pools, modality_BT=np.zeros_like(batch.modality_BT))
+    assert routed(config, text)["encoder"] == 0
 
 
 def test_a_non_finite_batch_changes_nothing_and_is_counted(single):

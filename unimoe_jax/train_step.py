@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unimoe_jax.config import AuxLossConfig
-from unimoe_jax.data.batch import Batch
+from unimoe_jax.config import AuxLossConfig, ModelConfig
+from unimoe_jax.data.batch import MODALITY, Batch
 from unimoe_jax.losses import modality_losses, modality_sums, router_losses
 from unimoe_jax.metric_series import metric_name
 from unimoe_jax.models.unimoe import UniMoE
@@ -58,7 +58,8 @@ def make_train_step(
 
     The batch holds `accumulate` micro-batches: rows and pools are grouped by pool group, and within
     a group by micro-batch. The loss is the mean over all target tokens of the whole batch, however
-    they fall into micro-batches.
+    they fall into micro-batches; statistics and losses of routers are means over micro-batches,
+    each of which counts by what it routes (`routed`).
 
     Metrics: loss, aux, grad_norm, lr, tokens (positions that are not padding), targets,
     nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was skipped),
@@ -71,20 +72,23 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Flat, batch: Batch):
         total = jnp.maximum(jnp.sum(batch.weight_BT), 1.0)
+        all_routed = routed(model.config, batch)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if accumulate == 1:
-            (_, metrics), grads = grad_fn(state.trained, frozen, batch, total, key)
+            (_, metrics), grads = grad_fn(state.trained, frozen, batch, total, all_routed, key)
         else:
 
             def one(carry, item):
                 micro, index = item
                 micro_key = jax.random.fold_in(key, index)
-                (_, metrics), grads = grad_fn(state.trained, frozen, micro, total, micro_key)
+                shared = (total, all_routed, micro_key)
+                (_, metrics), grads = grad_fn(state.trained, frozen, micro, *shared)
                 return jax.tree.map(jnp.add, carry, (metrics, grads)), None
 
             micros = jax.tree.map(lambda a: _micro_batches(a, groups, accumulate), batch)
             first = jax.tree.map(lambda a: a[0], micros)
-            shapes = jax.eval_shape(grad_fn, state.trained, frozen, first, total, key)
+            shared = (total, all_routed, key)
+            shapes = jax.eval_shape(grad_fn, state.trained, frozen, first, *shared)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             carry = (zeros[0][1], zeros[1])
             (metrics, grads), _ = jax.lax.scan(one, carry, (micros, jnp.arange(accumulate)))
@@ -106,14 +110,21 @@ def _micro_loss(
     frozen: Flat,
     batch: Batch,
     total: jax.Array,
+    all_routed: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This micro-batch's share of the loss over `total` target tokens, and its metrics."""
+    """This micro-batch's share of the loss over `total` target tokens, and its metrics.
+
+    all_routed: `routed` of the whole batch.
+    """
     rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
     out = model.apply({"params": nest({**frozen, **trained})}, batch, "loss", rngs=rngs)
     ce = out.loss.total / total
-    aux = router_losses(out.aux, aux_config) / accumulate
-    metrics = {"loss": ce, **_moe_metrics(out.aux, accumulate)}
+    here = routed(model.config, batch)
+    share = {name: here[name] / jnp.maximum(all_routed[name], 1.0) for name in out.aux}
+    routers = {name: _times(found, share[name]) for name, found in out.aux.items()}
+    aux = router_losses(routers, aux_config)
+    metrics = {"loss": ce, **_moe_metrics(routers)}
     for name, value in modality_losses(out.aux, batch.modality_BT, aux_config.modality).items():
         aux += getattr(aux_config.modality, name) * value / accumulate
         metrics[f"modality_{name}"] = value / accumulate
@@ -122,6 +133,28 @@ def _micro_loss(
     for name, value_BT in sums.items():
         metrics[name] = modality_sums(value_BT, batch.segment_BT, batch.modality_BT)
     return ce + aux, metrics
+
+
+def routed(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
+    """How much there is in a batch for the routers of each module, float32: the decoder's tokens;
+    the pictures that count, frames of videos among them, times a constant."""
+    found = {"decoder": jnp.sum(batch.segment_BT > 0)}
+    if config.vision is not None:
+        frames = config.vision.frames
+        if config.vision.unused_images == "count":
+            pools = (batch.image_GIHWC, 1), (batch.video_GIFHWC, frames)
+            counts = [n * pool.shape[0] * pool.shape[1] for pool, n in pools if pool is not None]
+        else:  # each that is referred to has the same number of soft tokens
+            kinds = (MODALITY["image"], 1), (MODALITY["video"], frames)
+            counts = [n * jnp.sum(batch.modality_BT == kind) for kind, n in kinds]
+        found |= dict.fromkeys(("encoder", "connector"), sum(counts))
+    return {name: jnp.asarray(number, jnp.float32) for name, number in found.items()}
+
+
+def _times(moe: MoEAux, share: jax.Array) -> MoEAux:
+    """Router statistics that are means, times this micro-batch's share."""
+    means = {name: share * getattr(moe, name) for name in ("balance", "router_z", "entropy")}
+    return moe._replace(**means)
 
 
 def _update(
@@ -149,13 +182,13 @@ def _update(
     return state, metrics
 
 
-def _moe_metrics(aux: Mapping[str, MoEAux], accumulate: int) -> dict[str, jax.Array]:
+def _moe_metrics(aux: Mapping[str, MoEAux]) -> dict[str, jax.Array]:
     metrics = {}
     for module, moe in aux.items():
         found = {
-            "balance": jnp.mean(moe.balance) / accumulate,
-            "router_z": jnp.mean(moe.router_z) / accumulate,
-            "entropy": moe.entropy / accumulate,
+            "balance": jnp.mean(moe.balance),
+            "router_z": jnp.mean(moe.router_z),
+            "entropy": moe.entropy,
             "load": moe.load_ME,
         }
         if moe.dropped is not None:
