@@ -390,6 +390,26 @@ def test_a_cache_must_divide_over_the_mesh(devices, program):
         serving_program(run, run.stages[0], mesh, program, 2, 8)
 
 
+@pytest.mark.parametrize(
+    "program,asked,compiled",
+    [
+        ("prefill", (8, 100), (8, 128)),
+        ("prefill", (8, 2000), (2, 2048)),
+        ("decode", (3, 300), (4, 1024)),
+    ],
+)
+def test_programs_of_generation_are_of_the_size_that_is_reported(devices, program, asked, compiled):
+    changes = {"mesh": "{data: 2}", "model.decoder.max_positions": "4096"}
+    run = config_io.load(CONFIG, [f"{key}={value}" for key, value in changes.items()])
+    mesh = make_mesh(run.mesh, devices[:2])
+    with use_mesh(mesh.abstract_mesh):
+        made = serving_program(run, run.stages[0], mesh, program, *asked)
+        assert (made.rows, made.length) == compiled
+        logits, *_ = jax.tree.leaves(made.compile().out_info)
+        if program == "prefill":
+            assert logits.shape[0] == made.rows
+
+
 def test_reports_of_programs_have_names_of_their_own():
     names = [str(report_path("run", "tune", "cpu:8", name)) for name in PROGRAMS]
     assert names[0] == "run_tune_cpu_8.json"

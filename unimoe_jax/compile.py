@@ -186,9 +186,10 @@ def compile_program(
     report: dict[str, Any] = {"mesh": dict(mesh.shape), "devices": mesh.size}
     started = time.monotonic()
     if args.program in ("prefill", "decode"):
-        rows, length = args.rows, args.length or config_length(run, config)
-        report |= {"rows": rows, "row_length": length}
-        report["memory"], make = serving_program(run, config, mesh, args.program, rows, length)
+        length = args.length or config_length(run, config)
+        serving = serving_program(run, config, mesh, args.program, args.rows, length)
+        report |= {"rows": serving.rows, "row_length": serving.length}
+        report["memory"], make = dict(serving.memory), serving.compile
     else:
         media = parse_media(args.media, run.stage_model(config))
         spec, media = assumed_batch(run, config, data_shards(mesh), media, args.program)
@@ -311,9 +312,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--topology", required=True, help="v5p:2x2x4, h200:8, cpu:8, …")
     parser.add_argument("--program", choices=PROGRAMS, default="train")
     parser.add_argument(
-        "--rows", type=_positive, default=8, help="of prefill and decode; default: 8"
+        "--rows",
+        type=_positive,
+        default=8,
+        help="side by side in decode; in prefill those of them that go together; default: 8",
     )
-    parser.add_argument("--length", type=_positive, help="of prompt or cache; default: row_length")
+    parser.add_argument(
+        "--length",
+        type=_positive,
+        help="of prompt or cache, rounded up as generation does; default: row_length",
+    )
     parser.add_argument("--media", help="pool entries per pool group, as image=2,speech=10")
     parser.add_argument(
         "--memory", type=_size, metavar="GIB", help="per device; default: the kind's"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from unimoe_jax.config import RunConfig, StageConfig
 from unimoe_jax.generation.decoding_programs import DecodingPrograms
-from unimoe_jax.generation.programs import Programs, prompt_bucket, ring_bucket
+from unimoe_jax.generation.programs import Programs, prompt_bucket, ring_bucket, rows_together
 from unimoe_jax.models.served import ServedDecoder, Weights, serve
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -21,28 +21,38 @@ from unimoe_jax.sharding import data_shards, param_sharding
 from unimoe_jax.stage import full_batch
 
 
+class Serving(NamedTuple):
+    """A program of generation. rows, length: what it is compiled for, the bucket of what was asked;
+    memory: bytes per device of weights and cache; compile: does it."""
+
+    rows: int
+    length: int
+    memory: dict[str, int]
+    compile: Callable[[], jax.stages.Compiled]
+
+
 def serving_program(
     run: RunConfig, stage: StageConfig, mesh: Mesh, program: str, rows: int, length: int
-) -> tuple[dict[str, int], Callable[[], jax.stages.Compiled]]:
-    """(bytes per device of weights and cache, what compiles `prefill` or `decode`).
+) -> Serving:
+    """`prefill` or `decode` of a batch of `rows`.
 
-    rows: side by side in decoding; length: positions of a prompt, or of the cache. Adapters are
-    merged, experts lie stacked, everything is in `precision.compute`. Must run inside `use_mesh`.
+    length: positions of a prompt, or of the cache. Of prefill it is the program for as many prompts
+    as go together. Adapters are merged, experts lie stacked, everything is in `precision.compute`.
+    Must run inside `use_mesh`.
     """
     config = run.stage_model(stage).model_copy(update={"lora": ()})
     dtype = jnp.dtype(run.precision.compute)
     decoder = ServedDecoder(config.decoder, dtype, config.attention)
     weights = _weights(run, stage, mesh, dtype)
     programs = DecodingPrograms(decoder, weights, Programs(mesh, run.mesh.rules), eos=(0,))
-    rows = programs.round_rows(rows)
+    rows, memory = programs.round_rows(rows), {"weights": _size(weights)}
     if program == "prefill":
-        bucket = prompt_bucket(length, programs.most)
-        return {"weights": _size(weights)}, lambda: programs.prefill_program(
-            programs.programs.rows, bucket
-        )
+        size = prompt_bucket(length, programs.most)
+        rows = rows_together(size, rows, programs.programs.rows)
+        return Serving(rows, size, memory, lambda: programs.prefill_program(rows, size))
     slots = ring_bucket(length, programs.most)
-    memory = {"weights": _size(weights), "cache": _size(programs.state_structs(rows, slots))}
-    return memory, lambda: programs.advance_program(rows, slots, greedy=True)
+    memory["cache"] = _size(programs.state_structs(rows, slots))
+    return Serving(rows, slots, memory, lambda: programs.advance_program(rows, slots, greedy=True))
 
 
 def _weights(run: RunConfig, stage: StageConfig, mesh: Mesh, dtype: Any) -> Weights:
