@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,20 @@ def test_bad_sampling(name: str, value):
         Sampling(**{name: value}).checked()
 
 
+def test_numbers_of_numpy_are_numbers():
+    """What is checked goes into JSON, which takes Python's own."""
+    given = Sampling(np.float32(0.5), np.float64(0.25), np.int32(7), np.uint32(2**31), np.int64(3))
+    checked = given.checked()
+    assert checked == Sampling(0.5, 0.25, 7, 2**31, 3)
+    assert json.loads(json.dumps(asdict(checked))) == asdict(checked)
+
+
+@pytest.mark.parametrize("value", [np.int64(-1), np.bool_(True), np.float32(1.0), np.array([1])])
+def test_bad_numbers_of_numpy(value):
+    with pytest.raises(GenerationError, match="top_k = "):
+        Sampling(top_k=value).checked()
+
+
 def test_own_settings_win():
     defaults = Sampling(0.7, 0.9, 10, 0, 100)
     assert Sampling(temperature=0.0).over(defaults) == Sampling(0.0, 0.9, 10, 0, 100)
@@ -219,6 +234,10 @@ def test_what_would_be_dropped_is_refused(content, pieces):
         (ask("caf\udce9"), "UTF-8"),
         (ask(None), "message 0: the text must be a string, not None"),
         (ask("x", ["a.png"]), "message 0: expected Media"),
+        (ask("x", IMAGE), "message 0: media: expected a tuple, got Media"),
+        (Request((Message("user", "x", None),)), "message 0: media: expected a tuple, got None"),
+        (Request(None), "messages: expected a tuple, got None"),
+        (Request(Message("user", "x")), "messages: expected a tuple, got Message"),
         (ask("x", sampling={"seed": 1}), "expected a Sampling"),
         (Request(("x",)), "message 0: expected a Message"),
         (Request((Message("user", "a"), Message("assistant", "\udfff"))), "message 1"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ class Sampling:
         return replace(defaults, **given)
 
     def checked(self) -> Sampling:
-        """Itself, complete and valid.
+        """Itself, complete and valid, of plain numbers.
 
         Raises:
             GenerationError: the setting and its value are named.
@@ -108,17 +109,24 @@ class Sampling:
         ):
             if not good:
                 raise GenerationError(f"{name} = {getattr(full, name)!r:.60}; allowed: {allowed}")
-        return full
+        return Sampling(**{f.name: _plain(getattr(full, f.name)) for f in fields(full)})
 
 
 def _number(value: Any) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
+    good = isinstance(value, Real) and not isinstance(value, bool)
     # Compared before it is converted: a whole number may be too large for any float.
-    return float(value) if good and abs(value) <= FLOAT32 else math.nan
+    return float(value) if good and abs(_plain(value)) <= FLOAT32 else math.nan
 
 
 def _whole(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1
+    return _plain(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
+
+
+def _plain(value: Real) -> int | float:
+    """Python's own number for one of numpy, whose generators often give the seeds."""
+    if isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @dataclass(frozen=True)
@@ -136,16 +144,23 @@ class Request:
         """
         if not isinstance(self.sampling, Sampling):
             raise GenerationError(f"expected a Sampling, got {self.sampling!r:.60}")
+        _check_tuple("messages", self.messages)
         for number, message in enumerate(self.messages):
             if not isinstance(message, Message):
                 raise GenerationError(f"message {number}: expected a Message, got {message!r:.60}")
             _check_text(number, message.text)
+            _check_tuple(f"message {number}: media", message.media)
             for medium in message.media:
                 if not isinstance(medium, Media):
                     raise GenerationError(
                         f"message {number}: expected Media(kind, paths), got {medium!r:.60}"
                     )
         return self
+
+
+def _check_tuple(what: str, value: Any) -> None:
+    if not isinstance(value, tuple | list):
+        raise GenerationError(f"{what}: expected a tuple, got {value!r:.60}")
 
 
 def _check_text(number: int, text: Any) -> None:
@@ -162,7 +177,9 @@ def _check_text(number: int, text: Any) -> None:
 
 def ask(text: str, media: Sequence[Media] = (), sampling: Sampling = Sampling()) -> Request:
     """A request of one question."""
-    return Request((Message("user", text, tuple(media)),), sampling)
+    # A medium that stands alone is refused with the request's other faults.
+    media = tuple(media) if isinstance(media, Iterable) else media
+    return Request((Message("user", text, media),), sampling)
 
 
 @dataclass(frozen=True)
