@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -341,6 +342,8 @@ def test_the_next_command_is_one_that_works(place):
     assert "generate --model" in train.next_command(config, folder, ["one", "two"])
     with pytest.raises(ConfigError, match="no stage of this run has held-out sources"):
         evaluate.stage_to_score(config, None, folder)
+    spaced = train.next_command(config, place / "my out", ["one", "two"])
+    assert shlex.split(spaced)[4] == str(place / "my out")
     scored = load(place, "stages.two.evaluate=[a]")
     assert "evaluate" in train.next_command(scored, folder, ["one", "two"])
     assert "generate" in train.next_command(scored, folder, ["one"])

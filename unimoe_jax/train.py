@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -319,10 +320,11 @@ def read_stage_summary(folder: Path, name: str) -> dict | None:
 
 def next_command(config: RunConfig, folder: Path, done: Collection[str]) -> str:
     """What to try now: the control of the evaluation, if the stage that it scores is `done`."""
+    named = shlex.quote(str(folder))
     scored = [stage for stage in config.stages if stage.evaluate]
     if scored and scored[-1].name in done and is_scorable(scored[-1]):
-        return f"python -m unimoe_jax.evaluate {folder} --shuffle-media"
-    return f"python -m unimoe_jax.generate --model {folder} --chat"
+        return f"python -m unimoe_jax.evaluate {named} --shuffle-media"
+    return f"python -m unimoe_jax.generate --model {named} --chat"
 
 
 def finish(runtime: Runtime, seconds: float | None) -> None:
