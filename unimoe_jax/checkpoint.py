@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -343,6 +344,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds no object of settings; {ORIGINAL}")
     return content
+
+
+def run_file_of(final: Path) -> Path | None:
+    """config.yaml of the run that RUN/checkpoints/STAGE/final belongs to, None where there is none.
+
+    A link may lead into a run, or out of it where checkpoints are kept elsewhere: what counts is
+    where the folder is named, then where it lies.
+    """
+    for place in (Path(os.path.abspath(final)), final.resolve()):
+        file = place.parent.parent.parent / "config.yaml"
+        if file.is_file():
+            return file
+    return None
 
 
 def read_settings(file: Path) -> dict[str, Any]:

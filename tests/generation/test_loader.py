@@ -11,7 +11,7 @@ import yaml
 
 from tests.generation.conftest import tokenizer_folder
 from unimoe_jax import config_io, generate
-from unimoe_jax.checkpoint import seal
+from unimoe_jax.checkpoint import run_file_of, seal
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
@@ -100,3 +100,28 @@ def test_settings_beside_the_tokenizer_of_a_run(tmp_path, named):
     config = config_io.load("configs/run/tiny.yaml", overrides)
     (run / "config.yaml").write_text(config_io.dump(config))
     assert find(run, None).generation == {"max_new_tokens": 7}
+
+
+@pytest.mark.parametrize("named", ["..", "link to the stage", "link to another disk"])
+def test_what_a_stage_left_is_of_its_run_however_it_is_named(tmp_path, named):
+    run = tmp_path / "run"
+    final = run / "checkpoints/tune/final"
+    final.mkdir(parents=True)
+    (final / "manifest.json").write_text('{"stage": "tune"}')
+    seal(final)
+    overrides = [f"tokenizer={tokenizer_folder()}", "model.decoder.vocab_size=400"]
+    (run / "config.yaml").write_text(
+        config_io.dump(config_io.load("configs/run/tiny.yaml", overrides))
+    )
+    path = run / "checkpoints/../checkpoints/align/../tune/final"
+    if named == "..":
+        (run / "checkpoints/align").mkdir()
+    elif named == "link to the stage":
+        path = tmp_path / "link"
+        path.symlink_to(final)
+    else:
+        path = final
+        (run / "checkpoints").rename(tmp_path / "disk")
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert find(path, None).config.decoder.moe.num_experts == 4
+    assert run_file_of(path) == run / "config.yaml"

@@ -20,6 +20,7 @@ from unimoe_jax.checkpoint import (
     read_manifest,
     read_part,
     read_settings,
+    run_file_of,
     verify,
 )
 from unimoe_jax.config import ModelConfig, RunConfig
@@ -266,8 +267,7 @@ def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _run_file(checkpoint: Checkpoint) -> Path | None:
     """The config.yaml of the run that left the checkpoint."""
-    file = checkpoint.path.parent.parent.parent / RUN_FILE  # RUN/checkpoints/STAGE/final
-    return file if "stage" in checkpoint.manifest and file.is_file() else None
+    return run_file_of(checkpoint.path) if "stage" in checkpoint.manifest else None
 
 
 def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:

@@ -21,6 +21,7 @@ from unimoe_jax.checkpoint import (
     load_final,
     read_manifest,
     read_settings,
+    run_file_of,
 )
 from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
@@ -190,13 +191,13 @@ def find(path: Path, template: str | None) -> Found:
         )
     if (path / MODEL_FILE).is_file():
         return _of_import(path, template)
-    run_file = path.absolute().parent.parent.parent / "config.yaml"
-    if not run_file.is_file():
+    run_file = run_file_of(path)
+    if run_file is None:
         raise GenerationError(
             f"{path}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
             "settings are unknown"
         )
-    run, name = _run(run_file), path.absolute().parent.name
+    run, name = _run(run_file), read_manifest(path).get("stage")
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None:
         raise GenerationError(f"{path}: {run_file} has no stage {name}")
