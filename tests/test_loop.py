@@ -31,7 +31,16 @@ def metrics(step: int, bad_steps: int = 0) -> dict[str, np.ndarray]:
 class Rig:
     """`_steps` over numbers instead of a model: the state is the number of steps done."""
 
-    def __init__(self, device, *, data_seconds: float = 0.0, every: int = EVERY, stop_at: int = -1):
+    def __init__(
+        self,
+        device,
+        *,
+        data_seconds: float = 0.0,
+        every: int = EVERY,
+        stop_at: int = -1,
+        log_every: int = 1,
+    ):
+        self.log_every = log_every
         self.records, self.saved = [], {}
         self.summary = StageSummary(STEPS)
         self.data_seconds, self.bad_from = data_seconds, STEPS + 1
@@ -63,7 +72,8 @@ class Rig:
             update=lambda step, values: None,
             close=lambda: None,
         )
-        log = _Log(write, write, self.summary, 1, STEPS, imbalance=lambda step: {})
+        every = self.log_every
+        log = _Log(write, write, self.summary, every, STEPS, imbalance=lambda step: {})
         stage = SimpleNamespace(
             steps=STEPS, config=SimpleNamespace(optim=SimpleNamespace(max_bad_steps=2))
         )
@@ -84,6 +94,18 @@ def test_a_resumed_stage_ends_with_the_losses_of_one_that_was_not_stopped(device
         assert resumed.run(step, position)
         assert resumed.summary == whole.summary
         assert [step for step, _ in resumed.records] == list(range(step + 1, STEPS + 1))
+
+
+def test_a_stopped_stage_leaves_no_step_without_a_record(devices):
+    """What is not recorded when a state is saved is lost: a resumed stage begins after it."""
+    stopped = Rig(devices[0], stop_at=6, log_every=10)
+    stopped.bad_from = 6
+    stopped.run()
+    assert [step for step, _ in stopped.records] == [1, 4, 6]
+    assert [values["skipped"] for _, values in stopped.records] == [0, 0, 1]
+    resumed = Rig(devices[0], log_every=10)
+    resumed.run(6, stopped.saved[6])
+    assert [step for step, _ in resumed.records] == [8, 10, 12]
 
 
 def test_the_last_loss_is_a_mean_of_the_last_steps(devices):

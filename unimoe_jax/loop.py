@@ -110,6 +110,7 @@ class _Log:
     imbalance: Callable[[int], dict[str, float]]
     tokens: float = 0.0
     skipped: int = 0
+    unwritten: tuple[int, frozenset, dict] | None = None  # the last step, where no record is its
     waited: float = 0.0  # for data since `since`, whatever the step: a share of that time
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     latest: dict[str, np.ndarray] = field(default_factory=dict)
@@ -137,8 +138,14 @@ class _Log:
             last = self.summary.last_loss
             share = max(0.1, 1 / step)
             self.summary.last_loss = loss if last is None else last + share * (loss - last)
+        self.unwritten = (step, signature, metrics)
         if step % self.every == 0 or step == self.steps or step == 1:
-            self._write(step, signature, metrics)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a record of the steps since the last one, if there are any."""
+        if self.unwritten is not None:
+            self._write(*self.unwritten)
 
     def _write(self, step: int, signature: frozenset, metrics: dict) -> None:
         seconds = max(1e-9, time.monotonic() - self.since)
@@ -163,7 +170,7 @@ class _Log:
         self.total_tokens += self.tokens
         self.total_seconds += seconds
         self.tokens, self.waited, self.since = 0.0, 0.0, time.monotonic()
-        self.sums, self.latest, self.skipped = {}, {}, 0
+        self.sums, self.latest, self.skipped, self.unwritten = {}, {}, 0, None
 
     def _routers(self, module: str) -> dict[str, Any]:
         """What the records say of a module's routers; nothing if no step since the last has run
@@ -374,7 +381,8 @@ def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done,
             pending = (done, signature, metrics)
             stopping = runtime.stop.agreed() and done < stage.steps
             if stopping or (done % every == 0 and done < stage.steps):
-                account()  # what is saved tells of all its steps
+                account()  # what is saved tells of all its steps,
+                log.flush()  # and who goes on from it could not record them
                 save(done, state)
                 saved = done
             if stopping:
