@@ -11,6 +11,7 @@ import numpy as np
 from unimoe_jax.config import AuxLossConfig, RouterLossConfig
 from unimoe_jax.losses import cross_entropy, modality_sums, router_losses
 from unimoe_jax.nn.moe import MoEAux
+from unimoe_jax.nn.router import Routing, balance_loss, router_entropy, router_z_loss, row_mean
 
 RNG = np.random.default_rng(0)
 LOGITS = 3 * RNG.standard_normal((2, 5, 7), np.float32)
@@ -48,6 +49,26 @@ def test_every_sample_counts_by_modality():
     row = [3, 12, 48, 192], [(1 + 2 + 4) * 256, (8 + 16) * 256]
     expected = [row[0][0] + row[0][2] + row[0][3] + row[1][1], row[0][1] + row[1][0], 0, row[1][0]]
     np.testing.assert_array_equal(sums, [*expected, 0])
+
+
+def test_sums_are_not_rounded_by_products():
+    """Accelerators round the factors of float32 products, to eight bits if nobody asks for more:
+    301 targets would be 300."""
+    segment, modality = jnp.ones((2, 8), jnp.int32), jnp.zeros((2, 8), jnp.int32)
+    value = jnp.ones((2, 8))
+    routing = Routing(modality[0, :, None], value[0, :, None], value.T, value.T, value.T)
+    valid = value[0] > 0
+    calls = [
+        (modality_sums, value, segment, modality),
+        (balance_loss, routing, valid),
+        (router_z_loss, value.T, valid),
+        (router_entropy, routing, valid),
+        (lambda w: row_mean(routing, valid[None], w, balance_loss), value[0, :1]),
+    ]
+    for function, *arguments in calls:
+        with jax.default_matmul_precision("default"):  # the tests ask for the highest elsewhere
+            program = str(jax.make_jaxpr(function)(*arguments))
+        assert program.count("dot_general[") == program.count("Precision.HIGHEST") // 2 > 0, program
 
 
 def aux(balance: jax.Array, z: jax.Array) -> MoEAux:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +35,16 @@ def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.A
 
     A sample (segment) without media counts as text; one with two media counts for both.
     """
-    # Products with one-hot segments instead of scatters, which are slow everywhere. A sample takes
-    # two positions or more: one, and one that it predicts.
+    # Products with one-hot segments instead of scatters, which are slow everywhere. Accelerators
+    # round the factors of products unless asked not to. A sample takes two positions or more: one,
+    # and one that it predicts.
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     segment_BTS = jax.nn.one_hot(segment_BT - 1, max(segment_BT.shape[1] // 2, 1))
     present_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES).at[..., 0].set(0)
-    holds_BSM = jnp.minimum(jnp.einsum("bts,btm->bsm", segment_BTS, present_BTM), 1)
+    holds_BSM = jnp.minimum(einsum("bts,btm->bsm", segment_BTS, present_BTM), 1)
     holds_BSM = holds_BSM.at[..., 0].set(1 - jnp.max(holds_BSM[..., 1:], axis=-1))
-    sum_BS = jnp.einsum("bts,bt->bs", segment_BTS, value_BT)
-    return jnp.einsum("bs,bsm->m", sum_BS, holds_BSM)
+    sum_BS = einsum("bts,bt->bs", segment_BTS, value_BT)
+    return einsum("bs,bsm->m", sum_BS, holds_BSM)
 
 
 def router_losses(aux: Mapping[str, MoEAux], config: AuxLossConfig) -> jax.Array:

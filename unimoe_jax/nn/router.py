@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -79,6 +80,10 @@ def _sampled(logits: jax.Array, noisy: jax.Array, top_k: int) -> jax.Array:
     return jnp.concatenate([first, rest], axis=-1)
 
 
+# Statistics are float32, but accelerators round the factors of products unless asked not to.
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 def balance_loss(routing: Routing, valid_X: jax.Array) -> jax.Array:
     """E · Σ_e mean(p_e) · share of tokens whose first choice is e; 1 when balanced.
 
@@ -89,8 +94,8 @@ def balance_loss(routing: Routing, valid_X: jax.Array) -> jax.Array:
     weight = valid_X.astype(jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
     first_XE = jax.nn.one_hot(routing.expert_XK[:, 0], num_experts)
-    mean_prob_E = weight @ routing.probs_XE / total
-    share_E = weight @ first_XE / total
+    mean_prob_E = _product(weight, routing.probs_XE) / total
+    share_E = _product(weight, first_XE) / total
     return num_experts * jnp.sum(mean_prob_E * jax.lax.stop_gradient(share_E))
 
 
@@ -98,7 +103,7 @@ def router_z_loss(logits_XE: jax.Array, valid_X: jax.Array) -> jax.Array:
     """Mean over valid tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5)."""
     weight = valid_X.astype(jnp.float32)
     squared = jnp.square(jax.nn.logsumexp(logits_XE, axis=-1))
-    return weight @ squared / jnp.maximum(weight.sum(), 1.0)
+    return _product(weight, squared) / jnp.maximum(weight.sum(), 1.0)
 
 
 def router_entropy(routing: Routing, valid_X: jax.Array) -> jax.Array:
@@ -106,7 +111,7 @@ def router_entropy(routing: Routing, valid_X: jax.Array) -> jax.Array:
     weight = valid_X.astype(jnp.float32)
     p = routing.probs_XE
     entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)
-    return weight @ entropy / jnp.maximum(weight.sum(), 1.0)
+    return _product(weight, entropy) / jnp.maximum(weight.sum(), 1.0)
 
 
 def row_mean(
@@ -123,7 +128,7 @@ def row_mean(
     rows = jax.tree.map(lambda a: a.reshape(*valid_BT.shape, *a.shape[1:]), routing)
     value_B = jax.vmap(statistic)(rows, valid_BT)
     total = weight_B.sum()
-    return weight_B @ value_B / jnp.where(total > 0, total, 1.0)
+    return _product(weight_B, value_B) / jnp.where(total > 0, total, 1.0)
 
 
 def expert_load(routing: Routing, modality_X: jax.Array) -> jax.Array:
