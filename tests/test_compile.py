@@ -21,7 +21,7 @@ from unimoe_jax.compile_targets import target_devices
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.flops import jaxpr_flops, step_flops
 from unimoe_jax.hlo_memory import activation_bytes, occupied
-from unimoe_jax.hlo_stats import Array, read
+from unimoe_jax.hlo_stats import Array, group_size, read
 from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
 from unimoe_jax.sharding import ShardingError, make_mesh, use_mesh
 
@@ -85,6 +85,20 @@ def test_collectives_have_bytes_groups_and_runs(devices):
     local = 16 * 32 * 4
     assert found == {("all-to-all", local, 4, 3), ("all-reduce", local, 2, 1)}
     assert not any(one.conditional for one in stats.collectives)
+
+
+@pytest.mark.parametrize(
+    "groups,size",
+    [
+        ("{{0,2},{1,3},{4,6},{5,7}}", 2),
+        ("[2,4]<=[2,2,2]T(1,0,2)", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_1'}", 2),
+        ("mesh['a'=2,'b'=4], device_ids=([8]) {'a','b'}", 8),
+    ],
+)
+def test_groups_are_counted_in_every_notation(groups, size):
+    assert group_size(f"(%x), channel_id=14, replica_groups={groups}, dimensions={{1}}") == size
 
 
 # As a TPU compiler writes it: products are convolutions, groups name axes of a mesh, loops carry no

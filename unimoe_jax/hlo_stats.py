@@ -259,8 +259,9 @@ def _collective(
 
 def group_size(rest: str) -> int:
     """Devices per group: `[4,2]<=[8]` is 4 groups of 2, `{{0,1},{2,3}}` lists them, and
-    `mesh['a'=2,'b'=4] {'b'}` names the axes of a mesh; without groups all devices, as 0."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    `mesh['a'=2,'b'=4] {'b'}` names the axes of a mesh, whose devices may stand in an order of their
+    own (`, device_ids=(…)` before the axes); without groups all devices, as 0."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", rest)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
