@@ -404,6 +404,17 @@ def test_a_cache_must_divide_over_the_mesh(devices, program):
         serving_program(run, run.stages[0], mesh, program, 2, 8)
 
 
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_a_cache_is_cut_once_over_an_axis(devices, program):
+    """Before any weight is placed: parameters have no rows, so their own checks pass."""
+    rules = "mesh={data: 2, rules: {batch: data, kv_heads: data}}"
+    run = config_io.load(CONFIG, [rules, "model.decoder.num_kv_heads=2"])
+    mesh = make_mesh(run.mesh, devices[:2])
+    said = "the cache of keys and values: .*; change mesh.rules.batch or mesh.rules.kv_heads"
+    with use_mesh(mesh.abstract_mesh, run.mesh.rules), pytest.raises(ShardingError, match=said):
+        serving_program(run, run.stages[0], mesh, program, 2, 8)
+
+
 @pytest.mark.parametrize(
     "program,asked,compiled",
     [

@@ -31,7 +31,7 @@ from unimoe_jax.nn.router import Routing
 from unimoe_jax.nn.splash_attention import attend_segments, suits
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params import nest
-from unimoe_jax.sharding import check_divides, shard
+from unimoe_jax.sharding import check_divides, shard, spec_for
 
 ExpertLayout = Literal["separate", "stacked"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -87,10 +87,12 @@ def serve(
     the host twice.
 
     Raises:
-        ShardingError: the mesh in force cuts heads that it does not divide.
+        ShardingError: the mesh in force cuts heads that it does not divide, or rows and heads of
+            the cache over the same axis.
     """
     # A kernel may be cut within a head, the cache is cut between them.
     check_divides("model.decoder.num_kv_heads", config.num_kv_heads, "kv_heads")
+    spec_for(("batch", "kv_heads", None, None), "the cache of keys and values")
 
     def whole(path: str, transposed: bool = False) -> jax.Array:
         value, names = params[path], axes[path]
