@@ -274,14 +274,19 @@ def records_of(balance, router_z, load):
 
 
 def run_with(aux) -> RunConfig:
-    """A run with one stage `s`."""
-    stage = {"name": "s", "aux": aux, "mixture": {"a": 1}, "train": [], "optim": OPTIM}
+    """A run with one stage `s`, which has experts in encoder and decoder."""
+    own = {"aux": aux, "moe": True}
+    stage = {"name": "s", "mixture": {"a": 1}, "train": [], "optim": OPTIM} | own
     data = {"sources": {"a": {"path": "a"}}, "loader": {"row_length": 1, "rows": 1}}
-    model = {"decoder": dict.fromkeys(DECODER, 1) | {"head_dim": 2}}
+    moe = {"num_experts": 2, "top_k": 1}
+    encoder = dict.fromkeys(ENCODER, 1) | {"num_layers": 2, "moe": moe}
+    decoder = dict.fromkeys(DECODER, 1) | {"head_dim": 2, "moe": moe}
+    model = {"decoder": decoder, "vision": {"encoder": encoder}}
     return RunConfig(name="x", model=model, data=data, stages=[stage])
 
 
 DECODER = ("vocab_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "num_kv_heads")
+ENCODER = ("image_size", "patch_size", "hidden_size", "mlp_dim", "num_heads")
 OPTIM = {"learning_rate": 1, "steps": 1}
 GOOD = ([1.8, 1.2, 1.1, 1.08], [2.0, 1.0, 0.5, 0.3], [[10, 12], [9, 11]])
 
