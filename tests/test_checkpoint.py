@@ -15,19 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unimoe_jax.checkpoint import (
     MANIFEST,
-    SUMS,
-    CheckpointError,
     StepCheckpoints,
-    check_files,
     load_final,
     open_source,
     read_manifest,
     save_final,
-    seal,
-    verify,
 )
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.disk import WriteError, writing
+from unimoe_jax.integrity import SUMS, CheckpointError, check_files, seal, verify
 from unimoe_jax.sharding import make_mesh
 from unimoe_jax.train_step import TrainState
 from unimoe_jax.upcycle import Member

@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own level (the layer of its first matching pattern) and below.
 LEVELS = (
     r"module_config|model_config|config|config_io|config_yaml|config_schema|metric_series",
-    r"params|sharding|distributed|processes|disk",
+    r"params|sharding|distributed|processes|integrity|disk",
     r"nn(/.*)?",
     r"encoders(/.*)?|connectors(/.*)?",
     r"lora|upcycle|losses|optim",

@@ -14,8 +14,9 @@ import pytest
 from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
-from unimoe_jax.loop import StageSummary, TrainingStopped, _Log, _steps
+from unimoe_jax.loop import TrainingStopped, _steps
 from unimoe_jax.sharding import batch_mesh_axes, current_mesh, make_mesh
+from unimoe_jax.stage_log import StageLog, StageSummary
 
 STEPS, EVERY = 12, 4
 
@@ -73,7 +74,7 @@ class Rig:
             close=lambda: None,
         )
         every = self.log_every
-        log = _Log(write, write, self.summary, every, STEPS, imbalance=lambda step: {})
+        log = StageLog(write, write, self.summary, every, STEPS, imbalance=lambda step: {})
         stage = SimpleNamespace(
             steps=STEPS, config=SimpleNamespace(optim=SimpleNamespace(max_bad_steps=2))
         )
@@ -120,7 +121,7 @@ def test_a_record_tells_of_all_steps_since_the_last():
     """How many were skipped, and the loss of those that were not, whichever step is recorded."""
     records = []
     write = SimpleNamespace(write=lambda step, values: records.append(values), update=lambda *_: 0)
-    log = _Log(write, write, StageSummary(STEPS), 5, STEPS, imbalance=lambda step: {})
+    log = StageLog(write, write, StageSummary(STEPS), 5, STEPS, imbalance=lambda step: {})
     counts = np.ones(len(MODALITY))
     for step in range(1, 11):
         found = metrics(step, bad_steps=int(step in (3, 4, 7)))
@@ -133,7 +134,7 @@ def test_a_record_tells_of_all_steps_since_the_last():
 def test_a_record_of_nothing_but_skipped_steps_has_no_loss_by_modality():
     records = []
     write = SimpleNamespace(write=lambda step, values: records.append(values), update=lambda *_: 0)
-    log = _Log(write, write, StageSummary(STEPS), 1, STEPS, imbalance=lambda step: {})
+    log = StageLog(write, write, StageSummary(STEPS), 1, STEPS, imbalance=lambda step: {})
     log.add(1, frozenset(), metrics(1, bad_steps=1))
     assert (records[0]["skipped"], records[0]["loss_by_modality"]) == (1, {})
 

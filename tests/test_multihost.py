@@ -25,8 +25,9 @@ import sentencepiece
 from PIL import Image
 
 from unimoe_jax import distributed
-from unimoe_jax.checkpoint import load_final, verify
+from unimoe_jax.checkpoint import load_final
 from unimoe_jax.distributed import lost_peer, settle_cpu
+from unimoe_jax.integrity import verify
 from unimoe_jax.processes import DistributedError, Processes, find_processes
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from unimoe_jax import config_io, evaluate, train
-from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
+from unimoe_jax.checkpoint import StepCheckpoints, save_final
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.disk import WriteError
-from unimoe_jax.loop import StageSummary
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.metrics import write_json_atomic
 from unimoe_jax.params import ParamError
 from unimoe_jax.run_folder import RunFolderError
@@ -22,6 +22,7 @@ from unimoe_jax.setup_data import pool_groups
 from unimoe_jax.sharding import ShardingError, make_mesh, planned_mesh, use_mesh
 from unimoe_jax.stage import build_stage, parameter_table
 from unimoe_jax.stage_checks import check_continues
+from unimoe_jax.stage_log import StageSummary
 from unimoe_jax.train_step import TrainState
 
 RUN = """

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unimoe_jax import config_io, distributed
-from unimoe_jax.checkpoint import CheckpointError, open_source
+from unimoe_jax.checkpoint import open_source
 from unimoe_jax.config import RunConfig, StageConfig, Take
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.batch import Batch, Signature
@@ -30,6 +30,7 @@ from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.distributed import DistributedError
 from unimoe_jax.host_memory import keep_freed_memory
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.params import Flat, ParamError
 from unimoe_jax.programs import lower_score
 from unimoe_jax.setup_data import (

@@ -25,7 +25,6 @@ from pathlib import Path
 import jax
 from pydantic import ValidationError
 
-from unimoe_jax.checkpoint import CheckpointError
 from unimoe_jax.config import MEDIA, MeshConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.conversation import TEMPLATES
@@ -39,6 +38,7 @@ from unimoe_jax.generation.prompt import unanswered_tags
 from unimoe_jax.generation.request import Media, Sampling, ask
 from unimoe_jax.generation.routing import report_lines, routed_layers, routing_report, save_report
 from unimoe_jax.host_memory import keep_freed_memory
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.sharding import ShardingError
 
 AXES = tuple(name for name in MeshConfig.model_fields if name != "rules")

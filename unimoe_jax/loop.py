@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, save_final
-from unimoe_jax.config import MODULES, DataConfig, RunConfig, StageConfig
-from unimoe_jax.data.batch import MODALITY
+from unimoe_jax.checkpoint import StepCheckpoints, save_final
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.distributed import all_texts, is_writer, require_same, writer_first
 from unimoe_jax.evaluate import exact_match, to_devices
-from unimoe_jax.losses import MODALITY_LOSSES
-from unimoe_jax.metric_series import metric_name
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.metrics import MetricsWriter, Progress, write_json_atomic, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
@@ -39,6 +35,7 @@ from unimoe_jax.stage import (
     results,
     source_folder,
 )
+from unimoe_jax.stage_log import StageLog, StageSummary
 from unimoe_jax.stop import StopSignal
 from unimoe_jax.train_step import TrainState, init_state
 from unimoe_jax.upcycle_check import check_upcycled
@@ -67,131 +64,6 @@ class Runtime:
         """Only process 0 speaks."""
         if self.is_writer:
             Console(highlight=False, soft_wrap=True).print(text, markup=False)
-
-
-FROM_THE_START = ("first_loss", "last_loss", "heldout_before", "upcycled", "seconds")
-"""Of a summary: what a resumed stage cannot find out again."""
-
-
-@dataclass
-class StageSummary:
-    """Goes into summary.json."""
-
-    steps: int
-    seconds: float = 0.0  # of all sittings, as far as their steps were saved
-    first_loss: float | None = None
-    last_loss: float | None = None
-    tokens_per_s: float | None = None
-    heldout: dict[str, float] | None = None
-    heldout_before: dict[str, float] | None = None
-    samples: dict[str, Any] | None = None  # the mixture's, and those that were bad or cut by reason
-    upcycled: float | None = None  # largest difference from the dense model at step 0
-
-    def resume(self, position: dict[str, Any]) -> None:
-        """Take over what `position` gave when the steps were saved; nothing at the beginning."""
-        for name in FROM_THE_START:
-            setattr(self, name, position.get(name))
-        self.seconds = self.seconds or 0.0  # checkpoints of earlier versions do not tell
-
-    def position(self, data: dict) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state. data: where the pipeline stands."""
-        return {"data": data, **{name: getattr(self, name) for name in FROM_THE_START}}
-
-
-@dataclass
-class _Log:
-    """Collects step metrics between log lines."""
-
-    writer: MetricsWriter
-    progress: Progress
-    summary: StageSummary
-    every: int
-    steps: int
-    imbalance: Callable[[int], dict[str, float]]
-    tokens: float = 0.0
-    skipped: int = 0
-    unwritten: tuple[int, frozenset, dict] | None = None  # the last step, where no record is its
-    waited: float = 0.0  # for data since `since`, whatever the step: a share of that time
-    sums: dict[str, np.ndarray] = field(default_factory=dict)
-    latest: dict[str, np.ndarray] = field(default_factory=dict)
-    since: float = field(default_factory=time.monotonic)
-    total_tokens: float = 0.0
-    total_seconds: float = 0.0
-
-    def add(self, step: int, signature: frozenset, metrics: dict) -> None:
-        """Read the metrics of an earlier step, which the devices have finished or soon will."""
-        metrics = {name: np.asarray(value) for name, value in metrics.items()}
-        self.latest |= metrics  # of the last step with images, where this one has none
-        self.tokens += float(metrics["tokens"])
-        # What a skipped step made of its samples may be no number, and taught nothing.
-        summed = ("load", "dropped") if metrics["bad"] else ("load", "dropped", "_by_modality")
-        for name, value in metrics.items():
-            if name.endswith(summed):
-                self.sums[name] = self.sums.get(name, 0) + value
-        self.skipped += int(metrics["bad"])
-        loss = float(metrics["loss"])
-        if math.isfinite(loss):
-            if self.summary.first_loss is None:
-                self.summary.first_loss = loss
-            # Signatures differ in difficulty: the last loss is a mean over the last steps, about
-            # ten of them.
-            last = self.summary.last_loss
-            share = max(0.1, 1 / step)
-            self.summary.last_loss = loss if last is None else last + share * (loss - last)
-        self.unwritten = (step, signature, metrics)
-        if step % self.every == 0 or step == self.steps or step == 1:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write a record of the steps since the last one, if there are any."""
-        if self.unwritten is not None:
-            self._write(*self.unwritten)
-
-    def _write(self, step: int, signature: frozenset, metrics: dict) -> None:
-        seconds = max(1e-9, time.monotonic() - self.since)
-        values = {
-            "signature": "+".join(sorted(signature)) or "text",
-            "loss": float(metrics["loss"]),
-            "aux": float(metrics["aux"]),
-            "grad_norm": float(metrics["grad_norm"]),
-            "lr": float(metrics["lr"]),
-            "tokens_per_s": self.tokens / seconds,
-            "data_wait_share": self.waited / seconds,
-            "skipped": self.skipped,
-            "loss_by_modality": self._by_modality(),
-            "shard_imbalance": self.imbalance(step - 1),
-        }
-        named = [f"modality_{name}" for name in MODALITY_LOSSES]
-        values |= {name: float(metrics[name]) for name in named if name in metrics}
-        for module in MODULES:
-            values |= self._routers(module)
-        self.writer.write(step, values)
-        self.progress.update(step, values)
-        self.total_tokens += self.tokens
-        self.total_seconds += seconds
-        self.tokens, self.waited, self.since = 0.0, 0.0, time.monotonic()
-        self.sums, self.latest, self.skipped, self.unwritten = {}, {}, 0, None
-
-    def _routers(self, module: str) -> dict[str, Any]:
-        """What the records say of a module's routers; nothing if no step since the last has run
-        them."""
-        if metric_name(module, "balance") not in self.latest:
-            return {}
-        found = {
-            "balance": float(self.latest[metric_name(module, "balance")]),
-            "router_z": float(self.latest[metric_name(module, "router_z")]),
-            "router_entropy": self.latest[metric_name(module, "entropy")].tolist(),
-            "expert_load": self.sums[metric_name(module, "load")].tolist(),
-        }
-        if metric_name(module, "dropped") in self.sums:
-            found["dropped"] = float(self.sums[metric_name(module, "dropped")])
-        return {metric_name(module, name): value for name, value in found.items()}
-
-    def _by_modality(self) -> dict[str, float]:
-        if "nll_by_modality" not in self.sums:
-            return {}
-        nll, targets = self.sums["nll_by_modality"], self.sums["targets_by_modality"]
-        return {name: float(nll[i] / targets[i]) for name, i in MODALITY.items() if targets[i]}
 
 
 def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
@@ -255,7 +127,9 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     return summary
 
 
-def _open_log(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress, summary, done) -> _Log:
+def _open_log(
+    runtime: Runtime, stage: Stage, pipeline: Pipeline, progress, summary, done
+) -> StageLog:
     run, name, shards = runtime.run, stage.config.name, data_shards(runtime.mesh)
     writer = MetricsWriter(
         *(runtime.folder, name, stage.steps),
@@ -263,7 +137,7 @@ def _open_log(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress, summ
         tensorboard=run.log.tensorboard,
         enabled=runtime.is_writer,
     )
-    return _Log(
+    return StageLog(
         *(writer, progress, summary, run.log.every, stage.steps),
         imbalance=lambda step: pipeline.imbalance(step, shards) if shards > 1 else {},
     )
@@ -348,7 +222,9 @@ def _compile(runtime: Runtime, stage: Stage, pipeline: Pipeline, progress: Progr
     return steps, scores, heldout
 
 
-def _steps(runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done, log: _Log, save):
+def _steps(
+    runtime, stage: Stage, pipeline, state, frozen: Flat, step_fns, done, log: StageLog, save
+):
     """Steps `done`+1 … stage.steps. Returns (state, whether the end was reached)."""
     every, limit = runtime.run.checkpoint.every, stage.config.optim.max_bad_steps
     batches = pipeline.batches(

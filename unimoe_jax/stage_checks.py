@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from unimoe_jax import lora
-from unimoe_jax.checkpoint import CheckpointError, StepCheckpoints, open_source
+from unimoe_jax.checkpoint import StepCheckpoints, open_source
 from unimoe_jax.config import LoRARule, RunConfig, StageConfig, Take
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.params import ParamError, ParamInfo, first_match
 from unimoe_jax.stage import left_behind, moe_key, source_folder
 from unimoe_jax.upcycle import Source, members, origin_of, start_of

@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 
 from unimoe_jax import config_io, distributed
-from unimoe_jax.checkpoint import MANIFEST, SUMS, CheckpointError, read_manifest
+from unimoe_jax.checkpoint import MANIFEST, read_manifest
 from unimoe_jax.config import DataConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tally import TooManyBadSamples
@@ -40,7 +40,8 @@ from unimoe_jax.distributed import require_same, wait_for_all, writer_first
 from unimoe_jax.dry_run import dry_run
 from unimoe_jax.evaluate import SCORING_ERRORS, is_scorable
 from unimoe_jax.host_memory import keep_freed_memory
-from unimoe_jax.loop import Runtime, StageSummary, TrainingStopped, train_stage
+from unimoe_jax.integrity import SUMS, CheckpointError
+from unimoe_jax.loop import Runtime, TrainingStopped, train_stage
 from unimoe_jax.metric_series import by_stage
 from unimoe_jax.metrics import METRICS_FILE, read_metrics, write_json_atomic
 from unimoe_jax.report import result_block, write_report
@@ -63,6 +64,7 @@ from unimoe_jax.sharding import (
 )
 from unimoe_jax.stage import parameter_table
 from unimoe_jax.stage_checks import check_continues, check_start, promised
+from unimoe_jax.stage_log import StageSummary
 from unimoe_jax.stop import StopSignal
 from unimoe_jax.upcycle import Source
 

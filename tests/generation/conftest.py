@@ -13,12 +13,13 @@ from PIL import Image
 
 from tests.golden_dir import golden_dir
 from tests.models.tiny import decoder_config, model_config, random_params
-from unimoe_jax.checkpoint import save_final, seal
+from unimoe_jax.checkpoint import save_final
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.loader import Settings, load
 from unimoe_jax.generation.model import Model
 from unimoe_jax.generation.request import Media, Request, Sampling, ask
+from unimoe_jax.integrity import seal
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.stage import full_batch

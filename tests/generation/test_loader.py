@@ -11,11 +11,12 @@ import yaml
 
 from tests.generation.conftest import tokenizer_folder
 from unimoe_jax import config_io, generate
-from unimoe_jax.checkpoint import run_file_of, seal
+from unimoe_jax.checkpoint import run_file_of
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.loader import find, generation_settings
+from unimoe_jax.integrity import seal
 from unimoe_jax.setup_data import load_tokenizer
 
 

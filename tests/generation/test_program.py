@@ -16,12 +16,12 @@ from PIL import Image
 from tests.generation.conftest import write_checkpoint
 from tests.models.tiny import decoder_config, model_config
 from unimoe_jax import generate
-from unimoe_jax.checkpoint import seal
 from unimoe_jax.generation import loader
 from unimoe_jax.generation.chat import Chat, run_chat
 from unimoe_jax.generation.errors import GenerationError
 from unimoe_jax.generation.request import Media, Sampling
 from unimoe_jax.generation.routing import report_lines, routing_report
+from unimoe_jax.integrity import seal
 
 SHORT = Sampling(max_new_tokens=5)
 

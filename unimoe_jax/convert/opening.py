@@ -14,14 +14,11 @@ from pydantic import ValidationError
 from unimoe_jax import config_io
 from unimoe_jax.checkpoint import (
     MANIFEST,
-    SUMS,
-    CheckpointError,
     open_array,
     read_manifest,
     read_part,
     read_settings,
     run_file_of,
-    verify,
 )
 from unimoe_jax.config import ModelConfig, RunConfig
 from unimoe_jax.config_yaml import ConfigError, parse
@@ -32,6 +29,7 @@ from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.data import embedded
+from unimoe_jax.integrity import SUMS, CheckpointError, verify
 from unimoe_jax.setup_data import cache_folder
 from unimoe_jax.upcycle import Source
 

@@ -28,9 +28,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from unimoe_jax.checkpoint import MANIFEST, new_sum, seal
+from unimoe_jax.checkpoint import MANIFEST
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.disk import WriteError, writing
+from unimoe_jax.integrity import new_sum, seal
 
 # Every thread holds one source tensor's pages and one block, so few threads bound the memory.
 WORKERS = min(6, (os.cpu_count() or 1) + 1)

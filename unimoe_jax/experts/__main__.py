@@ -24,7 +24,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from unimoe_jax.checkpoint import CheckpointError
 from unimoe_jax.config import MODULES, ModuleName, MoEConfig, RouterConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.convert.opening import find_checkpoint
@@ -33,6 +32,7 @@ from unimoe_jax.experts.listing import listing
 from unimoe_jax.experts.making import fewer_experts, one_expert, place_experts
 from unimoe_jax.experts.opened import Opened, open_experts
 from unimoe_jax.experts.writing import write
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.params import ParamError
 
 NAMED_LAYERS = ("all", "even", "first_half", "second_half")

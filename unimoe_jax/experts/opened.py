@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 
 from unimoe_jax import lora
-from unimoe_jax.checkpoint import SUMS
 from unimoe_jax.config import LoRARule, ModelConfig, ModuleName
 from unimoe_jax.convert.family import recognise, source_files
 from unimoe_jax.convert.opening import (
@@ -24,6 +23,7 @@ from unimoe_jax.convert.opening import (
 )
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, sha256
+from unimoe_jax.integrity import SUMS
 from unimoe_jax.upcycle import Member, Source, members
 
 

@@ -14,15 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from unimoe_jax import config_io, lora
-from unimoe_jax.checkpoint import (
-    MANIFEST,
-    SUMS,
-    check_files,
-    load_final,
-    read_manifest,
-    read_settings,
-    run_file_of,
-)
+from unimoe_jax.checkpoint import MANIFEST, load_final, read_manifest, read_settings, run_file_of
 from unimoe_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.data.conversation import TEMPLATES
@@ -33,6 +25,7 @@ from unimoe_jax.generation.media import MediaEncoder
 from unimoe_jax.generation.model import Model
 from unimoe_jax.generation.programs import Programs, Tell
 from unimoe_jax.generation.request import Sampling
+from unimoe_jax.integrity import SUMS, check_files
 from unimoe_jax.models.served import ExpertLayout, ServedDecoder, serve
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
