@@ -118,6 +118,11 @@ def leave(place: Path, name: str, steps: int = 12) -> Path:
         ),
         (
             ParamError,
+            "stages.two.train=[{match: .*, lr: null}]",
+            ("stages.two.train: every rule has lr: null", "nothing would be learned"),
+        ),
+        (
+            ParamError,
             "stages.one.init=[{match: embde.*, source: fresh}, {match: .*, source: fresh}]",
             ("stages.one.init: rules ['embde.*'] are the first match of no parameter",),
         ),

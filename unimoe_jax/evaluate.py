@@ -81,7 +81,8 @@ def exact_match(
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Accuracy per source of one pass over `pipeline`; `compiled`: scoring step per signature. None
-    if `stopped`, which is asked before every step, said so first."""
+    if `stopped`, which is asked before every step, said so first. An answer that was cut to fit the
+    row counts as wrong: to its end it was not compared."""
     right, total = Counter(), Counter()
     batches = pipeline.batches(
         parts=own_data_shards(mesh), of=data_shards(mesh), stop_step=pipeline.steps_per_epoch
@@ -94,10 +95,10 @@ def exact_match(
             pending.append((step, compiled[signature](params, to_devices(batch, mesh))))
     for step, (exact_BS, real_BS) in pending:
         exact_BS, real_BS = np.asarray(exact_BS), np.asarray(real_BS)
-        for row, sources in enumerate(pipeline.sources_at(step)):
-            for segment, source in enumerate(sources):
+        for row, segments in enumerate(pipeline.segments_at(step)):
+            for segment, (source, whole) in enumerate(segments):
                 total[source] += int(real_BS[row, segment])
-                right[source] += int(exact_BS[row, segment])
+                right[source] += int(exact_BS[row, segment] and whole)
     return {source: right[source] / max(1, total[source]) for source in pipeline.names}
 
 

@@ -39,6 +39,7 @@ from unimoe_jax.generation.request import Media, Sampling, ask
 from unimoe_jax.generation.routing import report_lines, routed_layers, routing_report, save_report
 from unimoe_jax.host_memory import keep_freed_memory
 from unimoe_jax.integrity import CheckpointError
+from unimoe_jax.pipes import reader_gone
 from unimoe_jax.sharding import ShardingError
 
 AXES = tuple(name for name in MeshConfig.model_fields if name != "rules")
@@ -129,9 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
         return status
     except BrokenPipeError:
-        # What is still to be written would be complained of at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell reports SIGPIPE
+        return reader_gone()
     except (GenerationError, CheckpointError, ConfigError, ShardingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -181,6 +180,8 @@ def _check_place(flag: str, path: Path | None) -> None:
         raise GenerationError(f"{flag} {path}: this is a folder; name a file")
     if path and not path.parent.is_dir():
         raise GenerationError(f"{flag} {path}: no such folder: {path.parent}; make it first")
+    if path and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise GenerationError(f"{flag} {path}: cannot be written; name a file elsewhere")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -32,9 +32,14 @@ def check_start(
 
     Raises:
         CheckpointError: a source is not there or not finished.
-        ParamError: no origin, another number of experts, another shape in a source, or a rule of
-            `init` or `lora` that is the first match of nothing.
+        ParamError: no origin, another number of experts, another shape in a source, a rule of
+            `init` or `lora` that is the first match of nothing, or nothing that trains.
     """
+    if not any(info.trained for info in infos.values()):
+        raise ParamError(
+            f"stages.{stage.name}.train: every rule has lr: null, so nothing would be learned; "
+            "give one a rate, or remove the stage"
+        )
     moe_layers = run.stage_model(stage).decoder.moe_layers()
     sources, found = _opened(stage, run_dir, to_come), set()
     try:

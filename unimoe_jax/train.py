@@ -6,7 +6,8 @@ A run starts in one of four ways: from nothing; where it stopped (the same comma
 earlier stage (`--stage NAME` runs that stage alone); from converted checkpoints (`init:` in the run
 file). Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving (then UNIMOE_STOPPED_CODE,
 if that is set, for a launcher that starts it again); 1 training stopped; 2 bad settings; 130
-interrupted where nothing had to be saved, or a second time.
+interrupted where nothing had to be saved, or a second time; 141 who reads what --print-config or
+--dry-run shows has gone (`… | head`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from unimoe_jax.integrity import SUMS, CheckpointError
 from unimoe_jax.loop import Runtime, TrainingStopped, train_stage
 from unimoe_jax.metric_series import by_stage
 from unimoe_jax.metrics import METRICS_FILE, read_metrics, write_json_atomic
+from unimoe_jax.pipes import reader_gone
 from unimoe_jax.report import result_block, write_report
 from unimoe_jax.router_trends import as_json, router_trends
 from unimoe_jax.run_folder import RunFolderError, claim
@@ -112,13 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     try:
         resolved = resolve(args)
-        if args.print_config:
-            config_io.print_config(resolved.config, resolved.origins)
-            return 0
+        if args.print_config or args.dry_run:
+            return _show(resolved, args)
         check_stage_name(resolved.config, args.stage)
-        if args.dry_run:
-            dry_run(resolved.config, args.stage)
-            return 0
         distributed.initialize(args)
         return run(resolved.config, args)
     except (*SETTINGS_ERRORS, *DATA_ERRORS) as error:
@@ -129,6 +127,20 @@ def _main(args: argparse.Namespace) -> int:
         if args.debug:
             raise
         return distributed.fail(f"stopped: {error}", 1)
+
+
+def _show(resolved: config_io.Resolved, args: argparse.Namespace) -> int:
+    """What --print-config or --dry-run asks for."""
+    try:
+        if args.print_config:
+            config_io.print_config(resolved.config, resolved.origins)
+        else:
+            check_stage_name(resolved.config, args.stage)
+            dry_run(resolved.config, args.stage)
+        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
+    except BrokenPipeError:
+        return reader_gone()
+    return 0
 
 
 def resolve(args: argparse.Namespace) -> config_io.Resolved:

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from tests.data.helpers import data_config, model_config, talk
-from unimoe_jax.config import DataConfig, LoaderConfig, SourceConfig
+from unimoe_jax.config import DataConfig, LoaderConfig, MeshConfig, SourceConfig
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tally import TooManyBadSamples
+from unimoe_jax.evaluate import exact_match
+from unimoe_jax.sharding import make_mesh
 
 LOADER = LoaderConfig(row_length=256, rows=4, threads=2, prefetch=2)
 
@@ -336,6 +338,25 @@ def test_truncation_and_caps_are_counted(build, folder):
             assert (labels > 0) == (batch.segment_BT[row].max() > 0)
         if signature == {"image"}:  # full rows, and the text in the place that they leave
             assert (batch.modality_BT == 1).sum(axis=1).tolist().count(4) == 3
+
+
+def test_an_answer_that_the_row_cuts_is_never_scored_as_exact(build, folder, devices):
+    """What was left of it may well be answered to the letter; so may a prompt that was cut."""
+    records = [talk("one", "yes"), talk("two", "bird " * 400), talk("bird " * 400, "no")]
+    path = folder.write("d.json", records)
+    for _ in range(2):  # measured, then read from the cache
+        pipeline = build(path, shards=1, shuffle=False)
+        steps = range(pipeline.steps_per_epoch)
+        rows = [row for step in steps for row in pipeline.segments_at(step)]
+        assert sorted(whole for row in rows for _, whole in row) == [False, True, True]
+
+    def all_exact(params, batch):
+        exact = np.ones((len(batch.segment_BT), 64), bool)
+        return exact, exact
+
+    mesh = make_mesh(MeshConfig(data=1), devices[:1])
+    compiled = dict.fromkeys(pipeline.signatures, all_exact)
+    assert exact_match({}, pipeline, compiled, mesh) == {"all": pytest.approx(2 / 3)}
 
 
 def test_a_header_that_understates_its_length_costs_the_surplus_only(build, folder, monkeypatch):

@@ -107,6 +107,10 @@ def test_a_long_prompt_is_shortened_in_its_middle():
     kept = cut[1].ids
     half = len(kept) - len(kept) // 2
     assert kept == prompt[:half] + prompt[-(len(kept) // 2) :]
+    short = [*spans[:4], text(20, 21, supervised=True), EOS, text(7), text(8, supervised=True)]
+    cut, _ = truncate(short, {0: 8}, 40)
+    assert sum(span_length(span, {0: 8}) for span in cut) == 40
+    assert cut[-2:] == short[4:6]  # a whole answer keeps its end
 
 
 def test_media_that_fill_the_row_are_refused():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -197,18 +196,6 @@ def test_bad_arguments(arguments, pieces, checkpoint, capsys):
         assert piece in said
 
 
-@pytest.mark.parametrize("flush", [True, False])
-def test_a_reader_who_has_gone(monkeypatch, capfd, flush):
-    """Ends the program quietly, whether a line is written at once or left to the end."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    monkeypatch.setattr(generate, "run", lambda args: print("fox", flush=flush))
-    with open(writer, "w") as out:
-        monkeypatch.setattr("sys.stdout", out)
-        assert generate.main(["--model", "m", "--prompt", "x"]) == 141
-    assert not capfd.readouterr().err
-
-
 @pytest.mark.parametrize("flag", ["--show-routing", "--output"])
 def test_places_are_checked_before_the_model(flag, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "load", None)
@@ -219,6 +206,10 @@ def test_places_are_checked_before_the_model(flag, tmp_path, capsys, monkeypatch
         assert status == 2
         assert said.startswith(f"error: {flag} {place}: ")
         assert piece in said
+    monkeypatch.setattr(generate.os, "access", lambda place, mode: place != tmp_path)
+    status, said = run(capsys, "--model", "m", *asked, flag, tmp_path / "x.json")
+    assert status == 2
+    assert said == f"error: {flag} {tmp_path}/x.json: cannot be written; name a file elsewhere\n"
 
 
 def test_an_empty_folder_of_frames_is_named(model, tmp_path):

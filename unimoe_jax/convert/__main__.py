@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from unimoe_jax.convert import comparing, exporting, importing, inspecting, opening
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.pipes import reader_gone
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,10 +81,14 @@ def _import_arguments(add: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: done, and for `verify` equal; 1: `verify` found a difference; 2: refused;
-    130: interrupted."""
+    130: interrupted; 141: who reads what is printed has gone."""
     given = parser().parse_args(arguments)
     try:
-        return COMMANDS[given.command](given)
+        status = COMMANDS[given.command](given)
+        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
+        return status
+    except BrokenPipeError:
+        return reader_gone()
     except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

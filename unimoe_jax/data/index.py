@@ -25,14 +25,15 @@ from unimoe_jax.data.tally import BadSample, Event
 
 log = logging.getLogger("unimoe_jax.data")
 
-FORMAT = 2
+FORMAT = 3
 BLOCK = 256
 """Records handed to a thread at a time."""
 
 
 @dataclass
 class Index:
-    """good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `POOLS`.
+    """good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `POOLS`;
+    whole bool [n].
 
     digest: SHA-256 of the JSON file.
     """
@@ -41,12 +42,14 @@ class Index:
     tokens: np.ndarray
     labels: np.ndarray
     entries: np.ndarray
+    whole: np.ndarray
     events: list[Event]
     digest: str
 
     def size(self, number: int) -> Size:
         entries = tuple(self.entries[number].tolist())
-        return Size(int(self.tokens[number]), int(self.labels[number]), entries)
+        whole = bool(self.whole[number])
+        return Size(int(self.tokens[number]), int(self.labels[number]), entries, whole)
 
 
 def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4) -> Index:
@@ -63,6 +66,7 @@ def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4
             np.zeros(count, np.int32),
             np.zeros(count, np.int32),
             np.zeros((count, len(POOLS)), np.int32),
+            np.zeros(count, bool),
             [],
             reader.records.file.digest,
         )
@@ -95,7 +99,8 @@ def _measure(reader: SampleReader, index: Index, numbers: np.ndarray, threads: i
                 index.events += events
                 if size is not None:
                     index.good[number] = True
-                    index.tokens[number], index.labels[number], index.entries[number] = size
+                    index.tokens[number], index.labels[number] = size.tokens, size.labels
+                    index.entries[number], index.whole[number] = size.entries, size.whole
 
 
 def _key(reader: SampleReader) -> str:
@@ -135,6 +140,7 @@ def _write(path: Path, index: Index) -> None:
                 tokens=index.tokens,
                 labels=index.labels,
                 entries=index.entries,
+                whole=index.whole,
                 events=np.frombuffer(events, np.uint8),
             )
         partial.replace(path)
@@ -151,9 +157,10 @@ def _read(path: Path, reader: SampleReader) -> Index | None:
         # Opened here, because numpy leaves a file open that is no archive.
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             events = [Event(**event) for event in json.loads(file["events"].tobytes())]
-            arrays = [file[name] for name in ("good", "tokens", "labels", "entries")]
+            arrays = [file[name] for name in ("good", "tokens", "labels", "entries", "whole")]
         count = len(reader)
-        if [array.shape for array in arrays] != [(count,)] * 3 + [(count, len(POOLS))]:
+        shapes = [(count,)] * 3 + [(count, len(POOLS)), (count,)]
+        if [array.shape for array in arrays] != shapes:
             raise ValueError("it is of other records")
     except Exception as error:  # whatever a cut or overwritten archive provokes in its readers
         log.warning(

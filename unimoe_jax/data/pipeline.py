@@ -86,7 +86,8 @@ class BatchReader:
 
 
 def _bare(index: Index) -> tuple:
-    return index.good, index.tokens, index.labels, index.entries, [], index.digest
+    sizes = index.tokens, index.labels, index.entries, index.whole
+    return index.good, *sizes, [], index.digest
 
 
 class _Steps:
@@ -190,12 +191,18 @@ class Pipeline:
         """The signature of a step, without reading data."""
         return self.plan.signatures[self.plan.batch(step)[0]]
 
-    def sources_at(self, step: int) -> list[list[str]]:
-        """For every row of the global batch of `step`, the source of each of its segments."""
+    def segments_at(self, step: int) -> list[list[tuple[str, bool]]]:
+        """For every row of the global batch of `step`, what each of its segments is: (source,
+        whether its answers are whole, none of their tokens cut to fit the row)."""
         _, rows, epoch = self.plan.batch(step)
-        source = self.plan.samples.source
+        source, record = self.plan.samples.source, self.plan.samples.record
+
+        def told(sample: int) -> tuple[str, bool]:
+            at = source[sample]
+            return self.names[at], bool(self.indices[at].whole[record[sample]])
+
         return [
-            [self.names[source[sample]] for sample in (epoch.row(row) if row >= 0 else ())]
+            [told(sample) for sample in (epoch.row(row) if row >= 0 else ())]
             for row in rows.tolist()
         ]
 

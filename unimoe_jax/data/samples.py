@@ -17,11 +17,13 @@ from unimoe_jax.data.tokenizer import Tokenizer
 
 
 class Size(NamedTuple):
-    """Positions of a sample, how many carry labels, and its pool entries in `POOLS` order."""
+    """Positions of a sample, how many carry labels, its pool entries in `POOLS` order, and whether
+    its answers are `whole`: no label was cut to fit the row."""
 
     tokens: int
     labels: int
     entries: tuple[int, ...]
+    whole: bool
 
 
 class SampleReader:
@@ -74,6 +76,7 @@ class SampleReader:
                 entries[span.medium.index] = count
                 events += self._capped(number, span.medium.file.modality, count, found)
         tokens = self._tokens(spans, entries)
+        answers = _labels(spans)
         spans, cut = truncate(spans, tokens, self.max_length)
         if cut:
             total = sum(tokens.values())
@@ -81,8 +84,9 @@ class SampleReader:
             events.append(self.event(number, "truncated", "too_long", message))
         size = Size(
             sum(span_length(span, tokens) for span in spans),
-            sum(len(span.ids) for span in spans if span.supervised),
+            _labels(spans),
             tuple(self._used(spans, entries).get(name, 0) for name in POOLS),
+            _labels(spans) == answers,
         )
         return size, events
 
@@ -186,3 +190,8 @@ class SampleReader:
         size = int(np.sum([span_length(span, tokens) for span in spans]))
         head = f"{self.records.name}:{self.records.line(number)} ({size} positions"
         return f"{head}{', cut' if cut else ''})\n{' '.join(parts)}"
+
+
+def _labels(spans: list[Span]) -> int:
+    """Positions that carry labels."""
+    return sum(len(span.ids) for span in spans if span.supervised)

@@ -7,6 +7,7 @@ medium is cut and at least one label is left.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -29,7 +30,8 @@ def truncate(spans: list[Span], tokens: dict[int, int], length: int) -> tuple[li
 
     The end goes first, and a medium that the cut would hit goes as a whole. If that leaves no
     label, the longest prompt texts are shortened in their middle instead and the first answer
-    kept. Raises `BadSample` ("too_long") when the media alone leave no room for a label.
+    kept, with its end if that has room. Raises `BadSample` ("too_long") when the media alone leave
+    no room for a label.
     """
     sizes = [span_length(span, tokens) for span in spans]
     if sum(sizes) <= length:
@@ -49,11 +51,12 @@ def truncate(spans: list[Span], tokens: dict[int, int], length: int) -> tuple[li
 
 def _shorten_prompt(spans: list[Span], sizes: list[int], length: int) -> list[Span]:
     first = next(i for i, span in enumerate(spans) if span.supervised)
-    prompt, answer = spans[:first], spans[first]
+    prompt, answer = spans[:first], list(takewhile(lambda span: span.supervised, spans[first:]))
     media = sum(size for span, size in zip(prompt, sizes, strict=False) if span.medium)
     if media + 2 > length:
         raise BadSample("too_long", f"{media} soft tokens leave no label in a row of {length}")
-    room = min(len(answer.ids), max(1, length // MIN_ANSWER_SHARE), length - media - 1)
+    whole = sum(len(span.ids) for span in answer)
+    room = min(whole, max(1, length // MIN_ANSWER_SHARE), length - media - 1)
     ids = [span.ids for span in prompt]
     excess = sum(map(len, ids)) + media + room - length
     while excess > 0:
@@ -66,7 +69,10 @@ def _shorten_prompt(spans: list[Span], sizes: list[int], length: int) -> list[Sp
         )
         excess -= cut
     shortened = [replace(span, ids=new) for span, new in zip(prompt, ids, strict=True)]
-    return [*shortened, replace(answer, ids=answer.ids[:room])]
+    for span in answer:
+        shortened.append(replace(span, ids=span.ids[:room]))
+        room -= len(shortened[-1].ids)
+    return [span for span in shortened if span.medium or span.ids]
 
 
 @dataclass

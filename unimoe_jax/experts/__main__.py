@@ -10,7 +10,7 @@ Checkpoints are those of this package: an import, what a stage of a run left (`c
 final`; a run directory: its last whole stage), or what this program wrote; to be read, also PyTorch
 folders, as `unimoe_jax.convert import` takes them. Adapters are merged. What is written appears
 complete or not at all, with a manifest of parents and hashes. Exit codes: 0 done, 2 bad input, 130
-interrupted.
+interrupted, 141 who reads the list has gone (`… | head`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from unimoe_jax.experts.opened import Opened, open_experts
 from unimoe_jax.experts.writing import write
 from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.params import ParamError
+from unimoe_jax.pipes import reader_gone
 
 NAMED_LAYERS = ("all", "even", "first_half", "second_half")
 BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
@@ -129,9 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "list":
             for line in listing(given.folder, given.compare):
                 print(line)
+            sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
             return 0
         given.line = shlex.join(["python", "-m", "unimoe_jax.experts", *arguments])
         COMMANDS[given.command](given, open_experts("base", given.source, given.model))
+    except BrokenPipeError:
+        return reader_gone()
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
