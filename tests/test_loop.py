@@ -192,6 +192,21 @@ def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, d
     assert found == saved
 
 
+def test_what_is_frozen_is_drawn_as_when_the_stage_began(monkeypatch):
+    """A stage put before it counts in the seeds of the ones behind, not in one that has begun."""
+    state, seeds = SimpleNamespace(seed=np.uint32(1)), []
+    monkeypatch.setattr(loop, "open_sources", lambda *_: {})
+    monkeypatch.setattr(loop, "initial_params", lambda *given, only: seeds.append(given[3]))
+    config = SimpleNamespace(name="tune")
+    stage = SimpleNamespace(config=config, infos={}, steps=STEPS, state_template=lambda mesh: None)
+    run = SimpleNamespace(seed=0, stages=[SimpleNamespace(name="new"), config])
+    runtime = SimpleNamespace(run=run, mesh=None, folder=None, tell=print)
+    found = (4, state, {"data": {}})
+    checkpoints = SimpleNamespace(restore_latest=lambda template, tell: found)
+    loop._start(runtime, stage, SimpleNamespace(check_state=lambda state: 4), checkpoints)
+    assert seeds == [1]
+
+
 def placed(mesh) -> SimpleNamespace:
     """A runtime on `mesh` with a table of axes that is not the default."""
     return SimpleNamespace(run=SimpleNamespace(mesh=MeshConfig(rules={"batch": "data"})), mesh=mesh)

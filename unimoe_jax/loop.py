@@ -186,7 +186,9 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
         )
     pipeline.check_state(position["data"])
     _, frozen_infos = split(stage.infos, stage.infos)
-    frozen = initial_params(stage, sources, mesh, seed, only=set(frozen_infos))
+    # With the seed that it began with: the stages before this one may be others by now.
+    begun = int(state.seed)
+    frozen = initial_params(stage, sources, mesh, begun, only=set(frozen_infos))
     return state, frozen, step, position
 
 
