@@ -158,9 +158,10 @@ def test_waiting_for_data_is_a_share_of_the_time_in_which_it_was(devices):
     assert min(shares[:-1]) > 0.5, shares
 
 
-@pytest.mark.parametrize(("done", "saved"), [(0, [STEPS]), (STEPS, [])])
+@pytest.mark.parametrize(("done", "saved"), [(0, []), (4, [STEPS]), (STEPS, [])])
 def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, done, saved):
-    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then."""
+    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then.
+    Only a stage that begins is scored before its steps."""
     found = []
 
     class Checkpoints(contextlib.nullcontext):
@@ -171,11 +172,10 @@ def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, d
             found.append(step)
 
     nothing = SimpleNamespace(state=lambda step: {}, steps=STEPS, trained={})
-    position = {"heldout_before": {"a": 0.0}}
     log = SimpleNamespace(writer=contextlib.nullcontext())
     monkeypatch.setattr(loop, "StepCheckpoints", Checkpoints)
     monkeypatch.setattr(loop, "_prepare", lambda *_: (nothing, nothing))
-    monkeypatch.setattr(loop, "_start", lambda *_: (nothing, {}, done, position))
+    monkeypatch.setattr(loop, "_start", lambda *_: (nothing, {}, done, {}))
     monkeypatch.setattr(loop, "_compile", lambda *_: ({}, {}, nothing))
     monkeypatch.setattr(loop, "_open_log", lambda *_: log)
     monkeypatch.setattr(loop, "_steps", lambda *_: (nothing, True))

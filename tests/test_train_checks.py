@@ -272,15 +272,30 @@ def test_a_broken_summary_is_named_at_the_start(place, devices):
         assert str(path) in refused(place, RunFolderError)
 
 
+def finished(place: Path, *overrides: str) -> dict:
+    """summary.json of the run, whose stage `one` is done."""
+    config = load(place, *overrides)
+    runtime = SimpleNamespace(run=config, folder=place / "out", data=config.data, tell=print)
+    train.finish(runtime, None)
+    return json.loads((place / "out" / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"wall_seconds": 7.5}'])
 def test_a_broken_summary_of_the_run_is_written_anew(place, devices, text, capsys):
     leave(place, "one")
     path = place / "out" / "summary.json"
     path.write_text(text)
-    config = load(place)
-    runtime = SimpleNamespace(run=config, folder=place / "out", data=config.data, tell=print)
-    train.finish(runtime, None)
-    assert json.loads(path.read_text())["wall_seconds"] == (7.5 if "7.5" in text else None)
+    assert finished(place)["wall_seconds"] == (7.5 if "7.5" in text else None)
+
+
+def test_what_is_scored_may_change_between_sittings(place):
+    """A source that was not scored at the start, and one that is scored no more."""
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
+    (place / "a.json").write_text(json.dumps([{"conversations": turns}]))
+    summary = StageSummary(12, heldout={"a": 0.5}, heldout_before={"gone": 0.25})
+    write_json_atomic(leave(place, "one").with_name("summary.json"), vars(summary))
+    scores = {"a": {"before": None, "after": 0.5, "chance": 1.0}}
+    assert finished(place)["heldout"] == scores
 
 
 def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):

@@ -93,7 +93,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             params = {**frozen, **state.trained}
             return exact_match(params, heldout, score_fns, mesh, runtime.stop.agreed)
 
-        if config.evaluate and summary.heldout_before is None:
+        if config.evaluate and not done:  # later there is nothing to compare with
             summary.heldout_before = score()
             if summary.heldout_before is None:
                 return None

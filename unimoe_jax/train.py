@@ -351,8 +351,9 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
     found = {name: read_stage_summary(folder, name) for name in done}
     stages = {name: summary for name, summary in found.items() if summary is not None}
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
-    before = last["heldout_before"] if last else {}
-    levels = chance_levels(runtime.data, before)
+    # What is scored may have changed between two sittings.
+    before, after = (last["heldout_before"] or {}, last["heldout"]) if last else ({}, {})
+    levels = chance_levels(runtime.data, after)
     if seconds is None:
         # There may be none, or a damaged one: it is about to be written anew.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -368,8 +369,8 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
         "stages": stages,
         "stages_in_all": len(config.stages),
         "heldout": {
-            task: {"before": share, "after": last["heldout"][task], "chance": levels[task]}
-            for task, share in before.items()
+            task: {"before": before.get(task), "after": share, "chance": levels[task]}
+            for task, share in after.items()
         },
         "routers": as_json(router_trends(records, config)),
         "run_dir": str(folder),
