@@ -298,6 +298,13 @@ def test_what_is_scored_may_change_between_sittings(place):
     assert finished(place)["heldout"] == scores
 
 
+def test_a_summary_needs_no_source_that_was_scored(place):
+    """Files may have gone, and sources have other names, when a later stage ends."""
+    summary = StageSummary(12, heldout={"b": 0.5}, heldout_before={"b": 0}, chance={"b": 0.25})
+    write_json_atomic(leave(place, "one").with_name("summary.json"), vars(summary))
+    assert finished(place)["heldout"] == {"b": {"before": 0, "after": 0.5, "chance": 0.25}}
+
+
 def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
     config = load(place)
     stage, folder = config.stages[0], place / "steps"

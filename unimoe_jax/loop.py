@@ -25,7 +25,13 @@ from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.metrics import MetricsWriter, Progress, write_json_atomic, write_text_atomic
 from unimoe_jax.params import Flat, describe, split
 from unimoe_jax.programs import lower_score, lower_step
-from unimoe_jax.setup_data import heldout_pipeline, pool_groups, stage_pipeline, stage_steps
+from unimoe_jax.setup_data import (
+    chance_levels,
+    heldout_pipeline,
+    pool_groups,
+    stage_pipeline,
+    stage_steps,
+)
 from unimoe_jax.sharding import data_shards, own_data_shards, use_mesh
 from unimoe_jax.stage import (
     Stage,
@@ -115,6 +121,7 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
                 if done < stage.steps:
                     save(stage.steps, state)
                 return None
+            summary.chance = chance_levels(runtime.data, config.evaluate)
     params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None

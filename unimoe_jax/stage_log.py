@@ -31,6 +31,7 @@ class StageSummary:
     tokens_per_s: float | None = None
     heldout: dict[str, float] | None = None
     heldout_before: dict[str, float] | None = None
+    chance: dict[str, float] | None = None  # of `heldout`; the sources may be gone when it is told
     samples: dict[str, Any] | None = None  # the mixture's, and those that were bad or cut by reason
     upcycled: float | None = None  # largest difference from the dense model at step 0
 

@@ -71,7 +71,7 @@ from unimoe_jax.stop import StopSignal
 from unimoe_jax.upcycle import Source
 
 SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
-LATER = {"upcycled", "samples"}  # summaries of earlier versions lack them
+LATER = {"upcycled", "samples", "chance"}  # summaries of earlier versions lack them
 SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
 STOPPED_CODE = "UNIMOE_STOPPED_CODE"
 # Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
@@ -353,7 +353,7 @@ def finish(runtime: Runtime, seconds: float | None) -> None:
     last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
     # What is scored may have changed between two sittings.
     before, after = (last["heldout_before"] or {}, last["heldout"]) if last else ({}, {})
-    levels = chance_levels(runtime.data, after)
+    levels = (last or {}).get("chance") or chance_levels(runtime.data, after)
     if seconds is None:
         # There may be none, or a damaged one: it is about to be written anew.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
