@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
+from unimoe_jax.data.tally import Event, Tally
 from unimoe_jax.loop import TrainingStopped, _steps
 from unimoe_jax.sharding import batch_mesh_axes, current_mesh, make_mesh
 from unimoe_jax.stage_log import StageLog, StageSummary
@@ -158,38 +160,68 @@ def test_waiting_for_data_is_a_share_of_the_time_in_which_it_was(devices):
     assert min(shares[:-1]) > 0.5, shares
 
 
-@pytest.mark.parametrize(("done", "saved"), [(0, []), (4, [STEPS]), (STEPS, [])])
-def test_a_signal_while_a_stage_is_scored_costs_no_step(tmp_path, monkeypatch, done, saved):
-    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then.
-    Only a stage that begins is scored before its steps."""
-    found = []
+@pytest.fixture
+def saved(monkeypatch) -> dict[int, dict]:
+    """step -> position of what `train_stage` saves, where it trains nothing at all."""
+    found = {}
 
     class Checkpoints(contextlib.nullcontext):
         def __init__(self, folder, keep):
             super().__init__(self)
 
         def save(self, step, state, position):
-            found.append(step)
+            found[step] = position
 
-    nothing = SimpleNamespace(state=lambda step: {}, steps=STEPS, trained={})
-    log = SimpleNamespace(writer=contextlib.nullcontext())
+    log = SimpleNamespace(writer=contextlib.nullcontext(), total_tokens=0, total_seconds=0)
     monkeypatch.setattr(loop, "StepCheckpoints", Checkpoints)
-    monkeypatch.setattr(loop, "_prepare", lambda *_: (nothing, nothing))
-    monkeypatch.setattr(loop, "_start", lambda *_: (nothing, {}, done, {}))
-    monkeypatch.setattr(loop, "_compile", lambda *_: ({}, {}, nothing))
+    monkeypatch.setattr(loop, "_compile", lambda *_: ({}, {}, None))
     monkeypatch.setattr(loop, "_open_log", lambda *_: log)
-    monkeypatch.setattr(loop, "_steps", lambda *_: (nothing, True))
+    monkeypatch.setattr(loop, "_leave", lambda *_: None)
     monkeypatch.setattr(loop, "exact_match", lambda *given: None if given[-1]() else {"a": 1.0})
+    return found
+
+
+def sitting(monkeypatch, done: int, position: dict, tally: Tally, *, stop: bool = False):
+    """What `train_stage` returns if it goes on at step `done`. stop: a signal has come by then."""
+    pipeline = SimpleNamespace(state=lambda step: {}, tally=tally)
+    stage = SimpleNamespace(steps=STEPS, trained={})
+    monkeypatch.setattr(loop, "_prepare", lambda *_: (pipeline, stage))
+    monkeypatch.setattr(loop, "_start", lambda *_: (stage, {}, done, position))
+
+    def steps(*given):
+        given[-1](STEPS - 1, stage)  # saves
+        return stage, True
+
+    monkeypatch.setattr(loop, "_steps", steps)
     runtime = SimpleNamespace(
         run=SimpleNamespace(checkpoint=SimpleNamespace(keep=1), log=SimpleNamespace(every=1)),
-        stop=SimpleNamespace(agreed=lambda: True),
-        folder=tmp_path,
+        stop=SimpleNamespace(agreed=lambda: stop),
+        folder=Path(),
         mesh=None,
         is_writer=False,
+        tell=print,
     )
-    stage = SimpleNamespace(name="tune", evaluate=("a",))
-    assert loop.train_stage(runtime, stage) is None
-    assert found == saved
+    config = SimpleNamespace(name="tune", evaluate=("a",) if stop else ())
+    return loop.train_stage(runtime, config)
+
+
+@pytest.mark.parametrize(("done", "steps"), [(0, []), (4, [11, STEPS]), (STEPS, [11])])
+def test_a_signal_while_a_stage_is_scored_costs_no_step(saved, monkeypatch, done, steps):
+    """Scoring may take longer than a scheduler waits; the steps that are done are saved by then.
+    Only a stage that begins is scored before its steps."""
+    assert sitting(monkeypatch, done, {}, Tally(9, 1.0), stop=True) is None
+    assert list(saved) == steps
+
+
+def test_a_resumed_stage_tells_of_the_samples_of_all_sittings(saved, monkeypatch):
+    position = {}
+    for number in (1, 2, 3):
+        tally = Tally(9, 1.0)
+        event = Event("bad", "a", "a.json", number, number, "missing_file", "gone")
+        tally.add([event], loaded=1)
+        summary = sitting(monkeypatch, STEPS - 1, position, tally)
+        assert summary.samples == {"total": 9, "bad": {"missing_file": number}}
+        position = saved[STEPS - 1]
 
 
 def test_what_is_frozen_is_drawn_as_when_the_stage_began(monkeypatch):

@@ -107,7 +107,8 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
 
         def save(step: int, state: TrainState) -> None:
             summary.seconds = time.monotonic() - started
-            checkpoints.save(step, state, summary.position(pipeline.state(step)))
+            told = {"samples": _samples(pipeline, position)}
+            checkpoints.save(step, state, summary.position(pipeline.state(step)) | told)
 
         with log.writer:
             state, finished = _steps(
@@ -125,13 +126,19 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
     params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
     summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
-    for text in all_texts("samples", pipeline.tally.as_text()):  # each process has read its own
+    for text in _samples(pipeline, position):
         pipeline.tally.join(text)
     summary.samples = pipeline.tally.as_json()
     _leave(runtime, stage, params, folder / "final", summary)
     if pipeline.tally.counts:
         runtime.tell(pipeline.tally.table())
     return summary
+
+
+def _samples(pipeline: Pipeline, position: dict[str, Any]) -> list[str]:
+    """What the tallies of all processes, each of which reads its own samples, have to tell: of the
+    sittings that `position` was saved in, then of this one."""
+    return [*position.get("samples", []), *all_texts("samples", pipeline.tally.as_text())]
 
 
 def _open_log(

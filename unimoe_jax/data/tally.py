@@ -123,14 +123,15 @@ class Tally:
         self.examples.setdefault(key[-2:], told)
 
     def as_text(self) -> str:
-        """What `join` needs of another process's tally; while indexing all meet the same."""
+        """What `join` needs of another tally of the same data; while indexing all meet the same."""
         examples = [[*kind, told] for kind, told in self.examples.items()]
         return json.dumps({"met": self._met_loading, "examples": examples})
 
     def join(self, text: str) -> None:
-        """Count what another process has met too; it loads other samples, in later epochs the same.
+        """Count what another process, or an earlier sitting of the run, has met too; it loads other
+        samples, in later epochs the same.
 
-        The shares that are allowed are each process's own.
+        The shares that are allowed are each tally's own.
         """
         other = json.loads(text)
         examples = {(kind, reason): told for kind, reason, told in other["examples"]}
