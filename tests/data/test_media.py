@@ -89,6 +89,10 @@ def test_unusual_images_have_defined_pixels(folder):
     assert load_image(str(root / "alpha.png")).getpixel((0, 0)) == (200, 30, 60)
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(root / "cmyk.jpg")
     assert load_image(str(root / "cmyk.jpg")).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([9, 60, 200])
+    palette.save(root / "palette.png", transparency=bytes([7]))  # Pillow would warn each time
+    assert load_image(str(root / "palette.png")).getpixel((0, 0)) == (9, 60, 200)
     first, second = (Image.new("P", (4, 4), colour) for colour in (0, 1))
     first.save(root / "moving.gif", save_all=True, append_images=[second])
     assert load_image(str(root / "moving.gif")).size == (4, 4)

@@ -101,6 +101,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(values.clip(0, 65535) / 257).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of each palette with alpha
     return image.convert("RGB")
 
 
