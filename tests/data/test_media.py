@@ -197,6 +197,15 @@ def test_refused_videos(folder):
         refused(frames, root / name, "unreadable_video")
         refused(load_waveform, root / name, "unreadable_audio")
     refused(load_waveform, root / "whole.mp4", "unreadable_audio")  # no sound track
+    (root / "folder").mkdir()
+    refused(frames, root / "folder", "unreadable_video")
+
+
+def test_a_format_that_is_not_listed_is_called_so(folder):
+    write_video(folder.root / "v.ts", rate=25)
+    for load in (lambda path: load_frames((path,), 4), load_waveform, sound_length):
+        with pytest.raises(BadSample, match=r"v\.ts: .*its format is not one of mov, mp4, .*, aac"):
+            load(str(folder.root / "v.ts"))
 
 
 def test_sound_of_many_kinds(folder):

@@ -123,7 +123,7 @@ def load_frames(
     if images:
         return [load_image(images[i], limits) for i in frame_numbers(len(images), count)]
     if os.path.isdir(paths[0]):
-        raise BadSample("unreadable_video", "a video folder without images")
+        raise BadSample("unreadable_video", f"{paths[0]}: a video folder without images")
     decode = _animation_frames if _is_animated(paths[0]) else _decode_frames
     return decode(paths[0], count, limits)
 
@@ -183,7 +183,7 @@ def _animation_frames(path: str, count: int, limits: ImageLimits) -> list[Image.
 def _decode_frames(path: str, count: int, limits: ImageLimits) -> list[Image.Image]:
     av = _av()
     try:
-        with av.open(path, options=CONTAINER_OPTIONS) as container:
+        with _container(path) as container:
             if not container.streams.video:
                 raise BadSample("unreadable_video", f"{path}: no video stream")
             stream = container.streams.video[0]
@@ -298,7 +298,7 @@ def sound_length(path: str) -> int:
 def _container_sound_length(path: str) -> int:
     av = _av()
     try:
-        with av.open(path, options=CONTAINER_OPTIONS) as container:
+        with _container(path) as container:
             if not container.streams.audio:
                 raise BadSample("unreadable_audio", f"{path}: no sound track")
             stream = container.streams.audio[0]
@@ -314,7 +314,7 @@ def _decode_sound(path: str) -> tuple[np.ndarray, int]:
     """[samples, channels] float32 and the rate, through FFmpeg."""
     av = _av()
     try:
-        with av.open(path, options=CONTAINER_OPTIONS) as container:
+        with _container(path) as container:
             if not container.streams.audio:
                 raise BadSample("unreadable_audio", f"{path}: no sound track")
             stream = container.streams.audio[0]
@@ -332,6 +332,16 @@ def _decode_sound(path: str) -> tuple[np.ndarray, int]:
     if not blocks:
         raise BadSample("empty_audio", f"{path}: no sound could be decoded")
     return np.concatenate(blocks, axis=1).T.astype(np.float32), rate
+
+
+def _container(path: str):
+    """The opened file. Raises ValueError for a format that is not listed, FFmpeg's and OSErrors."""
+    av = _av()
+    try:
+        return av.open(path, options=CONTAINER_OPTIONS)
+    except av.ArgumentError as error:  # all that FFmpeg says of such a format
+        listed = CONTAINER_OPTIONS["format_whitelist"].replace(",", ", ")
+        raise ValueError(f"its format is not one of {listed}") from error
 
 
 def _av():
