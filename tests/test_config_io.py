@@ -173,6 +173,9 @@ def test_wrong_value_names_the_file_that_set_it(run):
     text = problem(run(), "model.decoder.moe.dispatch=groupd")
     mentions(text, "grouped | dense", "did you mean 'grouped'?")
     mentions(problem(run(), "model.decoder.moe.layers=[-1]"), "even", "list of integer >= 0")
+    mentions(problem(run(), "stages.tune.moe=[dekoder]"), "list of", "did you mean 'decoder'?")
+    mentions(problem(run(), "stages.tune.moe=decoder"), "list of", "write [decoder]")
+    mentions(problem(run(), "stages.tune.moe=[3]"), "choose from encoder, connector, decoder")
     mentions(problem(run(), "stages.0.optim.steps=1e1"), "= 10.0", "write 10")
     mentions(problem(run(), "stages.0.train.0.match='*'"), "stages.0.train.0.match", "regular expr")
 

@@ -122,13 +122,27 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near!r}?" if near else ""
 
 
+def _choices(arms: Iterable[Any]) -> list[str]:
+    return [str(c) for arm in arms if typing.get_origin(arm) is Literal for c in arm.__args__]
+
+
+def _meant(value: Any, choices: list[str]) -> str | None:
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return near and f"did you mean {near!r}?"
+
+
 def remedy(root: type[BaseModel], key: Key, value: Any) -> str:
     """What to do about a value of the wrong kind."""
     arms = list(_arms(type_at(root, key)))
-    choices = [str(c) for arm in arms if typing.get_origin(arm) is Literal for c in arm.__args__]
-    near = nearest(value, choices) if isinstance(value, str) else None
-    if near:
-        return f"did you mean {near!r}?"
+    lists = [arm.__args__[0] for arm in arms if typing.get_origin(arm) is tuple]
+    items = _choices(item for listed in lists for item in _arms(listed))
+    if value in items:
+        return f"write [{value}]"
+    if items and isinstance(value, list):
+        wrong = next((item for item in value if item not in items), None)
+        return _meant(wrong, items) or f"choose from {', '.join(items)}"
+    if near := _meant(value, _choices(arms)):
+        return near
     if isinstance(value, str) and {int, float} & set(arms):
         return "write a number, without quotes"
     if isinstance(value, float) and not math.isfinite(value):
