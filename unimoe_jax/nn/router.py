@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unimoe_jax.config import RouterConfig
+from unimoe_jax.config import MEDIA, RouterConfig
 
-NUM_MODALITIES = 5  # text image video speech audio
+NUM_MODALITIES = 1 + len(MEDIA)  # text comes first
 
 
 class Routing(NamedTuple):
