@@ -11,7 +11,7 @@ import pytest
 from unimoe_jax import figures, metric_series, plots, report, router_figures
 from unimoe_jax.config import RunConfig
 from unimoe_jax.metric_series import by_stage, metric_name
-from unimoe_jax.metrics import MetricsWriter, write_json_atomic
+from unimoe_jax.metrics import MetricsWriter, jsonable, write_json_atomic
 from unimoe_jax.router_trends import as_json, router_trends, rows_of
 
 SIGNATURES = ("text", "image", "audio+image", "speech")
@@ -297,6 +297,8 @@ GOOD = ([1.8, 1.2, 1.1, 1.08], [2.0, 1.0, 0.5, 0.3], [[10, 12], [9, 11]])
         ({}, "falling, balanced, none dead"),
         ({"router_z": [2.0, 1.0, 2.0, 2.5]}, "the z-loss does not fall"),
         ({"router_z": [2.0, 1.0, 2.0, float("nan")]}, "the z-loss does not fall"),
+        ({"router_z": [2.0, 1.0, 0.5, float("nan")]}, "falling, balanced, none dead"),
+        ({"router_z": [float("nan")] * 4}, "the z-loss does not fall"),
         ({"balance": [1.2, 1.2, 1.3, 1.5]}, "balance does not approach 1"),
         ({"balance": [1.0, 1.0, 1.0, 1.04]}, "falling, balanced, none dead"),
         ({"load": [[10, 12], [0, 22]]}, "1 dead experts"),
@@ -317,7 +319,9 @@ def test_verdict_on_router_trends(changes, verdict):
     }
     block = report.result_block(summary)
     assert verdict in next(line for line in block.splitlines() if line.startswith("s encoder"))
-    assert "balance is about 1 when experts are used alike" in report._trend_table(summary)
+    written = json.loads(json.dumps(jsonable(summary)))
+    table = report._trend_table(written)
+    assert verdict in table and "balance is about 1 when experts are used alike" in table
 
 
 def test_only_routers_with_losses_are_judged():

@@ -26,7 +26,8 @@ LAST_SHARE = 4
 @dataclass(frozen=True)
 class Trend:
     """One module's routers in one stage. (start, end): the first record, and the mean over the last
-    quarter; least_used: smallest share of one expert in one layer in the last quarter."""
+    quarter, of records with numbers; least_used: smallest share of one expert in one layer in the
+    last quarter."""
 
     balance: tuple[float, float]
     router_z: tuple[float, float]
@@ -80,6 +81,9 @@ def _ends(records: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float
     _, value = series(records, name)
     if not len(value):
         return None
+    # What a skipped step made of its tokens may be no number, and says nothing of the routers.
+    finite = value[np.isfinite(value)]
+    value = finite if len(finite) else value
     return float(value[0]), float(value[-max(1, len(value) // LAST_SHARE) :].mean())
 
 
@@ -97,13 +101,13 @@ HEAD = ("routers", "balance", "z-loss", "least used", "")
 
 
 def rows_of(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Rows under `HEAD` from `as_json`'s result."""
+    """Rows under `HEAD` from `as_json`'s result, also as a file gives it back: "nan" for NaN."""
     rows = []
     for stage, found in summary.items():
         for module, trend in found.items():
-            first, last = (f"{value:.3f}" for value in trend["balance"])
-            z_first, z_last = (f"{value:.3g}" for value in trend["router_z"])
-            least = f"{100 * trend['least_used']:.1f} %"
+            first, last = (f"{float(value):.3f}" for value in trend["balance"])
+            z_first, z_last = (f"{float(value):.3g}" for value in trend["router_z"])
+            least = f"{100 * float(trend['least_used']):.1f} %"
             cells = [f"{first} → {last}", f"{z_first} → {z_last}", least, trend["verdict"]]
             rows.append([f"{stage} {module}", *cells])
     return rows
