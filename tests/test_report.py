@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,7 @@ def test_result_block_of_some_stages():
     stages = {"one": {"steps": 3, "seconds": 1.0}}
     summary = {"name": "run", "seconds": 1.0, "stages": stages, "stages_in_all": 4}
     assert "run: 1 of 4 stages finished" in report.result_block(summary)
+    assert ">1 of 4 stages finished in 1.0 s ·" in report._page(Path("runs/x"), summary, [], [])
 
 
 def test_result_block_counts_the_samples_that_were_bad_or_cut():

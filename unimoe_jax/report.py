@@ -108,9 +108,7 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
 
     `run_dir` is where the run lies (default: `summary["run_dir"]`, left out if there is none).
     """
-    done, planned = len(summary["stages"]), summary.get("stages_in_all", 0)
-    what = f"{done} of {planned} stages finished" if done < planned else "finished"
-    title = f"── {summary['name']}: {what} in {format_seconds(summary['seconds'])} "
+    title = f"── {summary['name']}: {_what_finished(summary)} "
     lines = ["", title + "─" * max(0, 78 - len(title))]
     rows = [["stage", "steps", "loss", "tokens/s", "time"]]
     for name, stage in summary["stages"].items():
@@ -134,6 +132,13 @@ def result_block(summary: Mapping[str, Any], run_dir: str | os.PathLike | None =
     if summary.get("next_command"):
         lines.append(f"next           {summary['next_command']}")
     return "\n".join([*lines, "─" * 78])
+
+
+def _what_finished(summary: Mapping[str, Any]) -> str:
+    """The run, or some of its stages, and how long they took."""
+    done, planned = len(summary["stages"]), summary.get("stages_in_all", 0)
+    what = f"{done} of {planned} stages finished" if done < planned else "finished"
+    return f"{what} in {format_seconds(float(summary['seconds']))}"
 
 
 def _sample_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -256,9 +261,7 @@ def _page(run_dir: Path, summary: Mapping, records: Sequence[Mapping], drawn) ->
     facts = {name: _stage_facts(found) for name, found in stages.items()}
     facts |= summary.get("stages", {})
     name = summary.get("name") or run_dir.resolve().name
-    state = "unfinished: there is no summary.json"
-    if summary:
-        state = f"finished in {format_seconds(float(summary['seconds']))}"
+    state = _what_finished(summary) if summary else "unfinished: there is no summary.json"
     bad = sum(not math.isfinite(float(r.get("loss") or 0)) for r in records)
     parts = [
         f"<h1>{escape(name)}</h1>",
