@@ -116,6 +116,13 @@ def test_html_is_self_contained_and_says_the_essentials(finished):
     assert f"tune decoder {entropy:.3f} {entropy:.3f} {np.log(4):.3f}" in text
 
 
+def test_a_held_out_source_may_have_any_name(tmp_path):
+    """`$` in matplotlib's texts begins a formula."""
+    heldout = {name: {"before": 0.1, "after": 0.2} for name in ("in $, $out_$", r"$\no{$", "<b>")}
+    (plot,) = plots.write_plots([], tmp_path, heldout=heldout)
+    assert plot.path.stat().st_size > 5000
+
+
 def test_scores_are_headed_by_the_stage_that_was_scored(tmp_path):
     for name in ("align", "tune", "after"):
         stage(tmp_path, name, steps=5)

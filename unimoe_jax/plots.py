@@ -90,7 +90,7 @@ def _heldout_figure(heldout: Mapping[str, Mapping[str, Any]]):
         known = [(100 * score, row) for score, row in scores if score is not None]
         if known:
             axes.plot(*zip(*known, strict=True), linestyle="", label=name, clip_on=False, **style)
-    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(tasks)), tasks, parse_math=False)  # a source may be called $a_$
     axes.set_ylim(-0.6, len(tasks) - 0.4)
     axes.set_xlim(0, 100)
     axes.set_xlabel("held-out exact match [%]")
