@@ -7,13 +7,22 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
 from unimoe_jax import config_io
-from unimoe_jax.config import MODULES, RunConfig, StageConfig
-from unimoe_jax.dry_run import dry_run
+from unimoe_jax.config import MODULES, MeshConfig, RunConfig, StageConfig
+from unimoe_jax.dry_run import dry_run, memory
+from unimoe_jax.optim import make_optimizer
 from unimoe_jax.params import ParamInfo
-from unimoe_jax.sharding import data_shards, param_sharding, planned_mesh, use_mesh
+from unimoe_jax.sharding import (
+    data_shards,
+    make_mesh,
+    param_sharding,
+    planned_mesh,
+    replicated,
+    use_mesh,
+)
 from unimoe_jax.stage import parameter_table
 from unimoe_jax.upcycle import origin_of
 
@@ -308,3 +317,18 @@ def test_dry_run_far_from_data_and_devices(capsys, monkeypatch, tmp_path):
     assert 13.4 < memory < 20
     assert "data/llava_665k.json is not here" in text
     assert "checkpoints/vicuna-7b is not here" in tune
+
+
+@pytest.mark.parametrize(("dtype", "gib"), [("float32", 2), ("bfloat16", 1)])
+def test_dry_run_counts_gradients_and_moments_in_their_dtype(dtype: str, gib: int):
+    """As the optimizer makes them: those of 2²⁹ numbers."""
+    config = load("tiny")
+    stage, info = config.stages[0], ParamInfo("w", (2**29,), (None,), 1.0, True, dtype)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    text = memory(config, stage, {"w": info}, {"w": replicated(mesh)}, 1)
+    found = {name.strip(): float(size) for name, size in re.findall(r"(.*\S) +([\d.]+) GiB", text)}
+    optimizer = make_optimizer(stage.optim, lambda step: 1.0, {"w": info})
+    state = jax.eval_shape(optimizer.init, {"w": jax.ShapeDtypeStruct(info.shape, dtype)})
+    moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert found["optimizer moments"] == moments / 2**30 == 2 * gib
+    assert found["gradients"] == found["trained parameters"] == gib

@@ -123,17 +123,16 @@ def memory(
     shardings: dict,
     shards: int,
 ) -> str:
-    """Estimate of memory per device. Parameters, gradients and moments are exact; activations are
-    what rematerialisation keeps (one stream per layer) plus a block of logits twice
-    in float32."""
+    """Estimate of memory per device. Parameters, gradients and moments, which have the dtype of
+    their parameters, are exact; activations are what rematerialisation keeps (one stream per
+    layer) plus a block of logits twice in float32."""
 
-    def total(trained: bool, itemsize: int | None = None) -> int:
+    def total(trained: bool) -> int:
         size = 0
         for path, info in infos.items():
             if info.trained is trained:
                 shape = shardings[path].shard_shape(info.shape)
-                item = itemsize or jnp.dtype(info.dtype).itemsize
-                size += int(np.prod(shape, dtype=np.int64)) * item
+                size += int(np.prod(shape, dtype=np.int64)) * jnp.dtype(info.dtype).itemsize
         return size
 
     loader = stage.loader or config.data.loader
@@ -144,8 +143,8 @@ def memory(
     parts = {
         "frozen parameters": total(False),
         "trained parameters": total(True),
-        "gradients": total(True, 4),
-        "optimizer moments": total(True, 8),
+        "gradients": total(True),
+        "optimizer moments": 2 * total(True),
         "layer inputs (estimate)": streams,
         "logits of a block (estimate)": 2 * 4 * block_size(tokens) * decoder.vocab_size,
     }
