@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unimoe_jax import figures, metric_series, plots, report, router_figures
+from unimoe_jax import figures, metric_series, metrics, plots, report, router_figures
 from unimoe_jax.config import RunConfig
 from unimoe_jax.metric_series import by_stage, metric_name
 from unimoe_jax.metrics import MetricsWriter, jsonable, write_json_atomic
@@ -266,6 +266,24 @@ def test_every_module_has_its_own_figures(tmp_path):
     assert not {"aux_losses", "router_entropy", "encoder_expert_load_other"} & names
     html = (tmp_path / "report.html").read_text()
     assert "Router losses, encoder" in html and "Router losses, connector" in html
+
+
+def test_dropped_slots_are_a_share_however_many_steps_a_record_tells_of(tmp_path):
+    """Of two layers and top-2 routing 100 tokens have 400 slots: more may drop than there are
+    tokens."""
+    with MetricsWriter(tmp_path, "tune", 10) as writer:
+        for step, steps in ((1, 1), (10, 9)):
+            load = steps * np.full((2, 5, 4), 10)
+            values = {"loss": 1.0, "dropped": 120.0 * steps, "expert_load": load}
+            writer.write(step, values | {"router_entropy": [1.0, 1.0]})
+    records = by_stage(metrics.read_metrics(tmp_path))
+    step, share = metric_series.dropped_share(records["tune"], "decoder")
+    assert step.tolist() == [1, 10] and share.tolist() == [0.3, 0.3]
+    table = report._router_table(records)
+    assert "<td>30.0 %</td></tr>" in table and "<th>dropped slots</th>" in table
+    axes = router_figures.aux_figure(records, "decoder").axes[-1]
+    assert axes.get_ylabel() == "dropped slots [%]"
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [30, 30])
 
 
 def records_of(balance, router_z, load):

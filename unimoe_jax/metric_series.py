@@ -48,6 +48,20 @@ def expert_load(
     return np.sum(counts[-max(1, math.ceil(len(counts) * last_share)) :], axis=0)
 
 
+def dropped_share(records: Sequence[Mapping], module: str) -> tuple[np.ndarray, np.ndarray]:
+    """(step, share of the slots since the record before that were over the experts' capacity).
+
+    Not how many: records tell of different numbers of steps. A token has `top_k` slots per layer.
+    """
+    dropped, load = (metric_name(module, name) for name in ("dropped", "expert_load"))
+    found = [
+        {"step": r["step"], "share": float(r[dropped]) / max(np.sum(r[load]), 1)}
+        for r in records
+        if r.get(dropped) is not None and r.get(load)
+    ]
+    return series(found, "share")
+
+
 def losses_by_modality(records: Sequence[Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(step, loss) per modality, from the records that hold `loss_by_modality`."""
     found: dict[str, list[dict]] = {}

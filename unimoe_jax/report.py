@@ -79,12 +79,13 @@ def _stage_facts(records: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def _router_facts(records: Sequence[Mapping], module: str) -> list[str] | None:
-    """Entropy at the start and end, its limit, the largest expert share, dropped tokens."""
+    """Entropy at the start and end, its limit, the largest expert share, dropped slots."""
     _, entropy = layer_series(records, metric_name(module, "router_entropy"))
     load = expert_load(records, module)
     if not len(entropy) and load is None:
         return None
     _, dropped = series(records, metric_name(module, "dropped"))
+    slots = sum(np.sum(r.get(metric_name(module, "expert_load"), 0)) for r in records)
     largest = limit = None
     if load is not None:
         limit = math.log(load.shape[-1])
@@ -96,7 +97,7 @@ def _router_facts(records: Sequence[Mapping], module: str) -> list[str] | None:
         _number(entropy[-1].mean() if len(entropy) else None, "{:.3f}"),
         _number(limit, "{:.3f}"),
         _percent(largest),
-        _number(dropped.sum() if len(dropped) else None, "{:,.0f}"),
+        _percent(dropped.sum() / max(slots, 1) if len(dropped) else None),
     ]
 
 
@@ -226,8 +227,9 @@ def _router_table(stages: Stages) -> str:
     if not rows:
         return ""
     head = ["stage", "entropy, start", "entropy, end", "limit ln E"]
-    head += ["largest share of one expert", "dropped tokens"]
-    note = "Entropy in nats, mean over layers. Shares from the last quarter of the stage."
+    head += ["largest share of one expert", "dropped slots"]
+    note = "Entropy in nats, mean over layers. Largest share from the last quarter of the stage; "
+    note += "a token has a slot with each of its experts in each layer."
     return "<h2>Router</h2>" + _table(head, rows, note)
 
 

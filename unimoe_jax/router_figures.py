@@ -11,6 +11,7 @@ from unimoe_jax.config import MEDIA
 from unimoe_jax.figures import COLOURS, has, legend, line, panels, plain_ticks, start_at_zero
 from unimoe_jax.metric_series import (
     Stages,
+    dropped_share,
     expert_load,
     layer_series,
     metric_name,
@@ -57,10 +58,10 @@ def entropy_figure(stages: Stages, module: str, layers: Mapping[str, Sequence[in
 
 
 def aux_figure(stages: Stages, module: str):
-    """Balance with its value for equal shares, z-loss, and dropped tokens where there are any."""
+    """Balance with its value for equal shares, z-loss, and dropped slots where there are any."""
     from matplotlib.figure import Figure
 
-    kinds = {"balance": "balance loss", "router_z": "router z-loss", "dropped": "dropped tokens"}
+    kinds = {"balance": "balance loss", "router_z": "router z-loss", "dropped": "dropped slots [%]"}
     labels = {metric_name(module, kind): label for kind, label in kinds.items()}
     rows = [name for name in labels if has(stages, name)]
     names = [stage for stage in stages if any(stage in has(stages, row) for row in rows)]
@@ -79,7 +80,11 @@ def aux_figure(stages: Stages, module: str):
                 axes.set_title(stage)
             if row == len(rows) - 1:
                 axes.set_xlabel("step")
-            line(axes, *series(stages[stage], name), COLOURS[row], smooth=True)
+            if name == metric_name(module, "dropped"):
+                step, share = dropped_share(stages[stage], module)
+                line(axes, step, 100 * share, COLOURS[row], smooth=True)
+            else:
+                line(axes, *series(stages[stage], name), COLOURS[row], smooth=True)
             if name == metric_name(module, "balance"):
                 axes.axhline(1, color="#666666", dashes=(4, 3))
     legend(figure)
