@@ -200,7 +200,9 @@ def chance_levels(data: DataConfig, sources: Iterable[str]) -> dict[str, float]:
         pairs = list(_answered(_records(data.sources[name])))
         answers = Counter(answer for _, answer in pairs)
         asked = Counter(question for question, _ in pairs)
-        choices = {q: {answer for other, answer in pairs if other == q} for q in asked}
+        choices: dict[str, set[str]] = {}
+        for question, answer in pairs:
+            choices.setdefault(question, set()).add(answer)
         # A question asked once or twice says nothing about what else it could be answered with.
         guess = sum(1 / len(choices[q]) for q, _ in pairs if asked[q] > 2)
         levels[name] = max(*answers.values(), guess, 0) / max(1, len(pairs))

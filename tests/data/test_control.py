@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.helpers import data_config, talk
+from unimoe_jax import setup_data
 from unimoe_jax.config_yaml import ConfigError
 from unimoe_jax.setup_data import chance_levels, with_shuffled_media
 
@@ -34,6 +35,24 @@ def test_chance_is_read_as_the_loader_reads(tmp_path):
     assert chance_levels(data_config(file), ["all"]) == {"all": 0.75}
     file.write_text(json.dumps(odd))
     assert chance_levels(data_config(file), ["all"]) == {"all": 0}
+
+
+def test_chance_of_many_questions_compares_few(tmp_path, monkeypatch):
+    """Each with each would be minutes for ten thousand that all differ."""
+    compared = []
+
+    class Question(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    pairs = [(Question(n // 3), "ab"[n % 3 > 0]) for n in range(300)]
+    monkeypatch.setattr(setup_data, "_answered", lambda records: pairs)
+    (tmp_path / "data.json").write_text(json.dumps([talk("a?", "x")]))
+    assert chance_levels(data_config(tmp_path / "data.json"), ["all"]) == {"all": 2 / 3}
+    assert len(compared) < 10 * len(pairs)
 
 
 def test_nobody_keeps_its_own_media(tmp_path):
