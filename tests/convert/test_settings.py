@@ -115,6 +115,33 @@ def test_what_changes_numbers_is_refused_where_it_is_not_known(
         model_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ({"use_fm_block": True}, "use_fm_block = True, but fm_adapter is missing"),
+    ],
+)
+def test_what_deepspeed_computes_otherwise_is_refused(tmp_path: Path, change: dict, message: str):
+    unimoe_folders.write(tmp_path, experts=8)
+    for folder in ("base", "tuned"):
+        edit(tmp_path / folder / "config.json", **change)
+    with pytest.raises(ConvertError, match=message):
+        model_of(tmp_path)
+
+
+def test_maps_before_the_routers_are_not_read_against_the_config(tmp_path: Path):
+    unimoe_folders.write(tmp_path, experts=8)
+    write_file(tmp_path / "tuned/fm_adapter.safetensors", {})
+    assert not model_of(tmp_path).decoder.moe.router.modality_map
+    name = "model.layers.0.mlp.deepspeed_moe.fm_text.bias"
+    write_file(tmp_path / "tuned/fm_adapter.safetensors", {name: np.zeros(8, np.float32)})
+    assert model_of(tmp_path).decoder.moe.router.modality_map
+    edit(tmp_path / "tuned/config.json", use_fm_block=False)
+    with pytest.raises(ConvertError, match="use_fm_block = False, but fm_adapter has maps"):
+        model_of(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["/data/models/{}", "openai/{}", "{}"])
 def test_a_tower_lies_beside_cumo_whatever_stands_before_its_name(tmp_path: Path, name: str):
     """Where it was trained it lay elsewhere; the folder here is believed before what is known."""

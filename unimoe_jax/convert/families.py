@@ -252,7 +252,8 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
     for name in [*files, *sources["experts"].groups]:
         del groups[name]
     layers = unimoe.moe_layers(groups["gates"])
-    moe = unimoe.moe_config(config, count, layers, is_8e=True, fm="fm" in groups)
+    _check_8e(config, bool(groups.get("fm")))
+    moe = unimoe.moe_config(config, count, layers, is_8e=True, fm=bool(groups.get("fm")))
     decoder = llama.decoder_config(config, moe)
     dense = any("mlp.gate_proj_lora_A" in name for name in groups["base"])
     copies = unimoe.decoder_8e(decoder, local, dense)
@@ -263,6 +264,20 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
         *_dense_experts(layers, decoder.num_layers),
     ]
     return decoder, copies, excuses, notes
+
+
+def _check_8e(config: Mapping[str, Any], has_maps: bool) -> None:
+    """DeepSpeed weighs a single expert by its probability, so top-1 is not top-2 with one expert
+    less; and its loader skips what the model it built has no place for."""
+    if (top_k := config.get("num_experts_per_tok", 2)) != 2:
+        raise ConvertError(
+            f"8e's config.json: num_experts_per_tok = {top_k} is not supported; it must be 2"
+        )
+    if config.get("use_fm_block", has_maps) != has_maps:
+        raise ConvertError(
+            f"8e's config.json: use_fm_block = {config['use_fm_block']!r}, but fm_adapter "
+            f"{'has' if has_maps else 'is missing or has no'} maps in front of the routers"
+        )
 
 
 def _dense_experts(layers: Sequence[int], num_layers: int) -> list[Excuse]:

@@ -253,6 +253,8 @@ def _unimoe_json(checkpoint: Checkpoint, model: ModelConfig, layout: Layout, is_
     if model.decoder.moe:
         made["num_experts"] = model.decoder.moe.num_experts
         made["num_experts_per_tok"] = model.decoder.moe.top_k
+    if is_8e:
+        made["use_fm_block"] = model.decoder.moe.router.modality_map
     # PEFT never adapts 8e's experts: their adapters are built in.
     own = [rule for rule in model.lora if is_8e and "moe/experts" in rule.match]
     for rule in own:
