@@ -13,14 +13,14 @@ from tests.convert import unimoe_folders
 from tests.convert.cumo_folders import TINY, config_json, write_stage
 from tests.convert.folders import CONFIG, write_file
 from unimoe_jax.checkpoint import load_final
-from unimoe_jax.config import ModelConfig
+from unimoe_jax.config import BeatsConfig, ModelConfig
 from unimoe_jax.convert.__main__ import main
 from unimoe_jax.convert.families import plan_of
 from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import resolve
 from unimoe_jax.convert.reader import ConvertError, open_file
-from unimoe_jax.convert.tables import cumo, llama, mixtral
+from unimoe_jax.convert.tables import beats, cumo, llama, mixtral
 from unimoe_jax.experts.__main__ import main as experts
 
 
@@ -140,6 +140,25 @@ def test_maps_before_the_routers_are_not_read_against_the_config(tmp_path: Path)
     edit(tmp_path / "tuned/config.json", use_fm_block=False)
     with pytest.raises(ConvertError, match="use_fm_block = False, but fm_adapter has maps"):
         model_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [("deep_norm", None), ("gru_rel_pos", None), ("activation_fn", "relu"), ("conv_bias", True)],
+)
+def test_a_beats_of_another_kind_is_refused(key: str, value):
+    """Silent switches are off in the original."""
+    sizes = {"hidden_size": 4, "embed_size": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 1}
+    cfg = beats.to_cfg(BeatsConfig(**sizes))
+    assert beats.beats_config(cfg).hidden_size == 4
+    changed = {k: v for k, v in (cfg | {key: value}).items() if v is not None}
+    with pytest.raises(ConvertError, match=f"BEATs with {key}="):
+        beats.beats_config(changed)
+
+
+def test_a_qformer_of_another_activation_is_refused():
+    with pytest.raises(ConvertError, match="hidden_act 'relu'"):
+        beats.qformer_config({"hidden_act": "relu"}, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["/data/models/{}", "openai/{}", "{}"])

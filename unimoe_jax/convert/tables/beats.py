@@ -18,6 +18,15 @@ EXCUSES = (
     Excuse(r"beats:predictor\..*", "the classification head of a fine-tuned BEATs"),
 )
 MEL_BINS = 128  # the front end's; the checkpoint does not say
+# What a `cfg` that is silent means to the original, and what this encoder computes.
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    "deep_norm": (False, True),
+    "layer_norm_first": (False, False),
+    "relative_position_embedding": (False, True),
+    "gru_rel_pos": (False, True),
+    "conv_bias": (False, False),
+    "activation_fn": ("gelu", "gelu"),
+}
 
 
 def beats_config(cfg: Mapping[str, Any]) -> BeatsConfig:
@@ -26,9 +35,9 @@ def beats_config(cfg: Mapping[str, Any]) -> BeatsConfig:
     Raises:
         ConvertError: an option this encoder does not have.
     """
-    for key, value in (("deep_norm", True), ("layer_norm_first", False), ("gru_rel_pos", True)):
-        if bool(cfg.get(key, value)) != value:
-            raise ConvertError(f"BEATs with {key}={cfg[key]} is not supported, only {value}")
+    for key, (silent, needed) in SWITCHES.items():
+        if (value := cfg.get(key, silent)) != needed:
+            raise ConvertError(f"BEATs with {key}={value} is not supported, only {needed}")
     return BeatsConfig(
         hidden_size=cfg["encoder_embed_dim"],
         embed_size=cfg["embed_dim"],
@@ -84,7 +93,16 @@ def encoder_copies(config: BeatsConfig, dst: str) -> list[Copy]:
 def qformer_config(
     config: Mapping[str, Any], num_queries: int, projector_depth: int
 ) -> QueryConnectorConfig:
-    """From BLIP-2's Q-Former options; missing ones are its defaults, as the originals use them."""
+    """From BLIP-2's Q-Former options; missing ones are its defaults, as the originals use them.
+
+    Raises:
+        ConvertError: an activation that this reader does not have.
+    """
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        raise ConvertError(
+            f"config.json: qformer_config.hidden_act {activation!r} is not supported; it must be "
+            "gelu"
+        )
     return QueryConnectorConfig(
         kind="qformer",
         num_queries=num_queries,
