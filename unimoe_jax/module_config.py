@@ -302,3 +302,12 @@ class QueryConnectorConfig(Config):
     max_positions: Positive = Field(448, description="whisper_decoder: rows of its position table")
     cross_attention_every: Positive = Field(2, description="qformer: cross-attend in layers 0, n…")
     projector_depth: Positive = 1
+
+    @model_validator(mode="after")
+    def _queries_have_positions(self):
+        if self.kind == "whisper_decoder" and self.num_queries > self.max_positions:
+            raise ValueError(
+                f"num_queries = {self.num_queries} exceeds max_positions = {self.max_positions}, "
+                "the rows of the position table"
+            )
+        return self

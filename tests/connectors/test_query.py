@@ -93,9 +93,8 @@ def test_released_qformer_is_one_scan_of_six_pairs():
 
 
 def test_more_queries_than_positions_are_refused():
-    config = READER.model_copy(update={"num_queries": 8})
     with pytest.raises(ValueError, match="max_positions = 7"):
-        QueryConnector(config, 10, LayerOptions()).init(jax.random.key(0), jnp.zeros((1, 6, 5)))
+        QueryConnectorConfig.model_validate(READER.model_dump() | {"num_queries": 8})
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -119,11 +119,7 @@ class QFormerPeriod(nn.Module):
 
 
 class QueryConnector(nn.Module):
-    """Encoder states [B,S,De] -> soft tokens [B, num_queries, features] in the compute dtype.
-
-    Raises:
-        ValueError: `whisper_decoder` with more queries than rows of its position table.
-    """
+    """Encoder states [B,S,De] -> soft tokens [B, num_queries, features] in the compute dtype."""
 
     config: QueryConnectorConfig
     features: int
@@ -148,11 +144,6 @@ class QueryConnector(nn.Module):
     def whisper_decoder(self, x_BQD: jax.Array, states_BSD: jax.Array) -> jax.Array:
         """Read `states_BSD` causally; final LayerNorm included."""
         config, options = self.config, self.options
-        if config.num_queries > config.max_positions:
-            raise ValueError(
-                f"num_queries = {config.num_queries} exceeds max_positions = "
-                f"{config.max_positions}, the rows of the position table"
-            )
         shape = (config.max_positions, config.hidden_size)
         position_TD = declare(self, "position_embedding", query_init, shape, (None, "embed"))
         x_BQD = x_BQD + position_TD[: config.num_queries].astype(options.dtype)[None]
