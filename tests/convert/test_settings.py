@@ -102,6 +102,9 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
     [
         ("whisper/config", {"activation_function": "relu"}, "activation_function 'relu'"),
         ("tuned/config", {"mm_vision_select_feature": "cls_patch"}, "select_feature 'cls_patch'"),
+        ("whisper/config", {"max_target_positions": 2}, "num_queries = 3 exceeds max_positions"),
+        ("tuned/config", {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ("tuned/config", {"mm_audio_select_layer": -2}, "mm_audio_select_layer -2"),
         ("tuned/adapter_config", {"use_rslora": True}, "adapter_config.json: use_rslora = True"),
         ("tuned/adapter_config", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
     ],
@@ -169,6 +172,13 @@ def test_a_tower_lies_beside_cumo_whatever_stands_before_its_name(tmp_path: Path
     (tmp_path / "tower").rename(tmp_path / last)
     edit(folder / "config.json", mm_vision_tower=name.format(last))
     assert model_of(folder).vision.encoder.image_size == TINY.image
+
+
+def test_cumo_refuses_tokens_around_images(tmp_path: Path):
+    folder = write_stage(tmp_path / "source", "sft")
+    edit(folder / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(ConvertError, match="mm_use_im_start_end"):
+        model_of(tmp_path)
 
 
 def test_unimoe_cuts_images_whatever_the_config_says(tmp_path: Path):

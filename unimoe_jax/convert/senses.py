@@ -96,12 +96,11 @@ def senses_of(
     nothing in the originals reads it.
 
     Raises:
-        ConvertError: `mm_vision_select_feature` is not `patch`, or a connector is missing.
+        ConvertError: a setting of `ONLY` has another value, or a connector is missing.
     """
-    if (feature := config.get("mm_vision_select_feature", "patch")) != "patch":
-        raise ConvertError(
-            f"config.json: mm_vision_select_feature {feature!r} is not supported; it must be patch"
-        )
+    for key, only in ONLY.items():
+        if (value := config.get(key)) not in (None, only):
+            raise ConvertError(f"config.json: {key} {value!r} is not supported; it must be {only}")
     depth, sequential = _projector(groups, ".mm_projector.")
     encoder = clip.clip_config(sources["clip"].config, config["mm_vision_select_layer"])
     vision = VisionConfig(encoder=encoder, connector=MlpConnectorConfig(depth=depth))
@@ -113,6 +112,12 @@ def senses_of(
     return {"vision": vision, sense: part}, copies + more
 
 
+# Which features are read, and that no token of its own stands before and after an image.
+ONLY = {
+    "mm_vision_select_feature": "patch",
+    "mm_audio_select_layer": 0,
+    "mm_use_im_start_end": False,
+}
 ALIGNERS = ("base", "base_aligner", "aligner")
 
 

@@ -121,6 +121,8 @@ def vision_config(
     """`connector`: names of its tensors, without prefix; none: it is not converted."""
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise ConvertError("config.json: only mm_vision_select_feature `patch` is supported")
+    if config.get("mm_use_im_start_end"):
+        raise ConvertError("config.json: mm_use_im_start_end is not supported; it must be false")
     moe = experts_of(connector, "", config.get("num_selected", 2))
     expert = r"experts\.0\." if moe else ""
     depth = len(_numbers(connector, expert + r"(\d+)\.weight"))
