@@ -105,6 +105,8 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
         ("whisper/config", {"max_target_positions": 2}, "num_queries = 3 exceeds max_positions"),
         ("tuned/config", {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ("tuned/config", {"mm_audio_select_layer": -2}, "mm_audio_select_layer -2"),
+        ("tuned/config", {"mm_projector_type": "mlp2x_silu"}, "mm_projector_type 'mlp2x_silu'"),
+        ("tuned/config", {"audio_projector_type": "mlp1x_gelu"}, "'mlp1x_gelu' is not what"),
         ("tuned/adapter_config", {"use_rslora": True}, "adapter_config.json: use_rslora = True"),
         ("tuned/adapter_config", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
     ],
@@ -235,6 +237,29 @@ def test_every_layer_of_experts_needs_its_trained_router(tmp_path: Path):
 
 
 # --------------------------------------------------------------------------------- exporting
+
+
+@pytest.mark.parametrize("kind", ["mlp1x_gelu", "linear"])
+def test_a_projector_of_one_layer_keeps_its_names(tmp_path: Path, kind: str):
+    """The originals number the layers of mlp1x_gelu, and do not find others."""
+    unimoe_folders.write(tmp_path / "in", experts=4)
+    name = "model.mm_audio_aligner.projector."
+    if kind == "mlp1x_gelu":
+        file = tmp_path / "in/tuned/mm_audio_aligner.safetensors"
+        ends = ("weight", "bias")
+        moved = {f"{name}0.{end}": open_file(file)[name + end].read() for end in ends}
+        rewrite(file, **{name + end: None for end in ends}, **moved)
+        edit(tmp_path / "in/tuned/config.json", audio_projector_type=kind)
+    assert run("import", "--from", tmp_path / "in", "--to", tmp_path / "a") == 0
+    out = tmp_path / "out"
+    assert run("export", "--from", tmp_path / "a", "--to", out, "--format", "unimoe") == 0
+    left, right = (
+        {n for n in open_file(root / "tuned/mm_audio_aligner.safetensors") if n.startswith(name)}
+        for root in (tmp_path / "in", out)
+    )
+    assert left == right
+    assert json.loads((out / "tuned/config.json").read_text())["audio_projector_type"] == kind
+    assert model_of(out).speech == model_of(tmp_path / "in").speech
 
 
 def test_a_pruned_8e_model_goes_out_and_comes_back(tmp_path: Path):

@@ -13,7 +13,7 @@ from unimoe_jax.convert.entry import LINEAR, Copy
 from unimoe_jax.convert.family import CUMO_FILES, PROCESSOR_FILE, TOKENIZER_FILES, TUNED_FILES
 from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.convert.senses import PLACEHOLDER, connector_copies
+from unimoe_jax.convert.senses import PLACEHOLDER, connector_copies, projector_type
 from unimoe_jax.convert.tables import beats, clip, cumo, llama, mixtral, unimoe, whisper
 
 
@@ -205,9 +205,13 @@ def _unimoe(checkpoint: Checkpoint) -> Layout:
     else:
         layout.copies += unimoe.decoder(model.decoder)
     layout.copies += _peft_copies(layout.copies, checkpoint)
-    depth = model.vision.connector.depth
-    layout.copies += unimoe.vision_connector(depth, sequential=depth > 1)
-    layout.copies += _aligner(model, sense)
+    vision, connector = model.vision.connector, getattr(model, sense).connector
+    image, sound = (
+        _is_sequential(checkpoint, f"{name}_projector_type", depth)
+        for name, depth in (("mm", vision.depth), ("audio", connector.projector_depth))
+    )
+    layout.copies += unimoe.vision_connector(vision.depth, image)
+    layout.copies += connector_copies(connector, sense, sound)
     _encoders(checkpoint, model, layout)
     _tokenizer(checkpoint, layout, "tuned")
     _unimoe_json(checkpoint, model, layout, is_8e)
@@ -229,14 +233,16 @@ def _peft_copies(copies: list[Copy], checkpoint: Checkpoint) -> list[Copy]:
     return list(made.values())
 
 
-def _aligner(model: ModelConfig, sense: str) -> list[Copy]:
-    connector = getattr(model, sense).connector
-    return connector_copies(connector, sense, connector.projector_depth > 1)
+def _is_sequential(checkpoint: Checkpoint, key: str, depth: int) -> bool:
+    """Whether a projector's layers are numbered: of one alone the import's config.json tells."""
+    known = _known(checkpoint, "tuned") or _known(checkpoint, "base")
+    return depth > 1 or known.get(key) == projector_type(1, sequential=True)
 
 
 def _unimoe_json(checkpoint: Checkpoint, model: ModelConfig, layout: Layout, is_8e: bool) -> None:
     made = decoder_json(model.decoder.model_copy(update={"moe": None}), {})
     sense = model.speech or model.audio
+    depth, sound_depth = model.vision.connector.depth, sense.connector.projector_depth
     made |= {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama" if is_8e else "llava",
@@ -245,7 +251,8 @@ def _unimoe_json(checkpoint: Checkpoint, model: ModelConfig, layout: Layout, is_
         "mm_audio_tower": "whisper" if model.speech else "beats.pt",
         "mm_vision_select_layer": model.vision.encoder.select_layer,
         "mm_vision_select_feature": "patch",
-        "mm_projector_type": f"mlp{model.vision.connector.depth}x_gelu",
+        "mm_projector_type": projector_type(depth, depth > 1),
+        "audio_projector_type": projector_type(sound_depth, sound_depth > 1),
         "mm_audio_select_layer": 0,
         "query_tokens_size": sense.connector.num_queries,
         "image_aspect_ratio": model.vision.aspect,

@@ -96,17 +96,18 @@ def senses_of(
     nothing in the originals reads it.
 
     Raises:
-        ConvertError: a setting of `ONLY` has another value, or a connector is missing.
+        ConvertError: a setting of `ONLY` has another value, or a connector is missing or of
+            another kind than its settings say.
     """
     for key, only in ONLY.items():
         if (value := config.get(key)) not in (None, only):
             raise ConvertError(f"config.json: {key} {value!r} is not supported; it must be {only}")
-    depth, sequential = _projector(groups, ".mm_projector.")
+    depth, sequential = _projector(groups, ".mm_projector.", config, "mm_projector_type")
     encoder = clip.clip_config(sources["clip"].config, config["mm_vision_select_layer"])
     vision = VisionConfig(encoder=encoder, connector=MlpConnectorConfig(depth=depth))
     copies = clip_copies(sources["clip"], encoder) + unimoe.vision_connector(depth, sequential)
     if sense == "speech":
-        part, more = _speech_sense(sources["whisper"], groups)
+        part, more = _speech_sense(sources["whisper"], config, groups)
     else:
         part, more = _audio_sense(sources["beats"], config, groups)
     return {"vision": vision, sense: part}, copies + more
@@ -118,15 +119,30 @@ ONLY = {
     "mm_audio_select_layer": 0,
     "mm_use_im_start_end": False,
 }
+ALIGNER = "model.mm_audio_aligner"
 ALIGNERS = ("base", "base_aligner", "aligner")
 
 
-def _projector(groups: Mapping[str, Tensors], mark: str) -> tuple[int, bool]:
+def projector_type(depth: int, sequential: bool) -> str:
+    """The originals' word for `depth` linear layers with GELU in between, numbered or one bare."""
+    return f"mlp{depth}x_gelu" if sequential else "linear"
+
+
+def _projector(
+    groups: Mapping[str, Tensors], mark: str, config: Mapping[str, Any], key: str
+) -> tuple[int, bool]:
     """(linear layers, whether they are numbered) of a projector, from whichever group has it."""
     for tensors in groups.values():
         tails = [n.split(mark)[1] for n in tensors if mark in n and n.endswith(".weight")]
-        if tails:
-            return len(tails), tails != ["weight"]
+        if not tails:
+            continue
+        found = len(tails), tails != ["weight"]
+        if config.get(key) not in (None, projector_type(*found)):
+            raise ConvertError(
+                f"config.json: {key} {config[key]!r} is not what the tensors named …{mark}… are, "
+                f"{projector_type(*found)!r}"
+            )
+        return found
     raise ConvertError(f"no file has tensors named …{mark}…; is a folder missing? add --from")
 
 
@@ -156,11 +172,8 @@ def connector_copies(config: QueryConnectorConfig, sense: str, sequential: bool)
     return copies
 
 
-ALIGNER = "model.mm_audio_aligner"
-
-
-def _speech_sense(source: Source, groups: Mapping[str, Tensors]):
-    depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
+def _speech_sense(source: Source, config: Mapping[str, Any], groups: Mapping[str, Tensors]):
+    depth, sequential = _projector(groups, f"{ALIGNER}.projector.", config, "audio_projector_type")
     queries = _queries(groups, "model.query_tokens")
     connector = whisper.reader_config(source.config, queries, depth)
     encoder = whisper.whisper_config(source.config)
@@ -169,7 +182,7 @@ def _speech_sense(source: Source, groups: Mapping[str, Tensors]):
 
 
 def _audio_sense(source: Source, config: Mapping[str, Any], groups: Mapping[str, Tensors]):
-    depth, sequential = _projector(groups, ".mm_audio_aligner.projector.")
+    depth, sequential = _projector(groups, f"{ALIGNER}.projector.", config, "audio_projector_type")
     queries = _queries(groups, f"{ALIGNER}.query_tokens")
     connector = beats.qformer_config(config.get("qformer_config", {}), queries, depth)
     encoder = beats.beats_config(source.config)
