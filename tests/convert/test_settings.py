@@ -109,6 +109,9 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
         ("tuned/config", {"audio_projector_type": "mlp1x_gelu"}, "'mlp1x_gelu' is not what"),
         ("tuned/adapter_config", {"use_rslora": True}, "adapter_config.json: use_rslora = True"),
         ("tuned/adapter_config", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ("tuned/adapter_config", {"peft_type": "VERA"}, "peft_type = 'VERA'"),
+        ("tuned/adapter_config", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ("tuned/config", {"num_experts": 8}, "num_experts = 8, but the base has 4"),
     ],
 )
 def test_what_changes_numbers_is_refused_where_it_is_not_known(

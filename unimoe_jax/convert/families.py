@@ -158,7 +158,17 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
 
 
 # Settings of PEFT that change what its adapters do.
-UNKNOWN_PEFT = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+UNKNOWN_PEFT = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+# Starts of adapters that PEFT takes away from the base before it adds what was trained.
+MOVED_BASES = ("pissa", "olora", "corda", "loftq")
 
 
 def _peft(tuned: Source, groups: Mapping[str, Tensors]) -> Mapping[str, Any]:
@@ -177,11 +187,15 @@ def _peft(tuned: Source, groups: Mapping[str, Tensors]) -> Mapping[str, Any]:
             raise ConvertError(
                 f"{tuned.path}: mlp_gates lacks the routers of layers {lost}, which have experts"
             )
-    for key in UNKNOWN_PEFT:
-        if peft.get(key):
-            raise ConvertError(
-                f"{tuned.path / 'adapter_config.json'}: {key} = {peft[key]!r} is not supported"
-            )
+    unknown = [key for key in UNKNOWN_PEFT if peft.get(key)]
+    if str(peft.get("init_lora_weights")).lower().startswith(MOVED_BASES):
+        unknown.append("init_lora_weights")
+    if peft.get("peft_type") not in (None, "LORA"):
+        unknown.append("peft_type")
+    for key in unknown:
+        raise ConvertError(
+            f"{tuned.path / 'adapter_config.json'}: {key} = {peft[key]!r} is not supported"
+        )
     adapters = [t for name, t in groups.get("peft", {}).items() if ".lora_A." in name]
     for tensor in adapters:
         if tensor.shape[:1] != (peft["r"],):
@@ -229,6 +243,10 @@ def _text(sources: Sources, config: Mapping[str, Any], groups: Mapping[str, Tens
     if layers:
         prefix = f"model.layers.{layers[0]}.mlp.experts."
         count = len({name[len(prefix) :].split(".")[0] for name in with_prefix(base, prefix)})
+        if config.get("num_experts") not in (None, count):
+            raise ConvertError(
+                f"config.json: num_experts = {config['num_experts']}, but the base has {count}"
+            )
         moe = unimoe.moe_config(config, count, layers, is_8e=False, fm=False)
     decoder = llama.decoder_config(config, moe)
     return decoder, unimoe.decoder(decoder), unimoe.excuses(decoder, groups), ()
