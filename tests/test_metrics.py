@@ -79,6 +79,13 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         metrics.read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["7", "{}", '{"stage": "align"}'])
+def test_a_line_that_is_no_record_is_an_error(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 1 is no JSON object with `stage`"):
+        metrics.MetricsWriter(tmp_path, "align", 9)
+
+
 def test_other_hosts_write_and_print_nothing(tmp_path, capsys):
     with MetricsWriter(tmp_path / "run", "align", 5, tensorboard=True, enabled=False) as writer:
         writer.write(1, {"loss": 1.0})

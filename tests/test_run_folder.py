@@ -45,6 +45,15 @@ def test_a_run_directory_is_written_locked_and_continued(config):
         claimed(config.model_copy(update={"seed": 1}))
 
 
+def test_damaged_settings_are_other_settings(config):
+    folder = claimed(config)
+    (folder / "metrics.jsonl").touch()
+    (folder / "config.yaml").write_bytes(b"\xff\0")
+    with pytest.raises(RunFolderError, match=f"^output {folder}: holds a run with other settings"):
+        claimed(config)
+    assert config_io.load(claimed(config, resume=True) / "config.yaml") == config
+
+
 def fail_with(config, records: str = "") -> None:
     """A resumed run that ends in an error after it has logged `records`."""
     with claim(config, overwrite=False, resume=True) as folder:

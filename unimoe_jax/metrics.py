@@ -83,7 +83,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """All records of `run_dir`/metrics.jsonl, without a last line that a crash cut short.
 
-    Raises FileNotFoundError without the file, ValueError where an earlier line is not JSON.
+    Raises FileNotFoundError without the file, ValueError where an earlier line is no record.
     """
     path = Path(run_dir) / METRICS_FILE
     return list(_records(path, path.read_bytes()))
@@ -98,8 +98,10 @@ def _records(path: Path, content: bytes) -> Iterator[dict]:
             raise ValueError(
                 f"{path}: line {number} is not JSON ({error}); delete that line or move the file"
             ) from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number} is not a JSON object; delete that line")
+        if not isinstance(record, dict) or not {"stage", "step"} <= record.keys():
+            raise ValueError(
+                f"{path}: line {number} is no JSON object with `stage` and `step`; delete that line"
+            )
         yield record
 
 

@@ -93,7 +93,7 @@ def _settings_of_what_trains(folder: Path, text: str) -> Iterator[None]:
     """config.yaml holds `text` from here on, unless an error comes before anything was trained with
     it: a command that was refused must not make the one before it `other settings`."""
     path = folder / "config.yaml"
-    before, trained = path.read_text() if path.exists() else text, _trained(folder)
+    before, trained = _read(path) if path.exists() else text, _trained(folder)
     write_text_atomic(path, text)
     try:
         yield
@@ -138,13 +138,18 @@ def _trained(folder: Path) -> tuple[int, list[Path]]:
     return size, sorted((folder / "checkpoints").glob("*/*/*"))
 
 
+def _read(path: Path) -> str:
+    """Settings as they were written; what a damaged disk has made of them shows as a difference."""
+    return path.read_text(encoding="utf-8", errors="backslashreplace")
+
+
 def _check_settings(path: Path, text: str) -> None:
     if not path.exists():
         return
     changes = [
         line
         for line in difflib.unified_diff(
-            path.read_text().splitlines(), text.splitlines(), lineterm="", n=0
+            _read(path).splitlines(), text.splitlines(), lineterm="", n=0
         )
         if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]
