@@ -260,9 +260,15 @@ class RecordReader:
     def _inside(self, path: str) -> str:
         if "\0" in path:
             raise BadSample("outside_root", f"a path with a NUL byte: {path!r}")
+        named = os.path.normpath(os.path.join(self.root, path))
         full = os.path.realpath(os.path.join(self.root, path))
         if not Path(full).is_relative_to(self.root):
-            raise BadSample("outside_root", f"{path!r} is outside the data root {self.root}")
+            link = "" if full == named else f", it leads to {full}"
+            raise BadSample(
+                "outside_root",
+                f"{path!r} is outside the data root {self.root}{link}; set the source's `root` to "
+                "a folder that holds all its files",
+            )
         if not os.path.exists(full):
             raise BadSample("missing_file", f"no such file: {path!r} in {self.root}")
         return full
