@@ -194,6 +194,14 @@ def test_files_of_another_form_are_told_what_is_expected(tmp_path, text):
         RecordFile(path)
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_utf16_is_called_so(folder, lines):
+    path = folder.write("d.json", [talk(), talk()], lines)
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"d.json: UTF-16; save it as UTF-8"):
+        RecordFile(path)
+
+
 def test_an_object_around_the_list_and_a_broken_first_line_are_bad_records(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"data": [talk()]}))

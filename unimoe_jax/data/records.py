@@ -8,6 +8,7 @@ video, or a list of such lists), `voice` (path or list of paths) and `voice_moda
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -56,14 +57,16 @@ class RecordFile:
     """Random access to the records of a JSON list or JSON-lines file, by byte range.
 
     Only offsets and line numbers are held. Raises ValueError, naming file and line, if there is no
-    record, where a JSON list breaks off or does not end the file, and for an object of several
-    lines; a broken line of a JSON-lines file is reported by `read` for that record only.
+    record, where a JSON list breaks off or does not end the file, for an object of several lines
+    and for UTF-16; a broken line of a JSON-lines file is reported by `read` for that record only.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         data = Path(path).read_bytes()
         self.digest = hashlib.sha256(data).hexdigest()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # json would guess it
+            raise ValueError(f"{self.path}: UTF-16; save it as UTF-8")
         if data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             spans = list(_list_spans(data, self.path))
         else:
