@@ -120,6 +120,22 @@ def test_media_in_all_their_forms(folder):
     assert [f.modality for f in records[4].media["<audio>"]] == ["speech", "audio"]
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (talk("<image>", images=["a.png"]), "<image> without `image`; rename `images` to it"),
+        (talk("<audio>", speech="a.wav"), "<audio> without `voice`; rename `speech` to it"),
+        (talk("<video><video>", video=["a.png"] * 2), r"2 <video> for 1 .*; paths in one list are"),
+    ],
+)
+def test_media_in_another_form_are_told_the_right_one(folder, record, told):
+    folder.image("a.png")
+    source = reader(folder.write("data.json", [record, talk("x", audio="none", images=3)]))
+    with pytest.raises(BadSample, match=told):
+        source.record(0)
+    assert source.record(1).media == {}  # nothing in the text asks for them
+
+
 def test_undeclared_placeholders_and_answers_are_text(folder):
     folder.image("a.png")
     talks = [

@@ -25,7 +25,7 @@ from unimoe_jax.data.tally import BadSample, Event
 
 log = logging.getLogger("unimoe_jax.data")
 
-FORMAT = 3
+FORMAT = 4
 BLOCK = 256
 """Records handed to a thread at a time."""
 

@@ -25,6 +25,12 @@ from unimoe_jax.data.tally import BadSample
 
 Role = Literal["human", "gpt"]
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "voice": "<audio>"}
+MISNAMED = {
+    "image": ("images",),
+    "video": ("videos",),
+    "voice": ("voices", "audio", "audios", "speech"),
+}
+"""Other data sets' keys of media, and those of `generate --input`."""
 FORM = "expected a JSON list, or one JSON object per line, of records with `conversations`"
 
 
@@ -211,6 +217,7 @@ class RecordReader:
         media = {PLACEHOLDERS[key]: self._files(key, content) for key in PLACEHOLDERS}
         media = {placeholder: files for placeholder, files in media.items() if files}
         _check_counts(turns, media)
+        _check_keys(content, turns, media)
         name = content.get("id", content.get("question_id", number))
         return Record(str(name), turns, media, self.name, self.line(number))
 
@@ -336,8 +343,25 @@ def turns_of(content: dict) -> tuple[Turn, ...]:
 def _check_counts(turns: tuple[Turn, ...], media: dict[str, tuple[MediaFile, ...]]) -> None:
     """A placeholder whose medium is not declared is ordinary text; declared ones must match."""
     for placeholder, files in media.items():
-        found = sum(turn.text.count(placeholder) for turn in turns if turn.role == "human")
+        found = _count(placeholder, turns)
         if found != len(files):
+            told = f"{found} {placeholder} for {len(files)} declared file(s)"
+            if any(len(file.paths) > 1 for file in files):
+                told += "; paths in one list are one video's frames, [[path], [path]] two videos"
+            raise BadSample("placeholder_count", told)
+
+
+def _check_keys(
+    content: dict, turns: tuple[Turn, ...], media: dict[str, tuple[MediaFile, ...]]
+) -> None:
+    """Without its medium a sample would be learned as text, and nobody be told."""
+    for key, placeholder in PLACEHOLDERS.items():
+        given = [other for other in MISNAMED[key] if content.get(other)]
+        if given and placeholder not in media and _count(placeholder, turns):
             raise BadSample(
-                "placeholder_count", f"{found} {placeholder} for {len(files)} declared file(s)"
+                "malformed_record", f"{placeholder} without `{key}`; rename `{given[0]}` to it"
             )
+
+
+def _count(placeholder: str, turns: tuple[Turn, ...]) -> int:
+    return sum(turn.text.count(placeholder) for turn in turns if turn.role == "human")
