@@ -217,6 +217,7 @@ def test_bad_questions(line: str):
             {"messages": [{"role": "user", "text": "x", "seed": 1}]},
             ["message 0", "seed", "beside messages"],
         ),
+        ({"prompt": "x", "voice": "a.wav"}, ["voice", "allowed: id, ", " speech, audio, temper"]),
         ({"prompt": "x", "image": [""]}, ["image", "''"]),
         ({"prompt": "x", "video": [["a.png", ""]]}, ["video", "''"]),
     ],

@@ -218,12 +218,12 @@ def request_of(content: Mapping[str, Any], root: Path, defaults: Sampling) -> Re
     Raises:
         GenerationError: a key or value that is not understood, or keys that exclude each other.
     """
-    settings = {f.name for f in fields(Sampling)}
-    unknown = set(content) - {"id", "question_id", "messages", *TURN, *settings}
-    if unknown:
-        raise GenerationError(f"unknown keys {sorted(unknown)}")
+    settings = [f.name for f in fields(Sampling)]
+    allowed = ["id", "question_id", "messages", *TURN, *settings]
+    if unknown := set(content) - set(allowed):
+        raise GenerationError(f"unknown keys {sorted(unknown)}; allowed: {', '.join(allowed)}")
     # Only what the question says: `Sampling` has a seed of its own, which nobody asked for here.
-    given = {name: content[name] for name in settings & set(content) if content[name] is not None}
+    given = {name: content[name] for name in settings if content.get(name) is not None}
     sampling = replace(defaults, **given)
     if "messages" not in content:
         return Request((_message({"role": "user", **content}, root),), sampling)
