@@ -12,7 +12,14 @@ import optax
 import pytest
 
 from tests.close import assert_close
-from tests.models.tiny import decoder_config, make_batch, model_config, random_params
+from tests.models.tiny import (
+    MOE,
+    VOCAB,
+    decoder_config,
+    make_batch,
+    model_config,
+    random_params,
+)
 from unimoe_jax.config import (
     AuxLossConfig,
     DataConfig,
@@ -21,6 +28,7 @@ from unimoe_jax.config import (
     MeshConfig,
     OptimConfig,
     PrecisionConfig,
+    RouterConfig,
     RouterLossConfig,
     Rule,
     RunConfig,
@@ -312,3 +320,26 @@ def test_scoring_counts_segments(single):
     expected_exact[1, 0] = False
     np.testing.assert_array_equal(real, expected_real)
     np.testing.assert_array_equal(exact, expected_exact)
+
+
+def test_a_sample_is_scored_as_it_would_be_answered():
+    """Whatever is packed in front of it: no expert is drawn, and none is full."""
+    router = RouterConfig(sample_second=True)
+    moe = MOE.model_copy(update={"capacity_factor": 0.2, "router": router})
+    run, config = run_config(media=False, dropout=False)
+    decoder = run.model.decoder.model_copy(update={"moe": moe})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"decoder": decoder})})
+    scorer = build(run, config, jax.devices()[:1], MeshConfig()).scorer
+    batch, second = batch_of(False), slice(LENGTH - 5, LENGTH - 2)
+    token = batch.token_id_BT.copy()
+    token[:, : LENGTH - 5] = (token[:, : LENGTH - 5] + 1) % VOCAB
+    params = start(False)
+
+    @jax.jit
+    def logits(batch: Batch, seed):
+        rngs = {"router": jax.random.key(seed)}
+        return scorer.apply({"params": nest(params)}, batch, rngs=rngs).logits_BTV
+
+    expected, found = logits(batch, 0), logits(batch._replace(token_id_BT=token), 1)
+    assert_close(found[:, second], expected[:, second], 1e-5)
+    assert np.abs(found - expected).max() > 0.1

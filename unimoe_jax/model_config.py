@@ -141,6 +141,14 @@ class ModelConfig(Config):
             update["vision"] = self.vision.model_copy(update=parts)
         return self.model_copy(update=update)
 
+    @property
+    def answering(self) -> ModelConfig:
+        """The same model with its decoder as generation holds it, see `MoEConfig.answering`."""
+        if self.decoder.moe is None:
+            return self
+        decoder = self.decoder.model_copy(update={"moe": self.decoder.moe.answering})
+        return self.model_copy(update={"decoder": decoder})
+
     def tokens_per_medium(self) -> dict[MediaName, int]:
         """Soft tokens of one image, one video, one speech chunk, one audio chunk."""
         sizes: dict[MediaName, int] = {}

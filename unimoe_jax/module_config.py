@@ -114,6 +114,13 @@ class MoEConfig(Config):
                 return layer in chosen
 
     @property
+    def answering(self) -> MoEConfig:
+        """This configuration where answers are made or scored: no expert is drawn and no slot
+        dropped, so that an answer does not depend on what else is in the batch."""
+        router = self.router.model_copy(update={"sample_second": False})
+        return self.model_copy(update={"router": router, "capacity_factor": None})
+
+    @property
     def everywhere(self) -> MoEConfig:
         """This configuration, for a module whose layers carry experts all or none.
 

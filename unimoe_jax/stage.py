@@ -158,7 +158,7 @@ def build_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, steps: int) -> S
         config=stage,
         model_config=config,
         model=UniMoE(config, LayerOptions(dtype=dtype, lora=config.lora, train=True)),
-        scorer=UniMoE(config, LayerOptions(dtype=dtype, lora=config.lora)),
+        scorer=UniMoE(config.answering, LayerOptions(dtype=dtype, lora=config.lora)),
         infos=infos,
         shardings={
             path: param_sharding(mesh, path, info.shape, info.axes) for path, info in infos.items()

@@ -219,10 +219,8 @@ class ServedDecoder:
 
     @property
     def moe(self) -> MoEConfig:
-        """Routing without chance: the best experts, none drawn (8e's sample_second), so that an
-        answer does not depend on what else is in the batch."""
-        router = self.config.moe.router.model_copy(update={"sample_second": False})
-        return self.config.moe.model_copy(update={"router": router})
+        """Routing without chance: the best experts, none drawn (8e's sample_second)."""
+        return self.config.moe.answering
 
     def _layers(self, weights, x_DX, position_BT, modality_BT, valid_BT, attention):
         config, caches, chosen = self.config, [], []
