@@ -68,6 +68,14 @@ def test_encoder_and_connector(mesh):
         check_upcycled(stage, wrong, sources, mesh)
 
 
+def test_a_capacity_is_no_difference(mesh):
+    """What it drops is the layer's doing; whether every expert is the dense layer shows without."""
+    tight = [f"model.vision.{m}.moe.capacity_factor=0.3" for m in ("encoder", "connector")]
+    stage, params, sources = started(settings(*tight), mesh)
+    found = check_upcycled(stage, params, sources, mesh)
+    assert 0 < found.difference < ROUNDING * found.largest / 10
+
+
 def test_experts_before_and_after(mesh):
     """A decoder with experts of its own: near ties of its routers may flip, its input may not."""
     moe = "model.decoder.moe={num_experts: 3, layers: even}"

@@ -118,7 +118,12 @@ class MoEConfig(Config):
         """This configuration where answers are made or scored: no expert is drawn and no slot
         dropped, so that an answer does not depend on what else is in the batch."""
         router = self.router.model_copy(update={"sample_second": False})
-        return self.model_copy(update={"router": router, "capacity_factor": None})
+        return self.unlimited.model_copy(update={"router": router})
+
+    @property
+    def unlimited(self) -> MoEConfig:
+        """This configuration without a capacity."""
+        return self.model_copy(update={"capacity_factor": None})
 
     @property
     def everywhere(self) -> MoEConfig:

@@ -1,8 +1,8 @@
 """An upcycled model equals the dense one at step 0, or the stage does not start.
 
 Every expert is a copy of the dense layer and the weights that combine experts sum to one, so the
-routers may choose as they like (arXiv 2405.05949, section 3.3). The comparison runs in float32:
-what is left of a difference is rounding, or a mistake in `init`.
+routers may choose as they like (arXiv 2405.05949, section 3.3). The comparison runs in float32 and
+without capacities: what is left of a difference is rounding, or a mistake in `init`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,8 +175,22 @@ def _compare(
     }
 
 
+def _unlimited(model: ModelConfig) -> ModelConfig:
+    """Without capacities: what they drop is the layer's doing, whatever the experts are."""
+
+    def part(config: Any) -> Any:
+        return config.model_copy(update={"moe": config.moe and config.moe.unlimited})
+
+    vision = model.vision
+    if vision:
+        parts = {"encoder": part(vision.encoder), "connector": part(vision.connector)}
+        vision = vision.model_copy(update=parts)
+    return model.model_copy(update={"decoder": part(model.decoder), "vision": vision})
+
+
 def _outputs(config: ModelConfig, params: Flat, batch: Batch) -> dict[str, jax.Array]:
-    model = UniMoE(config, LayerOptions(dtype=jnp.float32, lora=config.lora))
+    options = LayerOptions(dtype=jnp.float32, lora=config.lora)
+    model = UniMoE(_unlimited(config), options)
     out = model.apply({"params": nest(params)}, batch, rngs={"router": jax.random.key(0)})
     return {"logits": out.logits_BTV, "soft tokens": out.stream_BTD}
 
