@@ -21,6 +21,7 @@ from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import resolve
 from unimoe_jax.convert.reader import ConvertError, open_file
 from unimoe_jax.convert.tables import beats, cumo, llama, mixtral
+from unimoe_jax.data.processors import CLIP_MEAN
 from unimoe_jax.experts.__main__ import main as experts
 
 
@@ -119,6 +120,31 @@ def test_what_changes_numbers_is_refused_where_it_is_not_known(
 ):
     unimoe_folders.write(tmp_path, experts=4)
     edit(tmp_path / f"{file}.json", **change)
+    with pytest.raises(ConvertError, match=message):
+        model_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "role,change,message",
+    [
+        ("clip", {"image_mean": [0.5, 0.5, 0.5]}, r"image_mean \[0.5"),
+        ("clip", {"size": {"shortest_edge": 6}}, "shortest_edge"),
+        ("clip", {"do_center_crop": False}, "do_center_crop False"),
+        ("whisper", {"hop_length": 80}, "hop_length 80 is not supported; it must be 160"),
+    ],
+)
+def test_a_processor_of_another_kind_is_refused(
+    tmp_path: Path, role: str, change: dict, message: str
+):
+    unimoe_folders.write(tmp_path, experts=4)
+    sides = {"size": {"shortest_edge": 4}, "crop_size": {"height": 4, "width": 4}, "resample": 3}
+    pixels = {"image_mean": CLIP_MEAN.tolist(), "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    steps = {"do_center_crop": True, "rescale_factor": 0.00392156862745098}
+    known = {"clip": sides | pixels | steps, "whisper": {"feature_size": 4, "hop_length": 160}}
+    file = tmp_path / role / "preprocessor_config.json"
+    file.write_text(json.dumps(known[role]))
+    assert model_of(tmp_path).vision.encoder.image_size == 4
+    edit(file, **change)
     with pytest.raises(ConvertError, match=message):
         model_of(tmp_path)
 

@@ -12,6 +12,7 @@ from unimoe_jax.convert.entry import Copy, Excuse
 from unimoe_jax.convert.family import TOKENIZER_FILES, TUNED_FILES, Source
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import Plan
+from unimoe_jax.convert.processors import check_processor
 from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
 from unimoe_jax.convert.senses import ENCODERS, PLACEHOLDER, Sources, encoder_excuses, senses_of
 from unimoe_jax.convert.tables import cumo, llama, mixtral, unimoe
@@ -25,6 +26,7 @@ def plan_of(sources: Sequence[Source], options: Options = Options()) -> Plan:
     """
     for source in sources:
         _check_depth(source, sum(len(g) for s in sources for g in s.groups.values()))
+        check_processor(source)
     by_role = {source.role: source for source in sources}
     families = {"cumo": "cumo", "base": "unimoe", "tuned": "unimoe"}
     found = [family for role, family in families.items() if role in by_role]
