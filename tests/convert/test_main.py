@@ -112,6 +112,20 @@ def test_verify_finds_a_difference(source: Path, tmp_path: Path, capsys):
     assert "mlp/down_proj/kernel: largest difference 0.5" in capsys.readouterr().out
 
 
+def test_verify_takes_experts_of_any_width(tmp_path: Path, capsys):
+    """torch's grouped product wants rows of whole 16 bytes; transformers uses it unless told."""
+    pytest.importorskip("torch")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 7, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "num_local_experts": 3}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, sliding_window=None))
+    model.save_pretrained(tmp_path / "in")
+    assert run("import", "--from", tmp_path / "in", "--to", tmp_path / "a") == 0
+    assert run("verify", tmp_path / "in", tmp_path / "a") == 0
+    assert "in: transformers" in capsys.readouterr().out
+
+
 def test_inspect_counts(source: Path, capsys):
     assert run("inspect", source) == 0
     count = sum(value.size for value in llama_tensors().values())

@@ -57,6 +57,8 @@ def logits_in_torch(checkpoint: Checkpoint, batch: Batch) -> np.ndarray | None:
     if folder is None:  # no class of transformers reads it
         return None
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if hasattr(model.config, "num_local_experts") and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # torch's grouped product refuses most widths
     with torch.no_grad():
         return model.eval()(torch.from_numpy(batch.token_id_BT).long()).logits.numpy()
 
