@@ -21,6 +21,7 @@ from tests.convert.cumo_folders import (
     whole_shapes,
     write_stage,
 )
+from tests.convert.folders import write_file
 from unimoe_jax.checkpoint import load_final
 from unimoe_jax.convert.__main__ import main
 from unimoe_jax.convert.families import plan_of
@@ -176,7 +177,8 @@ def test_there_and_back_is_bit_identical(stage: str, experts: int, tmp_path: Pat
         np.testing.assert_array_equal(value, second[path], err_msg=path)
 
 
-def test_stages_are_completed_by_other_folders(tmp_path: Path):
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_stages_are_completed_by_other_folders(tmp_path: Path, prefix: str):
     """A connector alone with the encoder and the decoder it was trained beside."""
     connector = write_stage(tmp_path / "pt" / "source", "pt")
     other = write_stage(tmp_path / "pft" / "source", "pft")
@@ -192,7 +194,10 @@ def test_stages_are_completed_by_other_folders(tmp_path: Path):
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (tmp_path / "pt" / "tower" / "config.json").rename(encoder / "config.json")
-    (other / "clip.safetensors").rename(encoder / "model.safetensors")
+    found = open_file(other / "clip.safetensors")
+    renamed = {prefix + n.removeprefix("vision_model."): t.read() for n, t in found.items()}
+    write_file(encoder / "model.safetensors", renamed)
+    (other / "clip.safetensors").unlink()
     params = read_all(resolve(plan_of(recognise([connector, decoder, encoder]))))
     assert {path.split("/")[0] for path in params} == {"vision", "embed", "decoder", "lm_head"}
     assert params["vision/encoder/unread_layers/mlp/fc1/kernel"].shape == (1, 8, 12)

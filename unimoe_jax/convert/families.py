@@ -321,6 +321,7 @@ def plan_cumo(sources: Sources, options: Options) -> Plan:
     if others := set(sources) - {"cumo", "clip", "decoder"}:
         raise ConvertError(f"CuMo has no use for {sorted(others)}")
     groups = {group: tensors for s in sources.values() for group, tensors in s.groups.items()}
+    groups["clip"] = cumo.named_as_in_file(groups.get("clip", {}))
     groups |= source.groups
     named = cumo.part_names(groups)
     tower = sources["clip"].config if "clip" in sources else cumo.tower_json(source.path, config)

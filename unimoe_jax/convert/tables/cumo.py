@@ -68,6 +68,14 @@ def part_names(groups: Mapping[str, Tensors]) -> dict[str, set[str]]:
     }
 
 
+def named_as_in_file(tensors: Tensors) -> Tensors:
+    """A CLIP folder's tensors as clip.bin names them: a vision model that transformers 5 has saved
+    lacks the prefix."""
+    if not tensors or any(with_prefix(tensors, ENCODER)):
+        return tensors
+    return {ENCODER + name: tensor for name, tensor in tensors.items()}
+
+
 def _numbers(names: Iterable[str], pattern: str) -> list[int]:
     return sorted({int(match[1]) for name in names if (match := re.match(pattern, name))})
 
