@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -198,6 +198,16 @@ class DecoderConfig(Config):
         )
 
 
+def heads_divide(config: Any) -> Any:
+    """The settings, if their heads share the width out evenly; ValueError otherwise."""
+    if config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"hidden_size = {config.hidden_size} is not a multiple of num_heads = "
+            f"{config.num_heads}"
+        )
+    return config
+
+
 class ClipConfig(Config):
     """CLIP vision transformer (pre-LayerNorm)."""
 
@@ -219,6 +229,16 @@ class ClipConfig(Config):
     )
     moe: MoEConfig | None = Field(None, description="experts in place of the MLP of every layer")
     remat: bool = False
+
+    _heads = model_validator(mode="after")(heads_divide)
+
+    @model_validator(mode="after")
+    def _has_patches(self):
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"patch_size = {self.patch_size} is larger than image_size = {self.image_size}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_everywhere(self):
@@ -262,6 +282,8 @@ class WhisperConfig(Config):
     norm_eps: float = 1e-5
     remat: bool = False
 
+    _heads = model_validator(mode="after")(heads_divide)
+
 
 class BeatsConfig(Config):
     """BEATs encoder: 16x16 patches of a kaldi fbank, DeepNorm, gated relative position bias."""
@@ -279,6 +301,8 @@ class BeatsConfig(Config):
     max_distance: Positive = 800
     norm_eps: float = 1e-5
     remat: bool = False
+
+    _heads = model_validator(mode="after")(heads_divide)
 
     @property
     def projects(self) -> bool:
@@ -314,6 +338,8 @@ class QueryConnectorConfig(Config):
     max_positions: Positive = Field(448, description="whisper_decoder: rows of its position table")
     cross_attention_every: Positive = Field(2, description="qformer: cross-attend in layers 0, n…")
     projector_depth: Positive = 1
+
+    _heads = model_validator(mode="after")(heads_divide)
 
     @model_validator(mode="after")
     def _queries_have_positions(self):

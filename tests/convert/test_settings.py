@@ -103,6 +103,10 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
     [
         ("whisper/config", {"activation_function": "relu"}, "activation_function 'relu'"),
         ("tuned/config", {"mm_vision_select_feature": "cls_patch"}, "select_feature 'cls_patch'"),
+        ("whisper/config", {"encoder_attention_heads": 3}, "hidden_size = 4 is not a multiple"),
+        ("whisper/config", {"decoder_attention_heads": 3}, "hidden_size = 4 is not a multiple"),
+        ("clip/config", {"num_attention_heads": 3}, "hidden_size = 4 is not a multiple"),
+        ("clip/config", {"patch_size": 8}, "patch_size = 8 is larger than image_size = 4"),
         ("whisper/config", {"max_target_positions": 2}, "num_queries = 3 exceeds max_positions"),
         ("tuned/config", {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ("tuned/config", {"mm_audio_select_layer": -2}, "mm_audio_select_layer -2"),
