@@ -224,6 +224,25 @@ def test_optimizer_is_the_published_one(run):
         assert (optim.schedule, optim.warmup_ratio, optim.clip_norm) == ("cosine", 0.03, None)
 
 
+SPOKEN = {"video_instruct", "race_spoken", "librispeech", "race_choice"}
+SOUND = {"wavcaps", "audiocaps", "meld", "clotho_aqa", "clotho"}
+
+
+@pytest.mark.parametrize(
+    ("run", "sources"),
+    [
+        ("unimoe_speech", SPOKEN | {"llava_150k"}),
+        ("unimoe_speech_dp", SPOKEN | {"llava_150k"}),
+        ("unimoe_8e", SPOKEN | {"llava_665k"}),
+        ("unimoe_audio", SOUND | {"video_instruct", "llava_150k"}),
+    ],
+)
+def test_stage_3_reads_what_was_published(run, sources):
+    """Table 2 of arXiv 2405.11273; a mixture in a run file adds to the included one."""
+    tune = next(stage for stage in load(run).stages if stage.name == "tune")
+    assert tune.mixture == dict.fromkeys(sources, 1.0)
+
+
 def test_audio_expert_has_its_own_rates():
     infos = table("unimoe_audio", "expert_8")
     rates = {path: 4e-5 * info.lr for path, info in infos.items() if info.trained}
