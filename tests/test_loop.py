@@ -16,6 +16,7 @@ from unimoe_jax import evaluate, loop
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.data.batch import MODALITY
 from unimoe_jax.data.tally import Event, Tally
+from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.loop import TrainingStopped, _steps
 from unimoe_jax.sharding import batch_mesh_axes, current_mesh, make_mesh
 from unimoe_jax.stage_log import StageLog, StageSummary
@@ -224,19 +225,34 @@ def test_a_resumed_stage_tells_of_the_samples_of_all_sittings(saved, monkeypatch
         position = saved[STEPS - 1]
 
 
-def test_what_is_frozen_is_drawn_as_when_the_stage_began(monkeypatch):
-    """A stage put before it counts in the seeds of the ones behind, not in one that has begun."""
-    state, seeds = SimpleNamespace(seed=np.uint32(1)), []
+def resumed_at_4(monkeypatch, check_state) -> list[int]:
+    """The seeds of fresh parameters where a stage goes on that began with seed 1 and is now the
+    second of its run."""
+    seeds = []
     monkeypatch.setattr(loop, "open_sources", lambda *_: {})
     monkeypatch.setattr(loop, "initial_params", lambda *given, only: seeds.append(given[3]))
     config = SimpleNamespace(name="tune")
     stage = SimpleNamespace(config=config, infos={}, steps=STEPS, state_template=lambda mesh: None)
     run = SimpleNamespace(seed=0, stages=[SimpleNamespace(name="new"), config])
     runtime = SimpleNamespace(run=run, mesh=None, folder=None, tell=print)
-    found = (4, state, {"data": {}})
-    checkpoints = SimpleNamespace(restore_latest=lambda template, tell: found)
-    loop._start(runtime, stage, SimpleNamespace(check_state=lambda state: 4), checkpoints)
-    assert seeds == [1]
+    found = (4, SimpleNamespace(seed=np.uint32(1)), {"data": {}})
+    folder = Path("tune/steps")
+    checkpoints = SimpleNamespace(restore_latest=lambda template, tell: found, folder=folder)
+    loop._start(runtime, stage, SimpleNamespace(check_state=check_state), checkpoints)
+    return seeds
+
+
+def test_what_is_frozen_is_drawn_as_when_the_stage_began(monkeypatch):
+    """A stage put before it counts in the seeds of the ones behind, not in one that has begun."""
+    assert resumed_at_4(monkeypatch, lambda state: 4) == [1]
+
+
+def test_other_data_are_refused_with_the_name_of_the_stage(monkeypatch):
+    def check_state(state):
+        raise ValueError("the data differ")
+
+    with pytest.raises(CheckpointError, match=r"^tune/steps/4: the data differ"):
+        resumed_at_4(monkeypatch, check_state)
 
 
 def placed(mesh) -> SimpleNamespace:

@@ -198,7 +198,10 @@ def _start(runtime: Runtime, stage: Stage, pipeline: Pipeline, checkpoints: Step
             f"stage {stage.config.name}: {step} steps are done, its length now is {stage.steps}; "
             f"set it to {step} or more, or remove {checkpoints.folder} to start the stage again"
         )
-    pipeline.check_state(position["data"])
+    try:
+        pipeline.check_state(position["data"])
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoints.folder / str(step)}: {error}") from error
     _, frozen_infos = split(stage.infos, stage.infos)
     # With the seed that it began with: the stages before this one may be others by now.
     begun = int(state.seed)

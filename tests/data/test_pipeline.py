@@ -226,6 +226,9 @@ def test_a_changed_data_set_is_refused_on_resume(build, mixed):
         ValueError, match=r"rows, optim.accumulate, .* take the change back, or remove"
     ):
         build(mixed, LOADER.model_copy(update={"rows": 2})).check_state(state)
+    other = data_config(mixed, voice="speech").model_copy(update={"template": "plain"})
+    with pytest.raises(ValueError, match=r"group_by_modality, template, "):
+        build(other).check_state(state)
     records = json.loads(mixed.read_text())
     mixed.write_text(json.dumps(records[1:]))
     with pytest.raises(ValueError, match="source 'all': its JSON file has changed"):

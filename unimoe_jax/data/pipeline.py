@@ -289,9 +289,9 @@ class Pipeline:
                 )
         if not reasons:
             reasons.append(
-                "mixture weights, row_length, rows, optim.accumulate, packing, tokenizer or "
-                "number of data shards changed which samples form a batch (loader.groups, set from "
-                "the start, keeps batches alike on any number of shards)"
+                "mixture weights, row_length, rows, optim.accumulate, packing, group_by_modality, "
+                "template, tokenizer or number of data shards changed which samples form a batch "
+                "(loader.groups, set from the start, keeps batches alike on any number of shards)"
             )
         raise ValueError(
             f"the data differ from the checkpoint's: {'; '.join(reasons)}; take the change back, "
