@@ -183,6 +183,16 @@ def test_worker_processes_give_the_same_batches(build, mixed):
                 os.kill(worker.pid, number)
 
 
+def test_a_worker_that_was_killed_is_named(build, mixed):
+    pipeline = build(mixed, LOADER.model_copy(update={"workers": 1, "prefetch": 1}))
+    batches = pipeline.batches(stop_step=99)
+    next(batches)
+    for worker in active_children():
+        worker.kill()
+    with pytest.raises(ChildProcessError, match=r"\(loader.workers\) was killed by SIGKILL"):
+        list(batches)
+
+
 def test_workers_end_with_a_program_that_was_killed():
     worker = "import os, time; from unimoe_jax.data.workers import stay_with_parent; "
     worker += "stay_with_parent(0, 1); print(os.getpid(), flush=True); time.sleep(60)"

@@ -23,7 +23,7 @@ from unimoe_jax.data.samples import SampleReader
 from unimoe_jax.data.stream import BatchWriter
 from unimoe_jax.data.tally import BadSample, Tally, pack_events, unpack_events
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.data.workers import stay_with_parent
+from unimoe_jax.data.workers import named_end, stay_with_parent
 
 EVENTS = "events"
 
@@ -218,8 +218,8 @@ class Pipeline:
         """(step, signature, `parts` of the batch when cut into `of`) from `start_step` on.
 
         Epochs follow one another without end unless `stop_step` is given. Read ahead by threads,
-        or by `loader.workers` processes. Raises `TooManyBadSamples`. Close the generator (or
-        exhaust it) to end the threads or processes.
+        or by `loader.workers` processes. Raises `TooManyBadSamples`, ChildProcessError. Close the
+        generator (or exhaust it) to end the threads or processes.
         """
         if self.plan.shards % of:
             raise ValueError(f"{self.plan.shards} pool groups do not divide into {of} parts")
@@ -230,7 +230,8 @@ class Pipeline:
         iterator = iter(self._dataset(steps))
         try:
             for step in range(start_step, stop):
-                arrays = dict(next(iterator))
+                with named_end():
+                    arrays = dict(next(iterator))
                 self.tally.add(*unpack_events(arrays.pop(EVENTS)))
                 yield step, self.signature_at(step), Batch(**arrays)
         finally:
