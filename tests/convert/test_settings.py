@@ -209,11 +209,19 @@ def test_a_tower_lies_beside_cumo_whatever_stands_before_its_name(tmp_path: Path
     assert model_of(folder).vision.encoder.image_size == TINY.image
 
 
-def test_cumo_refuses_tokens_around_images(tmp_path: Path):
-    folder = write_stage(tmp_path / "source", "sft")
-    edit(folder / "config.json", mm_use_im_start_end=True)
-    with pytest.raises(ConvertError, match="mm_use_im_start_end"):
-        model_of(tmp_path)
+@pytest.mark.parametrize(
+    "stage,change",
+    [
+        ("sft", {"mm_use_im_start_end": True}),
+        ("sft", {"mm_projector_type": "mlp2x_gelu"}),
+        ("pft", {"mm_projector_type": "mlp2x_silu"}),
+    ],
+)
+def test_cumo_refuses_what_changes_its_images(tmp_path: Path, stage: str, change: dict):
+    folder = write_stage(tmp_path / "source", stage)
+    edit(folder / "config.json", **change)
+    with pytest.raises(ConvertError, match=next(iter(change))):
+        plan_of(recognise([folder]))
 
 
 def test_unimoe_cuts_images_whatever_the_config_says(tmp_path: Path):

@@ -134,9 +134,14 @@ def vision_config(
     moe = experts_of(connector, "", config.get("num_selected", 2))
     expert = r"experts\.0\." if moe else ""
     depth = len(_numbers(connector, expert + r"(\d+)\.weight"))
+    kind, found = config.get("mm_projector_type"), "smoe_mlp" if moe else f"mlp{depth}x_gelu"
     if connector and not depth:
-        kind = config.get("mm_projector_type")
         raise ConvertError(f"mm_projector_type {kind!r}: not one of mlp<N>x_gelu and smoe_mlp")
+    if connector and kind not in (None, found):
+        raise ConvertError(
+            f"config.json: mm_projector_type {kind!r} is not what the tensors of the connector "
+            f"are, {found!r}"
+        )
     return VisionConfig(
         encoder=encoder,
         connector=MlpConnectorConfig(depth=depth or 2, moe=moe),
