@@ -270,6 +270,24 @@ def test_an_adapter_of_one_layer_may_not_be_missing(tmp_path: Path, lora: str, m
         resolve(plan_of(recognise([tmp_path]), Options(lora)))
 
 
+def test_an_adapter_may_be_missing_where_peft_was_not_told_to_make_one(tmp_path: Path):
+    """The originals list whole names of modules."""
+    unimoe_folders.write(tmp_path, experts=4)
+    file = tmp_path / "tuned/adapter_model.safetensors"
+    module = "model.layers.2.self_attn.q_proj"
+    rewrite(file, **{f"base_model.model.{module}.lora_{part}.weight": None for part in "AB"})
+    prefix, end = "base_model.model.", ".lora_A.weight"
+    made = [n.removeprefix(prefix).removesuffix(end) for n in open_file(file) if n.endswith(end)]
+    edit(tmp_path / "tuned/adapter_config.json", target_modules=made)
+    merged = {copy.src for copy in plan_of(recognise([tmp_path])).copies if copy.adapter}
+    assert "base:model.layers.1.self_attn.q_proj.weight" in merged
+    assert f"base:{module}.weight" not in merged
+    for targets in ([*made, module], ["q_proj", "v_proj", "up_proj"]):
+        edit(tmp_path / "tuned/adapter_config.json", target_modules=targets)
+        with pytest.raises(ConvertError, match=r"layers.2.self_attn.q_proj.lora_A"):
+            plan_of(recognise([tmp_path]))
+
+
 def test_every_layer_of_experts_needs_its_trained_router(tmp_path: Path):
     unimoe_folders.write(tmp_path, experts=4)
     rewrite(tmp_path / "tuned/mlp_gates.safetensors", **{"model.layers.2.mlp.gate.weight": None})

@@ -132,7 +132,7 @@ def plan_unimoe(sources: Sources, options: Options) -> Plan:
         names = set(groups["peft"])
         copies = unimoe.with_adapters(copies, names, scale, options.lora == "merge", use_router)
         if not peft.get("layers_to_transform"):
-            unimoe.check_adapters(copies)
+            unimoe.check_adapters(copies, peft.get("target_modules"))
         if not use_router:
             excuses.append(unimoe.DROPPED_ROUTER_LORA)
         notes = (*notes, f"PEFT scale: {scale}")

@@ -232,8 +232,11 @@ def with_adapters(
     return result
 
 
-def check_adapters(copies: Sequence[Copy]) -> None:
+def check_adapters(copies: Sequence[Copy], targets: Any = None) -> None:
     """Merged adapters must be there for every layer and expert of a parameter, or for none.
+
+    Args:
+        targets: adapter_config.json's `target_modules`; a list excuses modules that it leaves out.
 
     Raises:
         ConvertError: a parameter is adapted in part.
@@ -245,11 +248,18 @@ def check_adapters(copies: Sequence[Copy]) -> None:
     for copy in copies:
         others = with_one.get(copy.dst)
         name = peft_name(copy)
-        if others and copy.adapter is None and name is not None:
+        if others and copy.adapter is None and name is not None and _is_target(name, targets):
             raise ConvertError(
                 f"adapter_model has no {name}.lora_A.weight, but {others[0].adapter.a!r}: some "
                 "layers or experts of a kind are adapted and others are not"
             )
+
+
+def _is_target(name: str, targets: Any) -> bool:
+    """Whether PEFT adapts the module: a list holds whole names or ends of names."""
+    if not isinstance(targets, list) or not targets:
+        return True
+    return f".{name.removeprefix(PEFT_PREFIX)}".endswith(tuple(f".{target}" for target in targets))
 
 
 def lora_rules(
