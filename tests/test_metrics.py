@@ -256,3 +256,10 @@ def test_the_progress_line_names_the_module_of_router_losses():
     values = {"loss": 1.0, "encoder_balance": 1.25, "encoder_router_z": 0.5, "balance": 1.5}
     line = metrics.format_progress("sft", 3, 10, values, None)
     assert line == "sft  3/10  loss 1.0000  encoder balance 1.25  z 0.5  balance 1.5"
+
+
+def test_the_progress_line_has_dropped_slots_as_a_share():
+    """Lines cover different numbers of steps."""
+    load = [[[30, 10], [0, 0]], [[20, 20], [0, 0]]]
+    values = {"encoder_dropped": 20.0, "encoder_expert_load": load}
+    assert metrics.format_progress("sft", 3, 10, values, None) == "sft  3/10  dropped 25.0%"

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from unimoe_jax.config import MODULES
 from unimoe_jax.disk import named
-from unimoe_jax.metric_series import metric_name
+from unimoe_jax.metric_series import dropped_share, metric_name
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = (
@@ -318,6 +318,8 @@ def format_progress(
         "tokens_per_s": "{:,.0f} tok/s",
         "data_wait_share": "data wait {:.0%}",
     }
+    shares = {m: dropped_share([{"step": step, **values}], m)[1] for m in MODULES}
+    values = {**values, **{metric_name(m, "dropped"): s.sum() for m, s in shares.items() if len(s)}}
     for name, shape in shapes.items():
         if values.get(name) is not None:
             parts.append(shape.format(float(values[name])))
@@ -327,7 +329,7 @@ def format_progress(
 
 
 def _router_shapes() -> dict[str, str]:
-    kinds = {"balance": "balance {:.3g}", "router_z": "z {:.3g}", "dropped": "dropped {:.3g}"}
+    kinds = {"balance": "balance {:.3g}", "router_z": "z {:.3g}", "dropped": "dropped {:.1%}"}
     shapes = {}
     for module in MODULES:
         for kind, shape in kinds.items():
