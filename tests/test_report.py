@@ -174,6 +174,9 @@ def test_expert_load_is_summed_over_the_last_quarter():
     assert metric_series.expert_load([{"stage": "a", "step": 1}]) is None
     shares = router_figures.row_shares(np.array([[1.0, 3.0], [0.0, 0.0]]))
     np.testing.assert_array_equal(shares, [[0.25, 0.75], [np.nan, np.nan]])
+    # Of what tokens ask for: with top-2 routing an expert that all tokens go to has half of it.
+    bar = router_figures.load_figure("a", np.ones((1, 5, 2)), [0]).axes[-1]
+    assert bar.get_ylabel() == "share of the layer's slots [%]"
 
 
 def test_the_moving_mean_keeps_the_ends():

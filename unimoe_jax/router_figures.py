@@ -117,7 +117,7 @@ def load_figure(stage: str, load: np.ndarray, layers: Sequence[int]):
     )
     grid[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=list(grid), pad=0.02, aspect=max(8, 3 * size[1]))
-    bar.set_label("share of the layer's tokens [%]")
+    bar.set_label("share of the layer's slots [%]")
     bar.outline.set_visible(False)
     figure.suptitle(f"{stage}: equal shares would be {100 / num_experts:.3g} %", x=0.01, ha="left")
     return figure
