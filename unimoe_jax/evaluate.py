@@ -208,9 +208,9 @@ def print_scores(scores: Mapping[str, tuple[float, float]], *, shuffled: bool) -
     """A line for every source: accuracy and chance."""
     width = max(map(len, scores))
     title = "with the media of another record" if shuffled else "exact match"
-    print(f"{'':<{width}}  {title:>12}  chance")
+    print(f"{'':<{width}}  {title}  chance")
     for source, (accuracy, chance) in scores.items():
-        print(f"{source:<{width}}  {accuracy:>12.1%}  {chance:.1%}")
+        print(f"{source:<{width}}  {accuracy:>{len(title)}.1%}  {chance:>6.1%}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from tests.data.helpers import data_config, talk
 from unimoe_jax import setup_data
 from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.evaluate import print_scores
 from unimoe_jax.setup_data import chance_levels, with_shuffled_media
 
 
@@ -89,3 +90,13 @@ def test_media_without_their_like_are_left_out(tmp_path, caplog):
     (tmp_path / "again").mkdir()
     with pytest.raises(ConfigError, match=r"in.json: 3 of 3 records .* nothing to shuffle"):
         shuffled(tmp_path / "again", same)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_scores_stand_below_what_they_are(shuffled, capsys):
+    print_scores({"a": (1.0, 0.05), "long name": (0.5, 0.25)}, shuffled=shuffled)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert {len(row) for row in rows} == {len(head)}
+    ends = head.index("  chance")
+    assert [row[:ends].split()[-1] for row in rows] == ["100.0%", "50.0%"]
+    assert [row[ends:].split() for row in rows] == [["5.0%"], ["25.0%"]]
