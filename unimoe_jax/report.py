@@ -85,7 +85,8 @@ def _router_facts(records: Sequence[Mapping], module: str) -> list[str] | None:
     if not len(entropy) and load is None:
         return None
     _, dropped = series(records, metric_name(module, "dropped"))
-    slots = sum(np.sum(r.get(metric_name(module, "expert_load"), 0)) for r in records)
+    name = metric_name(module, "expert_load")
+    slots = sum(np.sum(r.get(name, 0)) for r in records) if len(dropped) else 0
     largest = limit = None
     if load is not None:
         limit = math.log(load.shape[-1])
