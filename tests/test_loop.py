@@ -190,7 +190,10 @@ def sitting(monkeypatch, done: int, position: dict, tally: Tally, *, stop: bool 
     monkeypatch.setattr(loop, "_start", lambda *_: (stage, {}, done, position))
 
     def steps(*given):
-        given[-1](STEPS - 1, stage)  # saves
+        *_, log, save = given
+        log.total_tokens += 6
+        log.total_seconds += 1 + done / STEPS
+        save(STEPS - 1, stage)
         return stage, True
 
     monkeypatch.setattr(loop, "_steps", steps)
@@ -223,6 +226,12 @@ def test_a_resumed_stage_tells_of_the_samples_of_all_sittings(saved, monkeypatch
         summary = sitting(monkeypatch, STEPS - 1, position, tally)
         assert summary.samples == {"total": 9, "bad": {"missing_file": number}}
         position = saved[STEPS - 1]
+
+
+def test_the_speed_of_a_resumed_stage_is_that_of_all_its_steps(saved, monkeypatch):
+    first = sitting(monkeypatch, 0, {}, Tally(9, 1.0))
+    assert first.tokens_per_s == 6
+    assert sitting(monkeypatch, STEPS, saved[STEPS - 1], Tally(9, 1.0)).tokens_per_s == 4
 
 
 def resumed_at_4(monkeypatch, check_state) -> list[int]:

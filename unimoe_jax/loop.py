@@ -104,10 +104,12 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             if summary.heldout_before is None:
                 return None
         log = _open_log(runtime, stage, pipeline, progress, summary, done)
+        log.total_tokens, log.total_seconds = position.get("speed", (0.0, 0.0))
 
         def save(step: int, state: TrainState) -> None:
             summary.seconds = time.monotonic() - started
             told = {"samples": _samples(pipeline, position)}
+            told["speed"] = log.total_tokens, log.total_seconds
             checkpoints.save(step, state, summary.position(pipeline.state(step)) | told)
 
         with log.writer:
