@@ -33,6 +33,16 @@ def pytest_addoption(parser):
     )
 
 
+# Minutes each, with few tests. Were they to come last, as pytest-xdist likes it, one worker would
+# wait for the other's; with `--no-loadscope-reorder` files are run in the order of the collection.
+LONG = ("tiny_layouts", "tiny_run", "cumo_tiny", "multihost", "sharded_start", "layouts", "launch")
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture
 def update_golden(request) -> bool:
     """Whether recorded tables are to be rewritten."""
