@@ -33,7 +33,7 @@ def pytest_addoption(parser):
     )
 
 
-# Minutes each, with few tests. Were they to come last, as pytest-xdist likes it, one worker would
+# Long files of few tests. Were they to come last, as pytest-xdist likes it, one worker would
 # wait for the other's; with `--no-loadscope-reorder` files are run in the order of the collection.
 LONG = ("tiny_layouts", "tiny_run", "cumo_tiny", "multihost", "sharded_start", "layouts", "launch")
 

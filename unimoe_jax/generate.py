@@ -39,7 +39,7 @@ from unimoe_jax.generation.request import Media, Sampling, ask
 from unimoe_jax.generation.routing import report_lines, routed_layers, routing_report, save_report
 from unimoe_jax.host_memory import keep_freed_memory
 from unimoe_jax.integrity import CheckpointError
-from unimoe_jax.pipes import reader_gone
+from unimoe_jax.pipes import while_read
 from unimoe_jax.sharding import ShardingError
 
 AXES = tuple(name for name in MeshConfig.model_fields if name != "rules")
@@ -126,11 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(arguments)
         check(args)
-        status = run(args)
-        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
-        return status
-    except BrokenPipeError:
-        return reader_gone()
+        return while_read(lambda: run(args))
     except (GenerationError, CheckpointError, ConfigError, ShardingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

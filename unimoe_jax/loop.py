@@ -108,8 +108,8 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
 
         def save(step: int, state: TrainState) -> None:
             summary.seconds = time.monotonic() - started
-            told = {"samples": _samples(pipeline, position)}
-            told["speed"] = log.total_tokens, log.total_seconds
+            speed = log.total_tokens, log.total_seconds
+            told = {"samples": _samples(pipeline, position), "speed": speed}
             checkpoints.save(step, state, summary.position(pipeline.state(step)) | told)
 
         with log.writer:
@@ -127,14 +127,21 @@ def train_stage(runtime: Runtime, config: StageConfig) -> StageSummary | None:
             summary.chance = chance_levels(runtime.data, config.evaluate)
     params = {**frozen, **state.trained}
     summary.seconds = time.monotonic() - started
-    summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
-    for text in _samples(pipeline, position):
-        pipeline.tally.join(text)
-    summary.samples = pipeline.tally.as_json()
+    _sum_up(summary, log, pipeline, position)
     _leave(runtime, stage, params, folder / "final", summary)
     if pipeline.tally.counts:
         runtime.tell(pipeline.tally.table())
     return summary
+
+
+def _sum_up(
+    summary: StageSummary, log: StageLog, pipeline: Pipeline, position: dict[str, Any]
+) -> None:
+    """Speed and samples of all sittings of a stage that has ended."""
+    summary.tokens_per_s = log.total_tokens / log.total_seconds if log.total_seconds else None
+    for text in _samples(pipeline, position):
+        pipeline.tally.join(text)
+    summary.samples = pipeline.tally.as_json()
 
 
 def _samples(pipeline: Pipeline, position: dict[str, Any]) -> list[str]:

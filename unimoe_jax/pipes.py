@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 READER_GONE = 141
 """The exit code with which a shell reports SIGPIPE."""
 
 
-def reader_gone() -> int:
-    """What a program returns, in silence, when standard output raised BrokenPipeError."""
-    # What is still to be written would be complained of when the interpreter ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return READER_GONE
+def while_read(body: Callable[[], int]) -> int:
+    """The exit code of `body`; `READER_GONE`, in silence, if nobody reads standard output any more.
+    What else `body` raises goes on."""
+    try:
+        code = body()
+        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
+    except BrokenPipeError:
+        # What is still to be written would be complained of when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return code

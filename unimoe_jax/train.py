@@ -45,7 +45,7 @@ from unimoe_jax.integrity import SUMS, CheckpointError
 from unimoe_jax.loop import Runtime, TrainingStopped, train_stage
 from unimoe_jax.metric_series import by_stage
 from unimoe_jax.metrics import METRICS_FILE, read_metrics, write_json_atomic
-from unimoe_jax.pipes import reader_gone
+from unimoe_jax.pipes import while_read
 from unimoe_jax.report import result_block, write_report
 from unimoe_jax.router_trends import as_json, router_trends
 from unimoe_jax.run_folder import RunFolderError, claim
@@ -115,7 +115,7 @@ def _main(args: argparse.Namespace) -> int:
     try:
         resolved = resolve(args)
         if args.print_config or args.dry_run:
-            return _show(resolved, args)
+            return while_read(lambda: _show(resolved, args))
         check_stage_name(resolved.config, args.stage)
         distributed.initialize(args)
         return run(resolved.config, args)
@@ -131,15 +131,11 @@ def _main(args: argparse.Namespace) -> int:
 
 def _show(resolved: config_io.Resolved, args: argparse.Namespace) -> int:
     """What --print-config or --dry-run asks for."""
-    try:
-        if args.print_config:
-            config_io.print_config(resolved.config, resolved.origins)
-        else:
-            check_stage_name(resolved.config, args.stage)
-            dry_run(resolved.config, args.stage)
-        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
-    except BrokenPipeError:
-        return reader_gone()
+    if args.print_config:
+        config_io.print_config(resolved.config, resolved.origins)
+    else:
+        check_stage_name(resolved.config, args.stage)
+        dry_run(resolved.config, args.stage)
     return 0
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from unimoe_jax.convert import comparing, exporting, importing, inspecting, opening
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.pipes import reader_gone
+from unimoe_jax.pipes import while_read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,11 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted; 141: who reads what is printed has gone."""
     given = parser().parse_args(arguments)
     try:
-        status = COMMANDS[given.command](given)
-        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
-        return status
-    except BrokenPipeError:
-        return reader_gone()
+        return while_read(lambda: COMMANDS[given.command](given))
     except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

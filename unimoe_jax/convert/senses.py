@@ -19,6 +19,7 @@ from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand
 from unimoe_jax.convert.family import Source
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, Tensors, with_prefix
+from unimoe_jax.convert.required import require
 from unimoe_jax.convert.tables import beats, clip, unimoe, whisper
 
 Sources = Mapping[str, Source]
@@ -99,9 +100,7 @@ def senses_of(
         ConvertError: a setting of `ONLY` has another value, or a connector is missing or of
             another kind than its settings say.
     """
-    for key, only in ONLY.items():
-        if (value := config.get(key)) not in (None, only):
-            raise ConvertError(f"config.json: {key} {value!r} is not supported; it must be {only}")
+    require("config.json", config, **ONLY)
     depth, sequential = _projector(groups, ".mm_projector.", config, "mm_projector_type")
     encoder = clip.clip_config(sources["clip"].config, config["mm_vision_select_layer"])
     vision = VisionConfig(encoder=encoder, connector=MlpConnectorConfig(depth=depth))

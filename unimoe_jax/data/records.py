@@ -270,10 +270,10 @@ class RecordReader:
     def _inside(self, path: str) -> str:
         if "\0" in path:
             raise BadSample("outside_root", f"a path with a NUL byte: {path!r}")
-        named = os.path.normpath(os.path.join(self.root, path))
-        full = os.path.realpath(os.path.join(self.root, path))
+        named = os.path.join(self.root, path)
+        full = os.path.realpath(named)
         if not Path(full).is_relative_to(self.root):
-            link = "" if full == named else f", it leads to {full}"
+            link = "" if full == os.path.normpath(named) else f", it leads to {full}"
             raise BadSample(
                 "outside_root",
                 f"{path!r} is outside the data root {self.root}{link}; set the source's `root` to "

@@ -82,11 +82,12 @@ class SampleReader:
             total = sum(tokens.values())
             message = f"longer than {self.max_length} ({total} soft tokens)"
             events.append(self.event(number, "truncated", "too_long", message))
+        labels = _labels(spans)
         size = Size(
             sum(span_length(span, tokens) for span in spans),
-            _labels(spans),
+            labels,
             tuple(self._used(spans, entries).get(name, 0) for name in POOLS),
-            _labels(spans) == answers,
+            labels == answers,
         )
         return size, events
 

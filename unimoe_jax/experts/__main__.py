@@ -34,7 +34,7 @@ from unimoe_jax.experts.opened import Opened, open_experts
 from unimoe_jax.experts.writing import write
 from unimoe_jax.integrity import CheckpointError
 from unimoe_jax.params import ParamError
-from unimoe_jax.pipes import reader_gone
+from unimoe_jax.pipes import while_read
 
 NAMED_LAYERS = ("all", "even", "first_half", "second_half")
 BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
@@ -122,20 +122,21 @@ def _layers(text: str) -> str | tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{error}, or one of {names}") from error
 
 
+def _list(given: argparse.Namespace) -> int:
+    for line in listing(given.folder, given.compare):
+        print(line)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; see the module's docstring."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = parser().parse_args(arguments)
     try:
         if given.command == "list":
-            for line in listing(given.folder, given.compare):
-                print(line)
-            sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
-            return 0
+            return while_read(lambda: _list(given))
         given.line = shlex.join(["python", "-m", "unimoe_jax.experts", *arguments])
         COMMANDS[given.command](given, open_experts("base", given.source, given.model))
-    except BrokenPipeError:
-        return reader_gone()
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from unimoe_jax.config import BeatsConfig, QueryConnectorConfig
 from unimoe_jax.connectors.query import cross_layers, qformer_places
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.convert.required import require
 
 EXCUSES = (
     Excuse(
@@ -98,11 +99,7 @@ def qformer_config(
     Raises:
         ConvertError: an activation that this reader does not have.
     """
-    if (activation := config.get("hidden_act", "gelu")) != "gelu":
-        raise ConvertError(
-            f"config.json: qformer_config.hidden_act {activation!r} is not supported; it must be "
-            "gelu"
-        )
+    require("config.json: qformer_config", config, hidden_act="gelu")
     return QueryConnectorConfig(
         kind="qformer",
         num_queries=num_queries,

@@ -24,6 +24,7 @@ from unimoe_jax.config import (
 )
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, linear
 from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
+from unimoe_jax.convert.required import require
 from unimoe_jax.convert.tables import clip, llama, mixtral
 
 ENCODER = "vision_model."
@@ -127,10 +128,8 @@ def vision_config(
     encoder: ClipConfig, connector: Collection[str], config: Mapping[str, Any]
 ) -> VisionConfig:
     """`connector`: names of its tensors, without prefix; none: it is not converted."""
-    if config.get("mm_vision_select_feature", "patch") != "patch":
-        raise ConvertError("config.json: only mm_vision_select_feature `patch` is supported")
-    if config.get("mm_use_im_start_end"):
-        raise ConvertError("config.json: mm_use_im_start_end is not supported; it must be false")
+    only = {"mm_vision_select_feature": "patch", "mm_use_im_start_end": False}
+    require("config.json", config, **only)
     moe = experts_of(connector, "", config.get("num_selected", 2))
     expert = r"experts\.0\." if moe else ""
     depth = len(_numbers(connector, expert + r"(\d+)\.weight"))

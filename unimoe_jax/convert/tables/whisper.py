@@ -7,7 +7,7 @@ from typing import Any
 
 from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
-from unimoe_jax.convert.reader import ConvertError
+from unimoe_jax.convert.required import require
 
 EXCUSES = (
     Excuse(
@@ -25,11 +25,7 @@ def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
     Raises:
         ConvertError: an activation that this encoder does not have.
     """
-    if (activation := config.get("activation_function", "gelu")) != "gelu":
-        raise ConvertError(
-            f"Whisper's config.json: activation_function {activation!r} is not supported; it "
-            "must be gelu"
-        )
+    require("Whisper's config.json", config, activation_function="gelu")
     return WhisperConfig(
         hidden_size=config["d_model"],
         mlp_dim=config["encoder_ffn_dim"],
