@@ -166,7 +166,8 @@ def finish(
     deadline = time.monotonic() + 300
     try:
         while until is not None and not any(r["step"] >= until for r in logged(folder)):
-            assert all(process.poll() is None for process in processes)
+            for process in processes:
+                assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         started = time.monotonic()
