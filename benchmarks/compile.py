@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from common import ROOT
 
-from unimoe_jax.hlo_stats import parse, product_flops, trips
+from unimoe_jax.compile.hlo import parse, product_flops, trips
 
 RESULTS = ROOT / "benchmarks/results/compile"
 GIB = 2**30

@@ -31,12 +31,12 @@ PROMPT, NEW = 128, 64
 
 def prepare(folder: Path, size: str) -> dict:
     """Weights of the decoder, embedding and head as a file; its settings."""
-    from unimoe_jax import config_io
     from unimoe_jax.config import ModelConfig
+    from unimoe_jax.config import load as config_io
+    from unimoe_jax.models.declare import full_batch
     from unimoe_jax.models.unimoe import UniMoE
     from unimoe_jax.nn.linear import LayerOptions
-    from unimoe_jax.params import declared
-    from unimoe_jax.stage import full_batch
+    from unimoe_jax.params.table import declared
 
     run = config_io.load(common.ROOT / common.RUN_FILES[size])
     config = ModelConfig(decoder=run.model.decoder)
@@ -94,13 +94,14 @@ def jax_side(folder: Path, precision: str):
     import jax.numpy as jnp
 
     from unimoe_jax.config import MeshConfig, ModelConfig
-    from unimoe_jax.generation.engine import Engine
-    from unimoe_jax.generation.loader import logical_axes
-    from unimoe_jax.generation.programs import Programs
-    from unimoe_jax.generation.request import Sampling
-    from unimoe_jax.generation.sequence import Sequence
-    from unimoe_jax.models.served import ServedDecoder, serve
-    from unimoe_jax.sharding import make_mesh
+    from unimoe_jax.generate.engine.engine import Engine
+    from unimoe_jax.generate.engine.program_cache import ProgramCache as Programs
+    from unimoe_jax.generate.engine.sequence import Sequence
+    from unimoe_jax.generate.engine.settings import Sampling
+    from unimoe_jax.generate.loader import logical_axes
+    from unimoe_jax.models.inference_decoder import InferenceDecoder as ServedDecoder
+    from unimoe_jax.models.inference_decoder import inference_weights as serve
+    from unimoe_jax.parallel.sharding import make_mesh
 
     config = ModelConfig.model_validate_json((folder / "model.json").read_text())
     dtype = jnp.dtype(precision)

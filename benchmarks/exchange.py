@@ -33,16 +33,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimoe_jax.compile import EFFORT, set_effort
-from unimoe_jax.compile_targets import target_devices
+from unimoe_jax.compile.__main__ import EFFORT, set_effort
+from unimoe_jax.compile.hlo import parse as parse_hlo
+from unimoe_jax.compile.hlo import product_flops, read
+from unimoe_jax.compile.targets import target_devices
 from unimoe_jax.config import MeshConfig
-from unimoe_jax.hlo_stats import parse as parse_hlo
-from unimoe_jax.hlo_stats import product_flops, read
-from unimoe_jax.nn import grouped
-from unimoe_jax.nn.dispatch import moe_ffn
-from unimoe_jax.nn.exchange import cheapest_form, pair_capacity
-from unimoe_jax.nn.experts import SwiGLUExpert
-from unimoe_jax.sharding import batch_sharding, make_mesh, param_sharding, use_mesh
+from unimoe_jax.nn.moe import grouped
+from unimoe_jax.nn.moe.dispatch import moe_ffn
+from unimoe_jax.nn.moe.exchange import cheapest_form, pair_capacity
+from unimoe_jax.nn.moe.experts import SwiGLUExpert
+from unimoe_jax.parallel.sharding import batch_sharding, make_mesh, param_sharding, use_mesh
 
 EXPERTS, TOP_K, ITEM = 8, 2, 2
 # Rows of tokens exchanged, in widths of a token: x and y; x, g and dx.

@@ -18,12 +18,13 @@ from pathlib import Path
 import common
 import numpy as np
 
-from unimoe_jax import config_io
 from unimoe_jax.config import LoaderConfig, RunConfig
-from unimoe_jax.data.batch import POOLS
+from unimoe_jax.config.load import load_config
+from unimoe_jax.config.media import MEDIA
 from unimoe_jax.data.pipeline import Pipeline
-from unimoe_jax.data.plan import Plan, Samples
-from unimoe_jax.setup_data import load_tokenizer, resolve_sources, stage_pipeline
+from unimoe_jax.data.plan import BatchPlan, Samples
+from unimoe_jax.data.sources import load_tokenizer, resolve_sources
+from unimoe_jax.stages.data import stage_pipeline
 
 WAYS = {
     "1 thread": {"threads": 1, "workers": 0},
@@ -108,9 +109,9 @@ def long_samples(number: int, longest: int) -> Samples:
     text = common.text_lengths(random, number, 1500)
     kind = random.choice(4, number, p=[0.2, 0.5, 0.1, 0.2])
     speech = np.where(kind >= 2, random.geometric(0.6, number).clip(1, 8), 0)
-    entries = np.zeros((number, len(POOLS)), np.int64)
+    entries = np.zeros((number, len(MEDIA)), np.int64)
     for name, column in (("image", kind == 1), ("video", kind == 2), ("speech", speech)):
-        entries[:, POOLS.index(name)] = column
+        entries[:, MEDIA.index(name)] = column
     tokens = text + 576 * ((kind == 1) | (kind == 2)) + 50 * speech
     source, record = np.zeros(number, np.int64), np.arange(number)
     return Samples(source, record, tokens.clip(max=longest), entries, ("made up",), (1.0,))
@@ -123,7 +124,7 @@ def long_padding(number: int = 20_000) -> dict[str, dict[str, float]]:
         samples = long_samples(number, length)
         for way, grouped in (("by modality", True), ("mixed", False)):
             loader = LoaderConfig(row_length=length, rows=16, group_by_modality=grouped)
-            positions = Plan(samples, loader, 0, 4, True).epoch(0).batches.size * length
+            positions = BatchPlan(samples, loader, 0, 4, True).epoch(0).batches.size * length
             share = 1 - float(samples.tokens.sum()) / positions
             shares.setdefault(f"rows of {length}", {})[way] = round(share, 4)
     return shares
@@ -138,7 +139,7 @@ def main() -> None:
         "--output", type=Path, default=common.ROOT / "benchmarks/results/input.json"
     )
     args = parser.parse_args()
-    run = config_io.load(common.ROOT / common.RUN_FILES["tiny"])
+    run = load_config(common.ROOT / common.RUN_FILES["tiny"])
     result = {"machine": common.machine(), "padding": {}}
     for stage in args.stages:
         result["padding"][stage] = shares = padding(run, stage)

@@ -72,8 +72,8 @@ def jax_variants(case: dict, dtype: str):
     import jax
     import jax.numpy as jnp
 
-    from unimoe_jax.nn.dispatch import moe_ffn
-    from unimoe_jax.nn.experts import SwiGLUExpert
+    from unimoe_jax.nn.moe.dispatch import moe_ffn
+    from unimoe_jax.nn.moe.experts import SwiGLUExpert
 
     expert, experts = case["expert"], len(case["gate"])
     kind = jnp.dtype(dtype)
@@ -163,7 +163,7 @@ def decode_side(args: argparse.Namespace) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from unimoe_jax.nn import decode_experts
+    from unimoe_jax.nn.moe import decode as decode_experts
 
     case, kind, found = arrays(args), jnp.dtype(args.dtype), {}
     stacked = [jnp.asarray(case[name], kind) for name in ("gate", "up", "down")]

@@ -32,16 +32,16 @@ import numpy as np
 from exchange import EXPERTS, TOP_K, random_loads, trips_of_blocks
 from jax.sharding import SingleDeviceSharding
 
-from unimoe_jax.compile_targets import target_devices
+from unimoe_jax.compile.hlo import Instruction, parse, product_flops, trips
+from unimoe_jax.compile.targets import target_devices
 from unimoe_jax.config import MeshConfig
-from unimoe_jax.hlo_stats import Instruction, parse, product_flops, trips
-from unimoe_jax.nn import grouped
-from unimoe_jax.nn.attention import attend
-from unimoe_jax.nn.dispatch import moe_ffn
-from unimoe_jax.nn.experts import SwiGLUExpert
-from unimoe_jax.nn.packed_attention import attend_packed, tiles_of
-from unimoe_jax.nn.splash_attention import LANES, attend_all, attend_segments, tile_of
-from unimoe_jax.sharding import make_mesh, use_mesh
+from unimoe_jax.nn.attention.attend import attend
+from unimoe_jax.nn.attention.packed import attend_packed, tiles_of
+from unimoe_jax.nn.kernels.splash_attention import LANES, attend_all, attend_segments, tile_of
+from unimoe_jax.nn.moe import grouped
+from unimoe_jax.nn.moe.dispatch import moe_ffn
+from unimoe_jax.nn.moe.experts import SwiGLUExpert
+from unimoe_jax.parallel.sharding import make_mesh, use_mesh
 
 WIDTH, HIDDEN = 4096, 11008
 ROWS, LENGTH, HEADS, SIZE = 2, 4096, 32, 128

@@ -16,8 +16,8 @@ SAMPLES = ("equal", "varied")
 
 def make_stage(size: str, name: str):
     """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
-    from unimoe_jax import config_io
     from unimoe_jax.config import OptimConfig, Rule, Take
+    from unimoe_jax.config import load as config_io
 
     run = config_io.load(common.ROOT / common.RUN_FILES[size])
     stage = next(stage for stage in run.stages if stage.name == "tune")
@@ -42,8 +42,9 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
 
     from unimoe_jax.config import MeshConfig
     from unimoe_jax.nn.stack import where_is
-    from unimoe_jax.sharding import make_mesh, use_mesh
-    from unimoe_jax.stage import build_stage, initial_params
+    from unimoe_jax.parallel.sharding import make_mesh, use_mesh
+    from unimoe_jax.stages.initial_params import initial_params
+    from unimoe_jax.stages.stage import build_stage
 
     run, stage = make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -95,14 +96,14 @@ def varied_samples(media: int) -> tuple[list[list[int]], int]:
     Of an epoch's batches it is the one in the middle by how many positions its samples take on
     PyTorch's side, padded one to a row.
     """
-    from unimoe_jax.config import LoaderConfig
-    from unimoe_jax.data.batch import POOLS
-    from unimoe_jax.data.plan import Plan, Samples
+    from unimoe_jax.config import MEDIA, LoaderConfig
+    from unimoe_jax.data.plan import BatchPlan as Plan
+    from unimoe_jax.data.plan import Samples
 
     random = np.random.default_rng(8)
     tokens = media + common.text_lengths(random, EPOCH, ROW_LENGTH - media)
-    entries = np.zeros((EPOCH, len(POOLS)), np.int64)
-    entries[:, POOLS.index("image")] = media > 0
+    entries = np.zeros((EPOCH, len(MEDIA)), np.int64)
+    entries[:, MEDIA.index("image")] = media > 0
     source, record = np.zeros(EPOCH, np.int64), np.arange(EPOCH)
     loader = LoaderConfig(row_length=ROW_LENGTH, rows=ROWS)
     samples = Samples(source, record, tokens, entries, ("made up",), (1.0,))

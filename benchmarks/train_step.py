@@ -32,7 +32,7 @@ import common
 import numpy as np
 import train_case
 
-from unimoe_jax.host_memory import HUGE_PAGES
+from unimoe_jax.runtime.memory import HUGE_PAGES
 
 SIDES = ("jax", "torch", "torch_kept")
 TOLERANCE = 1e-4
@@ -47,12 +47,13 @@ def jax_side(folder: Path, size: str, name: str):
 
     from unimoe_jax.config import MeshConfig
     from unimoe_jax.data.batch import Batch
-    from unimoe_jax.distributed import settle_cpu
-    from unimoe_jax.host_memory import keep_freed_memory
-    from unimoe_jax.params import split
-    from unimoe_jax.sharding import make_mesh, use_mesh
-    from unimoe_jax.stage import build_stage, place
-    from unimoe_jax.train_step import init_state, make_train_step
+    from unimoe_jax.parallel.placement import place
+    from unimoe_jax.parallel.sharding import make_mesh, use_mesh
+    from unimoe_jax.params.table import split
+    from unimoe_jax.runtime.cpu import settle_cpu
+    from unimoe_jax.runtime.memory import keep_freed_memory
+    from unimoe_jax.stages.stage import build_stage
+    from unimoe_jax.stages.train_step import init_state, make_train_step
 
     settle_cpu()
     keep_freed_memory()
@@ -94,7 +95,7 @@ def jax_side(folder: Path, size: str, name: str):
 def torch_side(folder: Path, attention: str, keep: bool):
     """(check, step, 0): the same in PyTorch eager."""
     if keep:
-        from unimoe_jax.host_memory import keep_freed_memory
+        from unimoe_jax.runtime.memory import keep_freed_memory
 
         keep_freed_memory()
     import torch

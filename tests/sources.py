@@ -6,21 +6,24 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from unimoe_jax.checkpoints.origins import start_of
+from unimoe_jax.checkpoints.sources import ParamSource
 from unimoe_jax.config import Take
-from unimoe_jax.upcycle import Source, start_of
 
 
-def array_source(name: str, arrays: Mapping[str, np.ndarray], kinds: tuple[bool, ...]) -> Source:
+def array_source(
+    name: str, arrays: Mapping[str, np.ndarray], kinds: tuple[bool, ...]
+) -> ParamSource:
     """A source of `arrays`; `kinds`: which decoder layers carry experts."""
     shapes = {path: array.shape for path, array in arrays.items()}
-    return Source(name, shapes, lambda path, index: arrays[path][index], kinds)
+    return ParamSource(name, shapes, lambda path, index: arrays[path][index], kinds)
 
 
 def gather(
     path: str,
     shape: tuple[int, ...],
     take: Take,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ParamSource],
     kinds: tuple[bool, ...],
 ) -> np.ndarray:
     """All of a parameter at its start, in float32."""

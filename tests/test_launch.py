@@ -18,7 +18,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unimoe_jax.config_io import load
+from unimoe_jax.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -358,7 +358,7 @@ def test_jobset_follows_the_schema(document):
     assert any(env["XDG_CACHE_HOME"].startswith(f"{path}/") for path in mounts)
     output = next(arg for arg in container.args if arg.startswith("output="))
     assert any(output.startswith(f"output={path}/") for path in mounts)
-    load(ROOT / next(a for a in container.args if a.startswith("--config=")).split("=")[1])
+    load_config(ROOT / next(a for a in container.args if a.startswith("--config=")).split("=")[1])
     if "nvidia.com/gpu" in container.resources.limits:
         assert int(env["PROCESSES"]) == job.completions
         assert {"JOBSET_NAME", "REPLICATED_JOB_NAME"} <= env.keys()

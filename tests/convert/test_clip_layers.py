@@ -9,7 +9,7 @@ import pytest
 
 from tests.convert.cumo_folders import TINY, encoder_shapes, tensors, tower_json
 from tests.convert.folders import write_file
-from unimoe_jax.checkpoint import load_final
+from unimoe_jax.checkpoints.final import load_final
 from unimoe_jax.convert.__main__ import main
 
 

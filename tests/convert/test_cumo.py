@@ -22,12 +22,12 @@ from tests.convert.cumo_folders import (
     write_stage,
 )
 from tests.convert.folders import write_file
-from unimoe_jax.checkpoint import load_final
+from unimoe_jax.checkpoints.final import load_final
 from unimoe_jax.convert.__main__ import main
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import Source, recognise
-from unimoe_jax.convert.plan import Resolution, read_all, resolve
+from unimoe_jax.convert.family_plans import plan_of
+from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
 from unimoe_jax.convert.reader import ConvertError, Tensor, open_file, open_folder
+from unimoe_jax.convert.recognise import SourceFolder, recognise
 
 HERE = Path("nowhere/model.safetensors")
 
@@ -42,13 +42,13 @@ def headers(shapes: Shapes) -> dict[str, Tensor]:
 
 
 def resolved(size: Sizes, groups: dict[str, Shapes], moe: bool) -> Resolution:
-    source = Source(
+    source = SourceFolder(
         "cumo",
         HERE.parent,
         config_json(size, moe),
         {group: headers(shapes) for group, shapes in groups.items()},
     )
-    return resolve(plan_of([source]))
+    return resolve_plan(plan_of([source]))
 
 
 def numbers(resolution: Resolution) -> int:
@@ -99,9 +99,9 @@ def test_shards_that_hold_the_dense_parts_too():
     encoder = encoder_shapes(TINY, False)
     whole = decoder_shapes(TINY) | connector_shapes(TINY, False)
     whole |= {f"model.vision_tower.{name}": shape for name, shape in encoder.items()}
-    source = Source("cumo", HERE.parent, config_json(TINY, False), {"base": headers(whole)})
-    tower = Source("clip", HERE.parent, clip_json(), {"clip": headers(encoder)})
-    resolution = resolve(plan_of([source, tower]))
+    source = SourceFolder("cumo", HERE.parent, config_json(TINY, False), {"base": headers(whole)})
+    tower = SourceFolder("clip", HERE.parent, clip_json(), {"clip": headers(encoder)})
+    resolution = resolve_plan(plan_of([source, tower]))
     assert len(resolution.overridden) == len(encoder)
     assert set(resolution.overridden) == {f"base:model.vision_tower.{name}" for name in encoder}
 
@@ -128,10 +128,12 @@ def clip_json() -> dict:
 )
 def test_what_does_not_fit_is_named(change, words: list[str]):
     config = config_json(TINY, True)
-    source = Source("cumo", HERE.parent, config, {"base": headers(change(whole_shapes(TINY)))})
-    tower = Source("clip", HERE.parent, clip_json(), {"clip": {}})
+    source = SourceFolder(
+        "cumo", HERE.parent, config, {"base": headers(change(whole_shapes(TINY)))}
+    )
+    tower = SourceFolder("clip", HERE.parent, clip_json(), {"clip": {}})
     with pytest.raises(ConvertError) as error:
-        resolve(plan_of([source, tower]))
+        resolve_plan(plan_of([source, tower]))
     for word in words:
         assert word in str(error.value)
 
@@ -184,7 +186,9 @@ def test_stages_are_completed_by_other_folders(tmp_path: Path, prefix: str):
     other = write_stage(tmp_path / "pft" / "source", "pft")
     (alone,) = recognise([connector])
     assert set(alone.groups) == {"projector"}
-    assert all(path.startswith("vision/connector/") for path in resolve(plan_of([alone])).targets)
+    assert all(
+        path.startswith("vision/connector/") for path in resolve_plan(plan_of([alone])).targets
+    )
     decoder = tmp_path / "decoder"
     decoder.mkdir()
     config = config_json(TINY, False) | {"model_type": "mistral"}
@@ -198,6 +202,6 @@ def test_stages_are_completed_by_other_folders(tmp_path: Path, prefix: str):
     renamed = {prefix + n.removeprefix("vision_model."): t.read() for n, t in found.items()}
     write_file(encoder / "model.safetensors", renamed)
     (other / "clip.safetensors").unlink()
-    params = read_all(resolve(plan_of(recognise([connector, decoder, encoder]))))
+    params = read_all(resolve_plan(plan_of(recognise([connector, decoder, encoder]))))
     assert {path.split("/")[0] for path in params} == {"vision", "embed", "decoder", "lm_head"}
     assert params["vision/encoder/unread_layers/mlp/fc1/kernel"].shape == (1, 8, 12)

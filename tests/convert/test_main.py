@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from tests.convert.folders import CONFIG, llama_tensors, write_llama
-from unimoe_jax.checkpoint import load_final, open_source
+from unimoe_jax.checkpoints.final import load_final, open_source
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.convert import exporting, writer
 from unimoe_jax.convert.__main__ import main
-from unimoe_jax.convert.family import recognise
 from unimoe_jax.convert.reader import ConvertError, open_folder, sha256
+from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.experts.__main__ import main as experts_main
 
 

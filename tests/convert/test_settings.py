@@ -12,16 +12,16 @@ from transformers import LlamaConfig, MistralConfig, MixtralConfig
 from tests.convert import unimoe_folders
 from tests.convert.cumo_folders import TINY, config_json, write_stage
 from tests.convert.folders import CONFIG, write_file
-from unimoe_jax.checkpoint import load_final
+from unimoe_jax.checkpoints.final import load_final
 from unimoe_jax.config import BeatsConfig, ModelConfig
 from unimoe_jax.convert.__main__ import main
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import recognise
+from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import resolve
+from unimoe_jax.convert.plan import resolve_plan
 from unimoe_jax.convert.reader import ConvertError, open_file
+from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.convert.tables import beats, cumo, llama, mixtral
-from unimoe_jax.data.processors import CLIP_MEAN
+from unimoe_jax.data.features.clip import CLIP_MEAN
 from unimoe_jax.experts.__main__ import main as experts
 
 
@@ -244,7 +244,7 @@ def test_a_base_may_keep_its_connectors_in_safetensors(tmp_path: Path):
         if name.startswith(prefix)
     }
     write_file(tmp_path / "in/base/mm_projector.safetensors", moved)
-    resolution = resolve(plan_of(recognise([tmp_path / "in"])))
+    resolution = resolve_plan(plan_of(recognise([tmp_path / "in"])))
     assert set(resolution.overridden) >= {f"base_projector:{name}" for name in moved}
 
 
@@ -267,7 +267,7 @@ def test_an_adapter_of_one_layer_may_not_be_missing(tmp_path: Path, lora: str, m
         **{name.format("A"): None, name.format("B"): None},
     )
     with pytest.raises(ConvertError, match=message):
-        resolve(plan_of(recognise([tmp_path]), Options(lora)))
+        resolve_plan(plan_of(recognise([tmp_path]), Options(lora)))
 
 
 def test_an_adapter_may_be_missing_where_peft_was_not_told_to_make_one(tmp_path: Path):

@@ -14,11 +14,12 @@ import yaml
 
 from tests.convert import unimoe_folders
 from tests.convert.unimoe_folders import FILE_OF_EXPERT, MLP, OWN_RANK
-from unimoe_jax.checkpoint import load_final, read_manifest
+from unimoe_jax.checkpoints.final import load_final
+from unimoe_jax.checkpoints.manifest import read_manifest
 from unimoe_jax.convert.__main__ import main
-from unimoe_jax.convert.plan import Rounding
+from unimoe_jax.convert.entry import Rounding
 from unimoe_jax.convert.tables import unimoe
-from unimoe_jax.nn.rope import rope_tables
+from unimoe_jax.nn.attention.rope import rope_tables
 
 SCALE = 2.0  # PEFT: lora_alpha / r of the folders
 PEFT = "base_model.model."

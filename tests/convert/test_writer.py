@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unimoe_jax.checkpoint import open_source
+from unimoe_jax.checkpoints.checksums import new_sum
+from unimoe_jax.checkpoints.final import open_source
 from unimoe_jax.convert import writer
 from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint, write_chunk
-from unimoe_jax.integrity import new_sum
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((150, 70)).astype(np.float32)

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden_dir import golden_dir, recorded_cumo, recorded_systems
-from unimoe_jax.data.conversation import (
-    Begin,
-    Medium,
-    messages,
-    pieces_of,
-    prompt_pieces,
-    tokenize,
-)
+from unimoe_jax.data.conversation import Begin, Medium, messages, pieces_of, prompt_pieces, tokenize
 from unimoe_jax.data.records import MediaFile, Record, Turn
 from unimoe_jax.data.tokenizer import Tokenizer
 

@@ -13,18 +13,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from unimoe_jax.data.media import (
-    LOUDEST,
-    ImageLimits,
-    _duration,
-    frame_files,
-    frame_numbers,
-    load_frames,
-    load_image,
-    load_waveform,
-    sound_length,
-)
-from unimoe_jax.data.processors import beats_fbank, log_mel
+from unimoe_jax.data.features.beats import beats_fbank
+from unimoe_jax.data.features.whisper import log_mel
+from unimoe_jax.data.media.containers import duration_seconds
+from unimoe_jax.data.media.images import ImageLimits, load_image
+from unimoe_jax.data.media.sounds import LOUDEST, load_waveform, sound_length
+from unimoe_jax.data.media.videos import frame_files, frame_numbers, load_frames
 from unimoe_jax.data.tally import BadSample
 
 
@@ -277,7 +271,7 @@ def test_video_that_names_only_its_frames():
     """Neither a duration nor an average rate: the guessed rate says how long it is."""
     container = SimpleNamespace(duration=None)
     stream = SimpleNamespace(duration=None, frames=50, average_rate=None)
-    assert _duration(container, stream, Fraction(25)) == 2
+    assert duration_seconds(container, stream, Fraction(25)) == 2
 
 
 def test_sound_with_a_damaged_header(tmp_path, monkeypatch):
@@ -293,5 +287,5 @@ def test_sound_with_a_damaged_header(tmp_path, monkeypatch):
         def read(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("unimoe_jax.data.media.soundfile.read", read)
+        monkeypatch.setattr("unimoe_jax.data.media.videos.soundfile.read", read)
         assert len(load_waveform(str(file))) == 2000  # read to its end instead

@@ -22,8 +22,8 @@ from unimoe_jax.config import DataConfig, LoaderConfig, MeshConfig, SourceConfig
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.tally import TooManyBadSamples
-from unimoe_jax.evaluate import exact_match
-from unimoe_jax.sharding import make_mesh
+from unimoe_jax.evaluate.exact_match import exact_match
+from unimoe_jax.parallel.sharding import make_mesh
 
 LOADER = LoaderConfig(row_length=256, rows=4, threads=2, prefetch=2)
 

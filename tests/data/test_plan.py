@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from unimoe_jax.config import LoaderConfig
-from unimoe_jax.data.batch import POOLS
+from unimoe_jax.config.media import MEDIA
 from unimoe_jax.data.packing import fill_ends, fill_rows, row_limit
-from unimoe_jax.data.plan import Plan, Samples
+from unimoe_jax.data.plan import BatchPlan, Samples
 
 
 def samples(number=2000, seed=0, weights=(1.0,), kinds="mixed") -> Samples:
@@ -20,10 +20,10 @@ def samples(number=2000, seed=0, weights=(1.0,), kinds="mixed") -> Samples:
     text = np.clip(random.lognormal(4.8, 0.7, number), 20, 1500).astype(np.int64)
     entries = np.zeros((number, 4), np.int64)
     kind = random.choice(4, number, p=[0.2, 0.5, 0.1, 0.2]) if kinds == "mixed" else np.ones(number)
-    entries[kind == 1, POOLS.index("image")] = 1
-    entries[kind == 2, POOLS.index("video")] = 1
+    entries[kind == 1, MEDIA.index("image")] = 1
+    entries[kind == 2, MEDIA.index("video")] = 1
     voices = random.geometric(0.6, number).clip(1, 8)
-    entries[kind >= 2, POOLS.index("speech")] = voices[kind >= 2]
+    entries[kind >= 2, MEDIA.index("speech")] = voices[kind >= 2]
     tokens = text + entries @ np.array([576, 576, 50, 50])
     source = np.sort(random.integers(0, len(weights), number))
     record = np.concatenate([np.arange((source == s).sum()) for s in range(len(weights))])
@@ -31,12 +31,12 @@ def samples(number=2000, seed=0, weights=(1.0,), kinds="mixed") -> Samples:
     return Samples(source, record, tokens.clip(max=4096), entries, names, weights)
 
 
-def plan_of(data, rows=16, shards=4, length=4096, shuffle=True, seed=7, **settings) -> Plan:
+def plan_of(data, rows=16, shards=4, length=4096, shuffle=True, seed=7, **settings) -> BatchPlan:
     loader = LoaderConfig(row_length=length, rows=rows, **settings)
-    return Plan(data, loader, seed, shards, shuffle)
+    return BatchPlan(data, loader, seed, shards, shuffle)
 
 
-def all_samples(plan: Plan, epoch: int) -> np.ndarray:
+def all_samples(plan: BatchPlan, epoch: int) -> np.ndarray:
     part = plan.epoch(epoch)
     rows = part.batches[part.batches >= 0]
     assert len(np.unique(rows)) == len(rows) == len(part.offsets) - 1
@@ -98,9 +98,9 @@ def test_nothing_is_lost_and_capacities_hold(packing, grouped):
                     assert packing or len(members) == 1
                     load += data.entries[members].sum(axis=0)
                     for sample in members if grouped else ():
-                        own = frozenset(POOLS[i] for i in np.flatnonzero(data.entries[sample]))
+                        own = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
                         assert own == signature or (packing and not own)
-                for name, most in zip(POOLS, load, strict=True):
+                for name, most in zip(MEDIA, load, strict=True):
                     assert most <= capacity.get(name, 0)
 
 
@@ -112,12 +112,12 @@ def test_padding_of_packed_rows_is_below_three_percent():
     seconds = time.perf_counter() - start
     rows = part.batches.size
     padding = 1 - data.tokens.sum() / (rows * 4096)
-    pools = dict.fromkeys(POOLS, 0)
+    pools = dict.fromkeys(MEDIA, 0)
     for number in part.signature:
         for name, count in plan.capacity(plan.signatures[number]).items():
             pools[name] += 4 * count
     used = data.entries.sum(axis=0)
-    waste = {n: 1 - used[i] / pools[n] for i, n in enumerate(POOLS) if pools[n]}
+    waste = {n: 1 - used[i] / pools[n] for i, n in enumerate(MEDIA) if pools[n]}
     print(f"padding {padding:.2%}, pools {waste}, {seconds:.1f} s")
     assert padding < 0.03
     assert max(waste.values()) < 0.25
@@ -180,7 +180,7 @@ def test_media_are_balanced_over_shards():
     part = plan.epoch(0)
     for number, signature in enumerate(plan.signatures):
         for name in signature:
-            column = data.entries[:, POOLS.index(name)]
+            column = data.entries[:, MEDIA.index(name)]
             loads = np.array(
                 [
                     [
@@ -226,20 +226,20 @@ def of_kinds(numbers: dict[tuple[str, ...], int], seed=0) -> Samples:
     for media, number in numbers.items():
         low, high = (126, 134) if media else (15, 60)
         tokens.append(random.integers(low, high, number, endpoint=True))
-        entries.append(np.tile([name in media for name in POOLS], (number, 1)).astype(np.int64))
+        entries.append(np.tile([name in media for name in MEDIA], (number, 1)).astype(np.int64))
     tokens, entries = np.concatenate(tokens), np.concatenate(entries)
     order = random.permutation(len(tokens))
     source, record = np.zeros(len(tokens), np.int64), np.arange(len(tokens))
     return Samples(source, record, tokens[order], entries[order], ("s",), (1.0,))
 
 
-def padding_of(plan: Plan, epoch: int) -> float:
+def padding_of(plan: BatchPlan, epoch: int) -> float:
     part = plan.epoch(epoch)
     slots = part.batches.size * plan.loader.row_length
     return 1 - plan.samples.tokens[part.members].sum() / slots
 
 
-def rows_by_signature(plan: Plan, epoch: int) -> dict[frozenset, list[list[int]]]:
+def rows_by_signature(plan: BatchPlan, epoch: int) -> dict[frozenset, list[list[int]]]:
     part = plan.epoch(epoch)
     rows = {signature: [] for signature in plan.signatures}
     for batch, number in zip(part.batches, part.signature, strict=True):
@@ -247,14 +247,14 @@ def rows_by_signature(plan: Plan, epoch: int) -> dict[frozenset, list[list[int]]
     return rows
 
 
-MEDIA = {("image",): 803, ("speech",): 411, ("image", "speech"): 290, ("video",): 150}
+SAMPLES_WITH = {("image",): 803, ("speech",): 411, ("image", "speech"): 290, ("video",): 150}
 TEXT = {(): 2000}
 
 
 def test_text_fills_rows_with_media():
-    data = of_kinds(MEDIA | TEXT)
+    data = of_kinds(SAMPLES_WITH | TEXT)
     plan = plan_of(data, rows=8, shards=2, length=720)
-    without = of_kinds(MEDIA)
+    without = of_kinds(SAMPLES_WITH)
     alone = plan_of(without, rows=8, shards=2, length=720)
     for epoch in range(5):
         assert sorted(all_samples(plan, epoch)) == list(range(len(data)))
@@ -266,7 +266,7 @@ def test_text_fills_rows_with_media():
                 # The text comes last, and whatever has media has the batch's.
                 assert has_media == sorted(has_media, reverse=True)
                 for sample in np.array(row)[has_media]:
-                    own = frozenset(POOLS[i] for i in np.flatnonzero(data.entries[sample]))
+                    own = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
                     assert own == signature
             if signature:
                 mixed = [any(has_media) and not all(has_media) for has_media in kinds]
@@ -285,7 +285,7 @@ def test_text_fills_rows_with_media():
 @pytest.mark.parametrize("text", [1, 40, 150])
 def test_little_text_is_spread_over_the_signatures(text):
     """It may all go into rows with media; no batch of text alone is left then."""
-    plan = plan_of(of_kinds(MEDIA | {(): text}), rows=8, shards=2, length=720)
+    plan = plan_of(of_kinds(SAMPLES_WITH | {(): text}), rows=8, shards=2, length=720)
     assert frozenset() in plan.signatures and plan.capacity(frozenset()) == {}
     for epoch in range(3):
         assert len(all_samples(plan, epoch)) == len(plan.samples)
@@ -302,7 +302,7 @@ def test_little_text_is_spread_over_the_signatures(text):
 
 
 def test_text_read_twice_fills_twice():
-    data = of_kinds(MEDIA | {(): 100})
+    data = of_kinds(SAMPLES_WITH | {(): 100})
     is_text = ~data.entries.any(axis=1)
     source = is_text.astype(np.int64)
     data = Samples(source, data.record, data.tokens, data.entries, ("media", "text"), (1.0, 2.5))
@@ -313,7 +313,7 @@ def test_text_read_twice_fills_twice():
         assert set(counts[is_text]) == {2, 3} and counts[is_text].sum() == 250
 
 
-@pytest.mark.parametrize("kinds", [MEDIA, TEXT, {("image",): 500}])
+@pytest.mark.parametrize("kinds", [SAMPLES_WITH, TEXT, {("image",): 500}])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_without_text_or_without_media_every_signature_is_packed_by_itself(kinds, shuffle):
     data = of_kinds(kinds)
@@ -321,7 +321,7 @@ def test_without_text_or_without_media_every_signature_is_packed_by_itself(kinds
     rows = rows_by_signature(plan, 0)
     for signature, members in rows.items():
         own = {sample for row in members for sample in row}
-        wanted = (data.entries > 0) == [name in signature for name in POOLS]
+        wanted = (data.entries > 0) == [name in signature for name in MEDIA]
         assert own == set(np.flatnonzero(wanted.all(axis=1)))
     if not shuffle:
         numbers = [np.sort(np.concatenate(own)) for own in rows.values()]
@@ -332,7 +332,7 @@ def test_without_text_or_without_media_every_signature_is_packed_by_itself(kinds
 
 
 def test_shards_do_not_change_which_samples_fill_a_batch():
-    data = of_kinds(MEDIA | TEXT)
+    data = of_kinds(SAMPLES_WITH | TEXT)
     plans = [plan_of(data, rows=8, shards=shards, length=720) for shards in (1, 2, 8)]
     assert len({plan.fingerprint() for plan in plans}) == 1
     for epoch in (1, 2):

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 
 from tests.golden_dir import golden_dir, split_key, thin
-from unimoe_jax.data.media import load_image, load_waveform, sound_length
-from unimoe_jax.data.processors import (
-    beats_fbank,
-    chunk_starts,
-    image_pixels,
-    kaldi_fbank,
-    kaldi_filters,
-    log_mel,
-    split_chunks,
-    square_image,
-)
+from unimoe_jax.data.features.beats import beats_fbank, kaldi_fbank, kaldi_filters
+from unimoe_jax.data.features.clip import image_pixels, square_image
+from unimoe_jax.data.features.sound import chunk_starts, split_chunks
+from unimoe_jax.data.features.whisper import log_mel
+from unimoe_jax.data.media.images import load_image
+from unimoe_jax.data.media.sounds import load_waveform, sound_length
 
 RECORDED = "expected_uni.npz"
 

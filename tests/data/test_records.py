@@ -9,7 +9,8 @@ import pytest
 
 from tests.data.helpers import talk
 from unimoe_jax.data.conversation import Medium, messages
-from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.record_files import RecordFile
+from unimoe_jax.data.records import RecordReader
 from unimoe_jax.data.tally import BadSample, Event, Tally, TooManyBadSamples
 
 ALL = frozenset({"image", "video", "speech", "audio"})

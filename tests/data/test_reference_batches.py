@@ -20,7 +20,8 @@ from unimoe_jax.config import (
     WhisperConfig,
 )
 from unimoe_jax.data.processors import Processors
-from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.record_files import RecordFile
+from unimoe_jax.data.records import RecordReader
 from unimoe_jax.data.samples import SampleReader
 from unimoe_jax.data.tokenizer import Tokenizer
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from tests.data.helpers import model_config
-from unimoe_jax.data.batch import MODALITY, batch_spec
+from unimoe_jax.config.media import MODALITY
+from unimoe_jax.data.batch import batch_spec
+from unimoe_jax.data.batch_writer import BatchWriter
 from unimoe_jax.data.conversation import Medium, Span
 from unimoe_jax.data.records import MediaFile
-from unimoe_jax.data.stream import BatchWriter, span_length, stream_of, truncate
+from unimoe_jax.data.stream import span_length, stream_of, truncate
 from unimoe_jax.data.tally import BadSample
 
 

@@ -23,7 +23,7 @@ from unimoe_jax.encoders.beats import (
     relative_buckets,
     visible_tokens,
 )
-from unimoe_jax.nn.attention import attend
+from unimoe_jax.nn.attention.attend import attend
 from unimoe_jax.nn.linear import LayerOptions
 
 CONFIG = BeatsConfig(

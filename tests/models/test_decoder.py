@@ -15,12 +15,12 @@ from tests.models.tiny import MOE, WIDTH, decoder_config, random_params
 from tests.sources import array_source, gather
 from unimoe_jax.config import Take
 from unimoe_jax.models.decoder import Block, Context, Decoder, causal_mask
+from unimoe_jax.nn.attention.packed import tiles_of
+from unimoe_jax.nn.attention.rope import rope_tables
+from unimoe_jax.nn.kernels.splash_attention import attend_segments
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.nn.packed_attention import tiles_of
-from unimoe_jax.nn.rope import rope_tables
-from unimoe_jax.nn.splash_attention import attend_segments
 from unimoe_jax.nn.stack import where_is
-from unimoe_jax.params import nest
+from unimoe_jax.params.paths import nest
 
 OPTIONS = LayerOptions()
 DENSE_DISPATCH = MOE.model_copy(update={"dispatch": "dense"})

@@ -20,10 +20,11 @@ from tests.models.tiny import (
     model_config,
 )
 from unimoe_jax.config import AuxLossConfig, RouterLossConfig
-from unimoe_jax.losses import cross_entropy, router_losses
-from unimoe_jax.models.unimoe import Audio, Pictures, Speech, UniMoE, Vision
+from unimoe_jax.models.branches import Audio, Pictures, Speech, Vision
+from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.params import nest
+from unimoe_jax.params.paths import nest
+from unimoe_jax.stages.losses import cross_entropy, router_losses
 
 CONFIG = model_config(media=True, decoder=decoder_config(num_layers=1, moe=None))
 LENGTH = 20

@@ -23,11 +23,12 @@ from unimoe_jax.config import (
     VisionConfig,
 )
 from unimoe_jax.data.batch import Batch
-from unimoe_jax.losses import router_losses
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.params import declared, nest
-from unimoe_jax.sharding import batch_sharding, make_mesh, param_sharding, use_mesh
+from unimoe_jax.parallel.sharding import batch_sharding, make_mesh, param_sharding, use_mesh
+from unimoe_jax.params.paths import nest
+from unimoe_jax.params.table import declared
+from unimoe_jax.stages.losses import router_losses
 
 EXPERTS, LAYERS, TOKENS, PATCHES, VIEWS = 4, 3, 5, 4, 5
 MOE = MoEConfig(

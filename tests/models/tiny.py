@@ -11,7 +11,7 @@ from unimoe_jax.config import DecoderConfig, ModelConfig, MoEConfig
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.params import Flat, flatten
+from unimoe_jax.params.paths import Flat, flatten
 
 WIDTH, VOCAB = 8, 16
 MOE = MoEConfig(num_experts=4, top_k=2, layers="even")

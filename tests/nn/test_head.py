@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unimoe_jax.compile.hlo import parse, read
 from unimoe_jax.config import LoRARule, MeshConfig
-from unimoe_jax.hlo_stats import parse, read
-from unimoe_jax.losses import cross_entropy
 from unimoe_jax.nn import head as head_module
 from unimoe_jax.nn.head import Head, token_loss
-from unimoe_jax.sharding import make_mesh, use_mesh
+from unimoe_jax.parallel.sharding import make_mesh, use_mesh
+from unimoe_jax.stages.losses import cross_entropy
 
 ROWS, LENGTH, WIDTH, VOCAB, RANK = 8, 11, 12, 24, 2
 RULE = LoRARule(match="lm_head", rank=RANK, alpha=3.0)

@@ -20,9 +20,9 @@ from tests.golden_dir import as_recorded, split_key
 from tests.parity.golden_gradients import recorded_gradients
 from tests.parity.golden_model import Golden, loss_and_gradients
 from tests.parity.golden_system import Spliced, System, query_batch, training_batch
-from unimoe_jax.nn.moe import MoEAux
+from unimoe_jax.nn.moe.layer import MoEAux
 from unimoe_jax.nn.stack import where_is
-from unimoe_jax.params import nest
+from unimoe_jax.params.paths import nest
 
 TIE = 5e-4  # closer router logits may change places
 EXACT = (0.0, 0.0)

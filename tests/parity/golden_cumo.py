@@ -23,17 +23,17 @@ from tests.parity.golden_checks import _hidden, greedy
 from tests.parity.golden_gradients import recorded_gradients
 from tests.parity.golden_model import Golden, Outputs, language_loss
 from tests.parity.golden_system import Pools, Spliced, System, splice
-from unimoe_jax import losses
 from unimoe_jax.config import AuxLossConfig, ModelConfig, RouterLossConfig
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import recognise
-from unimoe_jax.convert.plan import Resolution, resolve
+from unimoe_jax.convert.family_plans import plan_of
+from unimoe_jax.convert.plan import Resolution, resolve_plan
 from unimoe_jax.convert.reader import open_file, read_json
+from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.encoders import scales
 from unimoe_jax.encoders.clip import ClipEncoder
-from unimoe_jax.models.unimoe import Pictures, Vision
-from unimoe_jax.nn.moe import MoEAux
-from unimoe_jax.params import nest
+from unimoe_jax.models.branches import Pictures, Vision
+from unimoe_jax.nn.moe.layer import MoEAux
+from unimoe_jax.params.paths import nest
+from unimoe_jax.stages import losses
 
 FORMS = {"dense": "-pft", "upcycled": "-upcycled", "final": ""}
 GATES = "_gates.safetensors"
@@ -79,7 +79,7 @@ class CumoSystem(System):
 @cache
 def resolved(path: Path) -> Resolution:
     """The import of one checkpoint."""
-    return resolve(plan_of(recognise([path])))
+    return resolve_plan(plan_of(recognise([path])))
 
 
 @dataclass(frozen=True)

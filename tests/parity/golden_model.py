@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity.golden_system import Pools, Spliced, System, read_params
-from unimoe_jax import losses
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.connectors.mlp import MlpConnector
 from unimoe_jax.connectors.query import QueryConnector
@@ -26,15 +25,16 @@ from unimoe_jax.convert.plan import Resolution
 from unimoe_jax.encoders.beats import BeatsEncoder
 from unimoe_jax.encoders.clip import ClipEncoder
 from unimoe_jax.encoders.whisper import WhisperEncoder
+from unimoe_jax.models.branches import Audio, Pictures, Speech, Vision
 from unimoe_jax.models.decoder import Block, Context, Decoder, DecoderOutput
 from unimoe_jax.models.token_stream import token_stream
-from unimoe_jax.models.unimoe import Audio, Pictures, Speech, Vision
+from unimoe_jax.nn.attention.packed import tiles_of
+from unimoe_jax.nn.attention.rope import rope_tables
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.norm import RMSNorm
-from unimoe_jax.nn.packed_attention import tiles_of
-from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
-from unimoe_jax.params import nest
+from unimoe_jax.params.paths import nest
+from unimoe_jax.stages import losses
 
 INSPECTED = ("mlp_norm", "modality_map", "moe")
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from unimoe_jax.convert.families import Options, plan_of
-from unimoe_jax.convert.family import recognise
-from unimoe_jax.convert.plan import Resolution, read_all, resolve
-from unimoe_jax.data.batch import MODALITY
+from unimoe_jax.config.media import MODALITY
+from unimoe_jax.convert.family_plans import plan_of
+from unimoe_jax.convert.options import Options
+from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.data.processors import Processors
 from unimoe_jax.data.records import MediaFile
 
@@ -83,7 +84,7 @@ class System:
     def resolution(self, form: str) -> Resolution:
         """`unmerged`: as trained, adapters apart; `merged`: as the released loader makes it."""
         options = Options("keep", "merge") if form == "unmerged" else Options("merge", "override")
-        return resolve(plan_of(self.sources, options))
+        return resolve_plan(plan_of(self.sources, options))
 
     @cached_property
     def voice(self) -> str:

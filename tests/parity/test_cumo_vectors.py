@@ -13,9 +13,10 @@ import pytest
 
 from unimoe_jax.config import ClipConfig, MlpConnectorConfig, MoEConfig, RouterConfig, VisionConfig
 from unimoe_jax.convert.tables import clip, cumo
-from unimoe_jax.models.unimoe import Pictures, Vision
+from unimoe_jax.models.branches import Pictures, Vision
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.params import declared, nest
+from unimoe_jax.params.paths import nest
+from unimoe_jax.params.table import declared
 
 FEATURES = 24
 ROUTER = RouterConfig(dtype_order="softmax_cast_topk", logits_dtype="compute")

@@ -23,10 +23,11 @@ from tests.parity.golden_cumo import CumoSystem
 from tests.parity.golden_gradients import copies_by_name, plain, stage_3
 from tests.parity.golden_system import System, training_batch
 from unimoe_jax.data.processors import Processors
-from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.record_files import RecordFile
+from unimoe_jax.data.records import RecordReader
 from unimoe_jax.data.samples import SampleReader
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.params import first_match
+from unimoe_jax.params.paths import first_match
 
 UNCHECKED = json.loads(Path(__file__).with_name("golden_unchecked.json").read_text())
 NORM_RTOL = 1e-3

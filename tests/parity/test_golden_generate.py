@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.golden_dir import golden_dir
+from unimoe_jax.config.media import TEXT
 from unimoe_jax.convert.importing import import_checkpoint
-from unimoe_jax.data.batch import TEXT
-from unimoe_jax.generation.loader import Settings, load
-from unimoe_jax.generation.model import Model
-from unimoe_jax.generation.request import Answer, Media, Request, Sampling, ask
+from unimoe_jax.generate.engine.settings import Sampling
+from unimoe_jax.generate.loader import LoadOptions, load
+from unimoe_jax.generate.model import Model
+from unimoe_jax.generate.request import Answer, Media, Request, ask
 
 LOGITS_ATOL = 5e-4  # README of the recorded systems: step logits
 PLACEHOLDER_IDS = {"image": -200, "voice": -300, "video": -400}
@@ -105,7 +106,7 @@ def model(recorded, tmp_path_factory) -> Model:
     folder = tmp_path_factory.mktemp("imported") / "model"
     import_checkpoint(recorded.sources, folder, tell=lambda line: None)
     with jax.default_matmul_precision("highest"):
-        return load(folder, Settings(trace=frozenset({"logits"})))
+        return load(folder, LoadOptions(trace=frozenset({"logits"})))
 
 
 @pytest.fixture(scope="module")

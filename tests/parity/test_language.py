@@ -21,20 +21,20 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from unimoe_jax import losses
 from unimoe_jax.convert.entry import Copy
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import recognise
-from unimoe_jax.convert.plan import Resolution, read_all, resolve
+from unimoe_jax.convert.family_plans import plan_of
+from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.models.decoder import Attention, Context, causal_mask
 from unimoe_jax.models.unimoe import UniMoE
+from unimoe_jax.nn.attention.packed import tiles_of
+from unimoe_jax.nn.attention.rope import rope_tables
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.nn.norm import RMSNorm
-from unimoe_jax.nn.packed_attention import tiles_of
-from unimoe_jax.nn.rope import rope_tables
 from unimoe_jax.nn.stack import where_is
-from unimoe_jax.params import nest
+from unimoe_jax.params.paths import nest
+from unimoe_jax.stages import losses
 
 ATOL, RTOL = 2e-5, 1e-4
 GRAD_SHARE = 1e-4  # of the largest gradient of a tensor
@@ -84,7 +84,7 @@ class Pair:
         self.torch = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self.resolution: Resolution = resolve(plan_of(recognise([folder])))
+        self.resolution: Resolution = resolve_plan(plan_of(recognise([folder])))
         self.flat = read_all(self.resolution)
         self.config = self.resolution.plan.model
         self.options = LayerOptions()

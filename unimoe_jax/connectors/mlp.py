@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 
 from unimoe_jax.config import MlpConnectorConfig
-from unimoe_jax.nn.experts import MlpForm
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.mlp import gelu
-from unimoe_jax.nn.moe import MoE, MoEAux, Rows
+from unimoe_jax.nn.moe.experts import MlpForm
+from unimoe_jax.nn.moe.layer import ImageRows, MoE, MoEAux
 
 
 class MlpConnector(nn.Module):
@@ -43,7 +43,7 @@ class MoEConnector(nn.Module):
     options: LayerOptions
 
     @nn.compact
-    def __call__(self, x_BPD: jax.Array, rows: Rows) -> tuple[jax.Array, MoEAux]:
+    def __call__(self, x_BPD: jax.Array, rows: ImageRows) -> tuple[jax.Array, MoEAux]:
         """[B,P,any width] -> ([B,P,features], router statistics over the rows, layers axis 1)."""
         form = MlpForm((self.features,) * self.config.depth, gelu)
         layer = MoE(self.config.moe, form, self.options, name="moe")

@@ -37,12 +37,12 @@ import jax.numpy as jnp
 
 from unimoe_jax.config import QueryConnectorConfig
 from unimoe_jax.connectors.mlp import MlpConnector
+from unimoe_jax.nn.attention.multihead import MultiHeadAttention
 from unimoe_jax.nn.linear import LayerOptions, declare
 from unimoe_jax.nn.mlp import Mlp, gelu
-from unimoe_jax.nn.multihead import MultiHeadAttention
 from unimoe_jax.nn.norm import LayerNorm
 from unimoe_jax.nn.stack import Place, layer_runs, scan_layers, where_is
-from unimoe_jax.sharding import shard
+from unimoe_jax.parallel.sharding import shard
 
 query_init = nn.initializers.normal(0.02)
 

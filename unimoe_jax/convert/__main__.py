@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from unimoe_jax.convert import comparing, exporting, importing, inspecting, opening
+from unimoe_jax.convert import exporting, importing, inspecting, opening, verifying
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.pipes import while_read
+from unimoe_jax.convert.verifying import compare
+from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted; 141: who reads what is printed has gone."""
     given = parser().parse_args(arguments)
     try:
-        return while_read(lambda: COMMANDS[given.command](given))
+        return exit_quietly_on_closed_pipe(lambda: COMMANDS[given.command](given))
     except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,11 +116,11 @@ def _inspect(given: argparse.Namespace) -> int:
 
 def _verify(given: argparse.Namespace) -> int:
     a, b = opening.open_pair(given.a, given.b)
-    differences = list(inspecting.compare(a, b))
+    differences = list(compare(a, b))
     for line in differences:
         print(line)
     if all(opening.has_text_model(checkpoint) for checkpoint in (a, b)):
-        for line in comparing.compare_logits(a, b):
+        for line in verifying.compare_logits(a, b):
             print(line)
     else:
         print("logits: not compared, one of them has no decoder")

@@ -153,3 +153,15 @@ def norm(src: str, dst: str, bias: bool = True) -> tuple[Entry, ...]:
 def flat_stack(count: int, prefix: str = "layers") -> dict[int, tuple[str, int]]:
     """Places of `count` layers stacked under one prefix."""
     return {layer: (prefix, layer) for layer in range(count)}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a loader rounds: dtype before adapters are merged, then one dtype after the other.
+
+    rope_table: `DecoderConfig.rope_table_dtype` of the same loader.
+    """
+
+    before: str
+    after: tuple[str, ...]
+    rope_table: str

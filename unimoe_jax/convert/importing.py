@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import Source, licences, recognise, source_files
+from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import Resolution, read_slice, release_slice, resolve
+from unimoe_jax.convert.plan import Resolution, read_slice, release_slice, resolve_plan
 from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
+from unimoe_jax.convert.recognise import SourceFolder, licences, recognise, source_files
 from unimoe_jax.convert.writer import Chunk, Leaf, Work, write_checkpoint
 
 MODEL_FILE = "model.yaml"
@@ -39,8 +39,8 @@ def import_checkpoint(
         raise ConvertError(f"{folder}: exists already; remove it or choose another --to")
     sources = recognise(paths)
     plan = plan_of(sources, options)
-    resolution = resolve(plan, dtype)
-    for line in table(resolution):
+    resolution = resolve_plan(plan, dtype)
+    for line in conversion_report(resolution):
         tell(line)
     sums: dict[Path, str] = {}
     finish = partial(_finish, resolution, sources, options, dtype, sums)
@@ -58,7 +58,7 @@ def leaves_of(resolution: Resolution) -> dict[str, Leaf]:
 
 
 def work_of(
-    resolution: Resolution, sources: Sequence[Source], sums: dict[Path, str]
+    resolution: Resolution, sources: Sequence[SourceFolder], sums: dict[Path, str]
 ) -> Iterator[Work]:
     """Every chunk, in the order of the source files, each file's digest into `sums` before it.
 
@@ -90,7 +90,7 @@ def _digest(file: Path, sums: dict[Path, str]) -> None:
 
 def _finish(
     resolution: Resolution,
-    sources: Sequence[Source],
+    sources: Sequence[SourceFolder],
     options: Options,
     dtype: str,
     sums: Mapping[Path, str],
@@ -107,7 +107,7 @@ def _finish(
 
 def manifest(
     resolution: Resolution,
-    sources: Sequence[Source],
+    sources: Sequence[SourceFolder],
     options: Options,
     dtype: str,
     sums: Mapping[str, str],
@@ -151,7 +151,7 @@ def transform_of(copy) -> str:
     return (copy.rearrange or "copy") + merged
 
 
-def table(resolution: Resolution) -> Iterator[str]:
+def conversion_report(resolution: Resolution) -> Iterator[str]:
     """source -> target, shape, dtype, transform: one line per parameter, layers folded."""
     plan = resolution.plan
     yield f"{'source':<78}  {'target':<58}  {'shape':<20}  {'dtype':<9} transform"

@@ -48,25 +48,3 @@ def chunks(parameter: Parameter) -> Iterator[tuple[int, ...]]:
     """Leading indices that cut a parameter into slices of one layer (and expert)."""
     lead = max(0, min(2, len(parameter.shape) - 2))
     return iter(np.ndindex(parameter.shape[:lead]))
-
-
-def compare(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """One line per difference; nothing when both hold the same numbers under the same paths."""
-    for path in sorted(set(a.params) | set(b.params)):
-        if path not in a.params or path not in b.params:
-            yield f"{path}: only in {a.path if path in a.params else b.path}"
-            continue
-        left, right = a.params[path], b.params[path]
-        if (left.shape, left.dtype) != (right.shape, right.dtype):
-            yield f"{path}: {left.shape} {left.dtype} against {right.shape} {right.dtype}"
-        if left.shape != right.shape:
-            continue
-        worst = 0.0
-        for index in chunks(left):
-            x, y = (p.read(index) for p in (left, right))
-            if x.dtype == y.dtype and x.tobytes() == y.tobytes():
-                continue
-            difference = np.abs(x.astype(np.float64) - y.astype(np.float64))
-            worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max()))
-        if worst:
-            yield f"{path}: largest difference {worst:.3g}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unimoe_jax.config import DecoderConfig, ModelConfig
+from unimoe_jax.convert.branches import PLACEHOLDER, connector_copies, projector_type
 from unimoe_jax.convert.entry import LINEAR, Copy
-from unimoe_jax.convert.family import CUMO_FILES, PROCESSOR_FILE, TOKENIZER_FILES, TUNED_FILES
 from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.convert.senses import PLACEHOLDER, connector_copies, projector_type
+from unimoe_jax.convert.recognise import CUMO_FILES, PROCESSOR_FILE, TOKENIZER_FILES, TUNED_FILES
 from unimoe_jax.convert.tables import beats, clip, cumo, llama, mixtral, unimoe, whisper
 
 

@@ -11,27 +11,21 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from unimoe_jax import config_io
-from unimoe_jax.checkpoint import (
-    MANIFEST,
-    open_array,
-    read_manifest,
-    read_part,
-    read_settings,
-    run_file_of,
-)
-from unimoe_jax.config import ModelConfig, RunConfig
-from unimoe_jax.config_yaml import ConfigError, parse
-from unimoe_jax.convert.families import plan_of
-from unimoe_jax.convert.family import TOKENIZER_FILES, recognise
+from unimoe_jax.checkpoints.checksums import SUMS, CheckpointError, verify
+from unimoe_jax.checkpoints.final import open_array, read_part
+from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest, read_settings, run_file_of
+from unimoe_jax.checkpoints.sources import ParamSource
+from unimoe_jax.config import ConfigError, ModelConfig, RunConfig
+from unimoe_jax.config.load import load_config
+from unimoe_jax.config.yaml_dialect import parse
+from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve
+from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve_plan
 from unimoe_jax.convert.reader import ConvertError, np_dtype
+from unimoe_jax.convert.recognise import TOKENIZER_FILES, recognise
 from unimoe_jax.data import embedded
-from unimoe_jax.integrity import SUMS, CheckpointError, verify
-from unimoe_jax.setup_data import cache_folder
-from unimoe_jax.upcycle import Source
+from unimoe_jax.data.sources import cache_folder
 
 RUN_FILE = "config.yaml"
 OURS = {MANIFEST, SUMS, MODEL_FILE}
@@ -255,7 +249,7 @@ def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ConvertError(f"{file}: {where}: {first['msg']}") from error
     shapes = {path: param.shape for path, param in checkpoint.params.items()}
     moe_layers = tuple(checkpoint.manifest["moe_layers"])
-    found = Source(
+    found = ParamSource(
         name, shapes, lambda path, index: checkpoint.params[path].read(index), moe_layers
     )
     config = model.with_experts(found.modules()).model_dump(mode="json", exclude_none=True)
@@ -273,7 +267,7 @@ def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     tokenizer where that is on this machine."""
     file = _run_file(checkpoint)
     try:
-        run = config_io.load(file) if file else None
+        run = load_config(file) if file else None
     except ConfigError:  # a run of another version; its parameters are what was asked for
         run = None
     if run is None:
@@ -302,7 +296,7 @@ def _tokenizer_files(run: RunConfig) -> dict[str, Path]:
 
 def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
     sources = recognise([path])
-    resolution = resolve(plan_of(sources, options), dtype)
+    resolution = resolve_plan(plan_of(sources, options), dtype)
     plan = resolution.plan
 
     def reader(target):

@@ -16,28 +16,16 @@ from typing import Any
 import numpy as np
 
 from unimoe_jax.config import ModelConfig
-from unimoe_jax.convert.entry import Copy, Excuse
+from unimoe_jax.convert.entry import Copy, Excuse, Rounding
 from unimoe_jax.convert.reader import ConvertError, Tensor, Tensors, np_dtype
+from unimoe_jax.models.declare import full_batch
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.params import declared
-from unimoe_jax.stage import full_batch
+from unimoe_jax.params.table import declared
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How a loader rounds: dtype before adapters are merged, then one dtype after the other.
-
-    rope_table: `DecoderConfig.rope_table_dtype` of the same loader.
-    """
-
-    before: str
-    after: tuple[str, ...]
-    rope_table: str
-
-
-@dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a family's table makes of the given folders.
 
     Attributes:
@@ -88,7 +76,7 @@ class Target:
 class Resolution:
     """A plan found complete: targets by path, and why other source tensors are not used."""
 
-    plan: Plan
+    plan: ConversionPlan
     targets: Mapping[str, Target]
     overridden: Mapping[str, str]
     excused: Mapping[str, str]
@@ -112,7 +100,7 @@ def parameter_shapes(model: ModelConfig, parts: Sequence[str]) -> dict[str, tupl
     }
 
 
-def resolve(plan: Plan, dtype: str = "source") -> Resolution:
+def resolve_plan(plan: ConversionPlan, dtype: str = "source") -> Resolution:
     """Match copies with tensors and parameters.
 
     Args:
@@ -156,7 +144,7 @@ def resolve(plan: Plan, dtype: str = "source") -> Resolution:
     return Resolution(plan, targets, overridden, excused)
 
 
-def _check_shape(plan: Plan, copy: Copy, tensor: Tensor, target: tuple[int, ...]) -> None:
+def _check_shape(plan: ConversionPlan, copy: Copy, tensor: Tensor, target: tuple[int, ...]) -> None:
     if tensor.dtype not in FLOATS:
         raise ConvertError(
             f"{tensor.file}: tensor {tensor.name!r} of shape {tensor.shape} is {tensor.dtype}; "
@@ -181,7 +169,7 @@ def _check_shape(plan: Plan, copy: Copy, tensor: Tensor, target: tuple[int, ...]
         )
 
 
-def _check_filled(plan: Plan, shapes: Mapping, fills: Mapping) -> None:
+def _check_filled(plan: ConversionPlan, shapes: Mapping, fills: Mapping) -> None:
     for path, shape in shapes.items():
         tried = sorted({copy.src for copy in plan.copies if copy.dst == path})
         rank = len(next(iter(fills[path]), ()))
@@ -195,7 +183,7 @@ def _check_filled(plan: Plan, shapes: Mapping, fills: Mapping) -> None:
             )
 
 
-def _unused(plan: Plan, used: set[str], overridden: Mapping[str, str]) -> dict[str, str]:
+def _unused(plan: ConversionPlan, used: set[str], overridden: Mapping[str, str]) -> dict[str, str]:
     excused, idle = {}, []
     for group, tensors in plan.groups.items():
         for name, tensor in tensors.items():
@@ -214,7 +202,7 @@ def _unused(plan: Plan, used: set[str], overridden: Mapping[str, str]) -> dict[s
     return excused
 
 
-def _dtype(plan: Plan, fills: Mapping[Any, Copy], dtype: str) -> str:
+def _dtype(plan: ConversionPlan, fills: Mapping[Any, Copy], dtype: str) -> str:
     if dtype != "source":
         return dtype
     found = {plan.tensor(copy.src).dtype for copy in fills.values()}
@@ -224,7 +212,7 @@ def _dtype(plan: Plan, fills: Mapping[Any, Copy], dtype: str) -> str:
 # ---------------------------------------------------------------------------------- reading
 
 
-def read_slice(plan: Plan, copy: Copy) -> np.ndarray:
+def read_slice(plan: ConversionPlan, copy: Copy) -> np.ndarray:
     """One source tensor in the layout of its slice, of its own dtype, adapters added.
 
     The sum is taken in float32 and rounded to the source's dtype, as PEFT merges. Without adapters
@@ -244,19 +232,19 @@ def read_slice(plan: Plan, copy: Copy) -> np.ndarray:
     return copy.forward(value)
 
 
-def release_slice(plan: Plan, copy: Copy) -> None:
+def release_slice(plan: ConversionPlan, copy: Copy) -> None:
     """Give back the pages of what `read_slice` has read."""
     for src in (copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ())):
         plan.tensor(src).release()
 
 
-def slices(plan: Plan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def slices(plan: ConversionPlan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(leading index, slice) of a parameter, one at a time, in the order of the index."""
     for index in sorted(target.fills):
         yield index, read_slice(plan, target.fills[index]).astype(np_dtype(target.dtype))
 
 
-def read_param(plan: Plan, target: Target) -> np.ndarray:
+def read_param(plan: ConversionPlan, target: Target) -> np.ndarray:
     """A whole parameter."""
     value = np.empty(target.shape, np_dtype(target.dtype))
     for index, part in slices(plan, target):

@@ -82,7 +82,7 @@ def np_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-class Settings(dict[str, Any]):
+class JsonSettings(dict[str, Any]):
     """The entries of a configuration file; asking for one that is not there names file and key."""
 
     def __init__(self, path: Path, content: Mapping[str, Any]):
@@ -93,7 +93,7 @@ class Settings(dict[str, Any]):
         raise ConvertError(f"{self.path}: has no {key!r}")
 
 
-def read_json(path: Path) -> Settings:
+def read_json(path: Path) -> JsonSettings:
     """A JSON object.
 
     Raises:
@@ -107,7 +107,7 @@ def read_json(path: Path) -> Settings:
         raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return Settings(path, content)
+    return JsonSettings(path, content)
 
 
 def sha256(path: Path) -> str:
@@ -393,3 +393,15 @@ def open_folder(folder: Path) -> Tensors:
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[str]:
     """Names below `prefix`."""
     return (name for name in tensors if name.startswith(prefix))
+
+
+def require(where: str, config: Mapping[str, Any], **only: Any) -> None:
+    """Refuse a setting with another value than the `only` one; one that is not there, or null, is
+    that one.
+
+    Raises:
+        ConvertError: naming `where`, the setting and both values.
+    """
+    for key, value in only.items():
+        if (given := config.get(key)) not in (None, value):
+            raise ConvertError(f"{where}: {key} {given!r} is not supported; it must be {value}")

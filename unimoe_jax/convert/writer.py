@@ -28,10 +28,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from unimoe_jax.checkpoint import MANIFEST
+from unimoe_jax.checkpoints.checksums import new_sum, seal
+from unimoe_jax.checkpoints.manifest import MANIFEST
 from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.disk import WriteError, writing
-from unimoe_jax.integrity import new_sum, seal
+from unimoe_jax.runtime.files import WriteError, raising_write_errors
 
 # Every thread holds one source tensor's pages and one block, so few threads bound the memory.
 WORKERS = min(6, (os.cpu_count() or 1) + 1)
@@ -132,7 +132,7 @@ def write_checkpoint(
             left behind then.
     """
     try:
-        with writing(folder):
+        with raising_write_errors(folder):
             _write(folder.absolute(), leaves, work, finish)
     except WriteError as error:
         raise ConvertError(str(error)) from error

@@ -1,6 +1,6 @@
 """The contract between loader and model: one batch of numpy arrays with static shapes.
 
-A shard's soft-token table concatenates its pools in the order of `POOLS`, leaving out pools the
+A shard's soft-token table concatenates its pools in the order of `MEDIA`, leaving out pools the
 signature lacks; `slot_BT` indexes that table.
 """
 
@@ -10,12 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unimoe_jax.config import MEDIA, MediaName, ModelConfig
-
-POOLS: tuple[MediaName, ...] = MEDIA
-TEXT = 0
-PADDING = -1
-MODALITY: dict[str, int] = {"text": TEXT} | {name: i + 1 for i, name in enumerate(POOLS)}
+from unimoe_jax.config import MediaName, ModelConfig
+from unimoe_jax.config.media import MEDIA, POOL_FIELD
 
 Signature = frozenset[MediaName]
 """Which pools a batch carries; one compiled step per signature."""
@@ -60,14 +56,6 @@ class Batch(NamedTuple):
     audio_length_GJ: np.ndarray | None = None
 
 
-POOL_FIELD: dict[str, str] = {
-    "image": "image_GIHWC",
-    "video": "video_GIFHWC",
-    "speech": "speech_GJMF",
-    "audio": "audio_GJFM",
-}
-
-
 def entry_shapes(model: ModelConfig) -> dict[MediaName, tuple[int, ...]]:
     """Shape of one pool entry per medium the model can take."""
     shapes: dict[MediaName, tuple[int, ...]] = {}
@@ -92,7 +80,7 @@ def batch_spec(
     )
     fields["weight_BT"] = ArraySpec((rows, row_length), np.dtype(np.float32))
     shapes = entry_shapes(model)
-    for name in POOLS:
+    for name in MEDIA:
         if name in capacity:
             shape = (shards, capacity[name], *shapes[name])
             fields[POOL_FIELD[name]] = ArraySpec(shape, np.dtype(np.float32))

@@ -57,23 +57,23 @@ Piece = Text | Medium | End | Begin
 
 
 @dataclass(frozen=True)
-class Message:
+class TemplateTurn:
     """A turn with its placeholders cut out; an answer of None asks the model to speak."""
 
     role: str
     parts: tuple[str | Medium, ...] | None
 
 
-Template = Callable[[Iterable[Message]], Iterator[Piece]]
+Template = Callable[[Iterable[TemplateTurn]], Iterator[Piece]]
 
 
-def vicuna_v1(messages: Iterable[Message]) -> Iterator[Piece]:
+def vicuna_v1(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """Vicuna v1.1: system text, then `USER: … ASSISTANT: …</s>` without line breaks."""
     yield Text(VICUNA_SYSTEM + " ")
     yield from vicuna_turns(messages)
 
 
-def vicuna_turns(messages: Iterable[Message]) -> Iterator[Piece]:
+def vicuna_turns(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """The turns of Vicuna v1.1 without the system text, for models so small that it would be half
     of what they read."""
     for message in messages:
@@ -88,7 +88,7 @@ def vicuna_turns(messages: Iterable[Message]) -> Iterator[Piece]:
                 yield End()
 
 
-def plain(messages: Iterable[Message]) -> Iterator[Piece]:
+def plain(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """Alignment: the media, then the caption and a line break. The question is dropped."""
     for message in messages:
         if message.role == "human":
@@ -97,12 +97,12 @@ def plain(messages: Iterable[Message]) -> Iterator[Piece]:
             yield Text("".join(message.parts) + "\n", supervised=True)
 
 
-def mistral_instruct_system(messages: Iterable[Message]) -> Iterator[Piece]:
+def mistral_instruct_system(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """CuMo: `mistral_instruct` with Vicuna's system text in the first instruction."""
     return _instructions(messages, f"<<SYS>>\n{VICUNA_SYSTEM}\n<</SYS>>\n\n")
 
 
-def mistral_instruct(messages: Iterable[Message]) -> Iterator[Piece]:
+def mistral_instruct(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """Mistral's turns: `[INST] … [/INST] answer </s>`; media go to the front of their turn.
 
     The original writes `<s>` into the prompt and its tokenizer adds another: two bos begin every
@@ -120,7 +120,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def _instructions(messages: Iterable[Message], system: str) -> Iterator[Piece]:
+def _instructions(messages: Iterable[TemplateTurn], system: str) -> Iterator[Piece]:
     yield Begin()
     for message in messages:
         if message.role == "human":
@@ -133,7 +133,7 @@ def _instructions(messages: Iterable[Message], system: str) -> Iterator[Piece]:
             yield End()
 
 
-def _media_first(message: Message) -> Iterator[Piece]:
+def _media_first(message: TemplateTurn) -> Iterator[Piece]:
     """Every medium and a line break, then the text without them and without outer space."""
     media = [part for part in message.parts if isinstance(part, Medium)]
     text = "".join(part for part in message.parts if isinstance(part, str))
@@ -145,14 +145,14 @@ def _media_first(message: Message) -> Iterator[Piece]:
     yield Text(text)
 
 
-def _parts(message: Message) -> Iterator[Piece]:
+def _parts(message: TemplateTurn) -> Iterator[Piece]:
     for part in message.parts:
         yield part if isinstance(part, Medium) else Text(part)
 
 
 def messages(
     turns: Iterable[Turn], media: dict[str, tuple[MediaFile, ...]], index: int = 0
-) -> list[Message]:
+) -> list[TemplateTurn]:
     """Cut declared placeholders out of human turns and give each its file, in order.
 
     Everything else that looks like a placeholder stays ordinary text. The caller has checked that
@@ -170,7 +170,7 @@ def messages(
                 index += 1
             elif text:
                 parts.append(text)
-        result.append(Message(turn.role, tuple(parts)))
+        result.append(TemplateTurn(turn.role, tuple(parts)))
     return result
 
 
@@ -179,9 +179,9 @@ def pieces_of(record: Record, template: str) -> list[Piece]:
     return list(TEMPLATES[template](messages(record.turns, record.media)))
 
 
-def prompt_pieces(asked: Iterable[Message], template: str) -> list[Piece]:
+def prompt_pieces(asked: Iterable[TemplateTurn], template: str) -> list[Piece]:
     """The pieces of a conversation that waits for the assistant's next answer."""
-    return list(TEMPLATES[template]([*asked, Message("gpt", None)]))
+    return list(TEMPLATES[template]([*asked, TemplateTurn("gpt", None)]))
 
 
 @dataclass(frozen=True)

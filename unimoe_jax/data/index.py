@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unimoe_jax.data.batch import POOLS
-from unimoe_jax.data.samples import SampleReader, Size
+from unimoe_jax.config.media import MEDIA
+from unimoe_jax.data.samples import SampleReader, SampleSize
 from unimoe_jax.data.tally import BadSample, Event
 
 log = logging.getLogger("unimoe_jax.data")
@@ -31,8 +31,8 @@ BLOCK = 256
 
 
 @dataclass
-class Index:
-    """good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `POOLS`;
+class SampleIndex:
+    """good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `MEDIA`;
     whole bool [n].
 
     digest: SHA-256 of the JSON file.
@@ -46,13 +46,13 @@ class Index:
     events: list[Event]
     digest: str
 
-    def size(self, number: int) -> Size:
+    def size(self, number: int) -> SampleSize:
         entries = tuple(self.entries[number].tolist())
         whole = bool(self.whole[number])
-        return Size(int(self.tokens[number]), int(self.labels[number]), entries, whole)
+        return SampleSize(int(self.tokens[number]), int(self.labels[number]), entries, whole)
 
 
-def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4) -> Index:
+def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4) -> SampleIndex:
     """The index of a source, from `cache` (a folder) if it is there, else measured and stored."""
     path = Path(cache) / f"index-{_key(reader)}.npz" if cache else None
     index = _read(path, reader) if path and path.is_file() else None
@@ -61,11 +61,11 @@ def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4
         index.events = [event for event in index.events if event.kind != "bad"]
     else:
         count = len(reader)
-        index = Index(
+        index = SampleIndex(
             np.zeros(count, bool),
             np.zeros(count, np.int32),
             np.zeros(count, np.int32),
-            np.zeros((count, len(POOLS)), np.int32),
+            np.zeros((count, len(MEDIA)), np.int32),
             np.zeros(count, bool),
             [],
             reader.records.file.digest,
@@ -81,7 +81,7 @@ def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4
     return index
 
 
-def _measure(reader: SampleReader, index: Index, numbers: np.ndarray, threads: int) -> None:
+def _measure(reader: SampleReader, index: SampleIndex, numbers: np.ndarray, threads: int) -> None:
     def block(numbers: list[int]):
         results = []
         for number in numbers:
@@ -127,7 +127,7 @@ def _key(reader: SampleReader) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _write(path: Path, index: Index) -> None:
+def _write(path: Path, index: SampleIndex) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     events = json.dumps([asdict(event) for event in index.events]).encode()
     # Processes of several hosts may have the same number: in a container each is 1.
@@ -151,7 +151,7 @@ def _write(path: Path, index: Index) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path, reader: SampleReader) -> Index | None:
+def _read(path: Path, reader: SampleReader) -> SampleIndex | None:
     """The stored index; None, with a line in the log, if the file is damaged."""
     try:
         # Opened here, because numpy leaves a file open that is no archive.
@@ -159,7 +159,7 @@ def _read(path: Path, reader: SampleReader) -> Index | None:
             events = [Event(**event) for event in json.loads(file["events"].tobytes())]
             arrays = [file[name] for name in ("good", "tokens", "labels", "entries", "whole")]
         count = len(reader)
-        shapes = [(count,)] * 3 + [(count, len(POOLS)), (count,)]
+        shapes = [(count,)] * 3 + [(count, len(MEDIA)), (count,)]
         if [array.shape for array in arrays] != shapes:
             raise ValueError("it is of other records")
     except Exception as error:  # whatever a cut or overwritten archive provokes in its readers
@@ -168,10 +168,10 @@ def _read(path: Path, reader: SampleReader) -> Index | None:
             *(path, type(error).__name__, error, reader.records.name),
         )
         return None
-    return Index(*arrays, events, reader.records.file.digest)
+    return SampleIndex(*arrays, events, reader.records.file.digest)
 
 
-def none_usable(readers: Sequence[SampleReader], indices: Sequence[Index]) -> str:
+def none_usable(readers: Sequence[SampleReader], indices: Sequence[SampleIndex]) -> str:
     """What to say when no source of a mixture has a good record: the first fault of each."""
     parts = []
     for reader, index in zip(readers, indices, strict=True):

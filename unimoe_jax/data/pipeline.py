@@ -13,100 +13,19 @@ import grain
 import numpy as np
 
 from unimoe_jax.config import DataConfig, LoaderConfig, MediaName, ModelConfig
-from unimoe_jax.data.batch import POOLS, Batch, Signature, batch_spec
-from unimoe_jax.data.index import Index, build_index, none_usable
-from unimoe_jax.data.media import ImageLimits
-from unimoe_jax.data.plan import Plan, Samples
+from unimoe_jax.config.media import MEDIA
+from unimoe_jax.data.batch import Batch, Signature
+from unimoe_jax.data.batch_reader import EVENTS, BatchReader, StepDataSource
+from unimoe_jax.data.index import SampleIndex, build_index, none_usable
+from unimoe_jax.data.media.images import ImageLimits
+from unimoe_jax.data.plan import BatchPlan, Samples
 from unimoe_jax.data.processors import Processors
-from unimoe_jax.data.records import RecordFile, RecordReader
+from unimoe_jax.data.record_files import RecordFile
+from unimoe_jax.data.records import RecordReader
 from unimoe_jax.data.samples import SampleReader
-from unimoe_jax.data.stream import BatchWriter
-from unimoe_jax.data.tally import BadSample, Tally, pack_events, unpack_events
+from unimoe_jax.data.tally import Tally, unpack_events
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.data.workers import named_end, stay_with_parent
-
-EVENTS = "events"
-
-
-class BatchReader:
-    """Reads the batch of a step for some of the shards. Picklable: worker processes get a copy."""
-
-    def __init__(
-        self, plan: Plan, readers: list[SampleReader], indices: list[Index], model: ModelConfig
-    ):
-        self.plan, self.readers, self.model = plan, readers, model
-        self.indices = [Index(*_bare(index)) for index in indices]
-
-    def spec(self, signature: Signature, parts: int = 1, of: int = 1) -> Batch:
-        """`ArraySpec`s of a batch, or of `parts` of its `of` equal parts."""
-        loader, shards = self.plan.loader, self.plan.shards
-        return batch_spec(
-            self.model,
-            loader.rows * parts // of,
-            loader.row_length,
-            shards * parts // of,
-            self.plan.capacity(signature),
-        )
-
-    def read(self, step: int, parts: Sequence[int] = (0,), of: int = 1) -> tuple[Batch, np.ndarray]:
-        """(`parts` of the batch of `step` when cut into `of`, packed events).
-
-        A bad sample leaves its positions as padding.
-        """
-        number, rows, epoch = self.plan.batch(step)
-        signature = self.plan.signatures[number]
-        writer = BatchWriter(
-            self.spec(signature, len(parts), of),
-            self.plan.capacity(signature),
-            self.model.tokens_per_medium(),
-        )
-        if self.model.audio:
-            writer.full_audio(self.model.audio.num_samples)
-        own = rows.reshape(of, -1)[list(parts)].ravel()
-        per_shard = len(rows) // self.plan.shards
-        events, loaded = [], 0
-        for position, row in enumerate(own.tolist()):
-            streams = []
-            for sample in epoch.row(row) if row >= 0 else ():
-                loaded += 1
-                stream, news = self._load(sample)
-                events += news
-                streams.append(stream)
-            writer.row(position, position // per_shard, streams)
-        return writer.batch, pack_events(events, loaded)
-
-    def _load(self, sample: int):
-        samples = self.plan.samples
-        source, record = int(samples.source[sample]), int(samples.record[sample])
-        reader = self.readers[source]
-        try:
-            return reader.load(record, self.indices[source].size(record))
-        except BadSample as bad:
-            return None, [reader.event(record, "bad", bad.reason, bad.message)]
-
-
-def _bare(index: Index) -> tuple:
-    sizes = index.tokens, index.labels, index.entries, index.whole
-    return index.good, *sizes, [], index.digest
-
-
-class _Steps:
-    """A grain source: item i is the batch of step `start + i`, as a dict of arrays."""
-
-    def __init__(self, reader: BatchReader, start: int, stop: int, parts: Sequence[int], of: int):
-        self.reader, self.start, self.stop = reader, start, stop
-        self.parts, self.of = tuple(parts), of
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, item) -> dict[str, np.ndarray]:
-        batch, events = self.reader.read(self.start + int(item), self.parts, self.of)
-        arrays = {name: array for name, array in batch._asdict().items() if array is not None}
-        return arrays | {EVENTS: events}
-
-    def __repr__(self) -> str:
-        return f"_Steps({self.start}, {self.stop})"
+from unimoe_jax.data.workers import explaining_killed_workers, stay_with_parent
 
 
 class Pipeline:
@@ -156,8 +75,8 @@ class Pipeline:
         if not len(samples):
             raise ValueError(none_usable(self.readers, self.indices))
         if any(reader.blank is not None for reader in self.readers):
-            samples.entries[~samples.entries.any(axis=1), POOLS.index("image")] = 1
-        self.plan = Plan(samples, loader, seed, shards, shuffle)
+            samples.entries[~samples.entries.any(axis=1), MEDIA.index("image")] = 1
+        self.plan = BatchPlan(samples, loader, seed, shards, shuffle)
         self._reader = BatchReader(self.plan, self.readers, self.indices, model)
 
     # ------------------------------------------------------------------------- what comes
@@ -226,18 +145,18 @@ class Pipeline:
         stop = start_step + 2**31 if stop_step is None else stop_step
         if stop <= start_step:
             return
-        steps = _Steps(self._reader, start_step, stop, parts, of)
+        steps = StepDataSource(self._reader, start_step, stop, parts, of)
         iterator = iter(self._dataset(steps))
         try:
             for step in range(start_step, stop):
-                with named_end():
+                with explaining_killed_workers():
                     arrays = dict(next(iterator))
                 self.tally.add(*unpack_events(arrays.pop(EVENTS)))
                 yield step, self.signature_at(step), Batch(**arrays)
         finally:
             iterator.close()
 
-    def _dataset(self, steps: _Steps):
+    def _dataset(self, steps: StepDataSource):
         loader = self.loader
         options = grain.ReadOptions(
             num_threads=loader.threads, prefetch_buffer_size=max(loader.prefetch, 1)
@@ -309,7 +228,7 @@ class Pipeline:
         slots = part.batches.size * self.loader.row_length
         shares = {"rows": 1 - samples.tokens[chosen].sum() / max(slots, 1)}
         used = samples.entries[chosen].sum(axis=0)
-        for position, name in enumerate(POOLS):
+        for position, name in enumerate(MEDIA):
             room = sum(
                 plan.shards * plan.capacity(plan.signatures[number]).get(name, 0)
                 for number in part.signature
@@ -321,8 +240,8 @@ class Pipeline:
     def imbalance(self, step: int, parts: int) -> dict[str, float]:
         """How uneven a batch lies on `parts` data shards: the largest share over the mean, of
         "tokens" and of every medium in it. 1 is even; the devices wait for the largest."""
-        loads = self.plan.loads(step).reshape(parts, -1, 1 + len(POOLS)).sum(axis=1)
-        names = ("tokens", *POOLS)
+        loads = self.plan.loads(step).reshape(parts, -1, 1 + len(MEDIA)).sum(axis=1)
+        names = ("tokens", *MEDIA)
         return {
             name: float(loads[:, at].max() / loads[:, at].mean())
             for at, name in enumerate(names)
@@ -333,14 +252,14 @@ class Pipeline:
         """Positions of the first epoch: "text", each medium, and "labels" among the text."""
         samples, chosen = self.plan.samples, self.plan.epoch(0).members
         per_entry = self.model.tokens_per_medium()
-        entries, labels = np.zeros(len(POOLS), np.int64), 0
+        entries, labels = np.zeros(len(MEDIA), np.int64), 0
         for source, index in enumerate(self.indices):
             records = samples.record[chosen[samples.source[chosen] == source]]
             entries += index.entries[records].sum(axis=0)
             labels += int(index.labels[records].sum())
         media = {
             name: int(entries[position]) * per_entry[name]
-            for position, name in enumerate(POOLS)
+            for position, name in enumerate(MEDIA)
             if name in per_entry
         }
         text = int(samples.tokens[chosen].sum()) - sum(media.values())
@@ -376,7 +295,7 @@ def _record_reader(name: str, data: DataConfig, model: ModelConfig) -> RecordRea
 
 
 def _good_samples(
-    names: tuple[str, ...], indices: list[Index], weights: tuple[float, ...]
+    names: tuple[str, ...], indices: list[SampleIndex], weights: tuple[float, ...]
 ) -> Samples:
     records = [np.flatnonzero(index.good) for index in indices]
     return Samples(

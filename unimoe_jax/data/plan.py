@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from unimoe_jax.config import LoaderConfig, MediaName
-from unimoe_jax.data.batch import POOLS, Signature
+from unimoe_jax.config.media import MEDIA
+from unimoe_jax.data.batch import Signature
 from unimoe_jax.data.packing import arrange, epoch_slice, fill_ends, fill_rows, row_limit
 
 SIMULATED_EPOCHS = 3
@@ -32,7 +33,7 @@ class Samples:
     """The good samples of all sources of a mixture.
 
     source, record int [n]: where a sample is; tokens int [n] positions it takes; entries int
-    [n, 4] pool entries in the order of `POOLS`; names, weights: per source.
+    [n, 4] pool entries in the order of `MEDIA`; names, weights: per source.
     """
 
     source: np.ndarray
@@ -83,7 +84,7 @@ def _sums(values: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
     return np.add.reduceat(values[np.concatenate(rows)], starts, axis=0)
 
 
-class Plan:
+class BatchPlan:
     """Batches of all epochs, computed when first asked for.
 
     Raises ValueError if `rows` is no multiple of `shards`, or if there is no sample at all.
@@ -124,10 +125,10 @@ class Plan:
         present = self.samples.entries > 0
         if not self.loader.group_by_modality:
             present = np.broadcast_to(present.any(axis=0), present.shape)
-        codes = present @ (1 << np.arange(len(POOLS)))
+        codes = present @ (1 << np.arange(len(MEDIA)))
         return [
             (
-                frozenset(name for i, name in enumerate(POOLS) if code >> i & 1),
+                frozenset(name for i, name in enumerate(MEDIA) if code >> i & 1),
                 np.flatnonzero(codes == code),
             )
             for code in np.unique(codes)
@@ -154,7 +155,7 @@ class Plan:
     def capacity(self, signature: Signature) -> dict[MediaName, int]:
         """Pool entries per shard for each medium of a signature, constant over epochs."""
         numbers = self._capacity[self.signatures.index(signature)]
-        return {name: int(numbers[i]) for i, name in enumerate(POOLS) if name in signature}
+        return {name: int(numbers[i]) for i, name in enumerate(MEDIA) if name in signature}
 
     # ------------------------------------------------------------------------- one epoch
 
@@ -279,7 +280,7 @@ class Plan:
 
     def loads(self, step: int) -> np.ndarray:
         """Positions taken, soft tokens included, then pool entries of every medium in the order of
-        `POOLS`, of each shard of a step's batch: int [shards, 1 + M]."""
+        `MEDIA`, of each shard of a step's batch: int [shards, 1 + M]."""
         _, rows, plan = self.batch(step)
         sizes = np.column_stack([self.samples.tokens, self.samples.entries])
         own = [plan.row(row) if row >= 0 else [] for row in rows.tolist()]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from unimoe_jax.config import MediaName
-from unimoe_jax.data.batch import POOLS, entry_shapes
+from unimoe_jax.config.media import MEDIA
+from unimoe_jax.data.batch import entry_shapes
 from unimoe_jax.data.conversation import Span, pieces_of, tokenize
 from unimoe_jax.data.processors import Entries, Processors
 from unimoe_jax.data.records import RecordReader
@@ -16,8 +17,8 @@ from unimoe_jax.data.tally import Event
 from unimoe_jax.data.tokenizer import Tokenizer
 
 
-class Size(NamedTuple):
-    """Positions of a sample, how many carry labels, its pool entries in `POOLS` order, and whether
+class SampleSize(NamedTuple):
+    """Positions of a sample, how many carry labels, its pool entries in `MEDIA` order, and whether
     its answers are `whole`: no label was cut to fit the row."""
 
     tokens: int
@@ -64,7 +65,7 @@ class SampleReader:
         place = (number + 1, records.line(number))
         return Event(kind, records.name, records.file.path, *place, reason, message)
 
-    def measure(self, number: int) -> tuple[Size, list[Event]]:
+    def measure(self, number: int) -> tuple[SampleSize, list[Event]]:
         """Size of a sample from text and media headers; an upper bound of what `load` gives.
 
         Raises `BadSample`.
@@ -83,15 +84,15 @@ class SampleReader:
             message = f"longer than {self.max_length} ({total} soft tokens)"
             events.append(self.event(number, "truncated", "too_long", message))
         labels = _labels(spans)
-        size = Size(
+        size = SampleSize(
             sum(span_length(span, tokens) for span in spans),
             labels,
-            tuple(self._used(spans, entries).get(name, 0) for name in POOLS),
+            tuple(self._used(spans, entries).get(name, 0) for name in MEDIA),
             labels == answers,
         )
         return size, events
 
-    def load(self, number: int, size: Size) -> tuple[Stream, list[Event]]:
+    def load(self, number: int, size: SampleSize) -> tuple[Stream, list[Event]]:
         """The sample with its media decoded, within the size it was planned with.
 
         Raises `BadSample`. A file whose header understated its length loses the surplus chunks.
@@ -100,7 +101,7 @@ class SampleReader:
         for span in spans:
             if span.medium:
                 loaded[span.medium.index] = self.processors.load(span.medium.file)
-        planned = dict(zip(POOLS, size.entries, strict=True))
+        planned = dict(zip(MEDIA, size.entries, strict=True))
         entries, events = self._announced(number, spans, loaded, planned)
         spans, _ = truncate(spans, self._tokens(spans, entries), size.tokens)
         # Files have changed, or a shorter one has made room for media that the plan had left out.

@@ -33,7 +33,7 @@ def _watch(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def named_end() -> Iterator[None]:
+def explaining_killed_workers() -> Iterator[None]:
     """What grain raises where a worker was killed is one line; faults of a worker's own stay as
     they are.
 

@@ -30,13 +30,13 @@ import numpy as np
 from einops import rearrange
 
 from unimoe_jax.config import BeatsConfig
-from unimoe_jax.nn.attention import attend
+from unimoe_jax.nn.attention.attend import attend
+from unimoe_jax.nn.attention.multihead import merge_heads, project_heads
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
 from unimoe_jax.nn.mlp import Mlp, gelu
-from unimoe_jax.nn.multihead import merge_heads, project_heads
 from unimoe_jax.nn.norm import LayerNorm
 from unimoe_jax.nn.stack import scan_layers
-from unimoe_jax.sharding import shard
+from unimoe_jax.parallel.sharding import shard
 
 QUERY_CHUNK = 256
 GATES, GATE_TERMS = 2, 4

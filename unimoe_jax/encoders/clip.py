@@ -27,18 +27,18 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from unimoe_jax.config import ClipConfig
-from unimoe_jax.nn.experts import MlpForm
+from unimoe_jax.config.media import MODALITY
+from unimoe_jax.nn.attention.multihead import MultiHeadAttention
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
 from unimoe_jax.nn.mlp import Mlp, gelu, quick_gelu
-from unimoe_jax.nn.moe import MoE, MoEAux, Rows
-from unimoe_jax.nn.multihead import MultiHeadAttention
+from unimoe_jax.nn.moe.experts import MlpForm
+from unimoe_jax.nn.moe.layer import ImageRows, MoE, MoEAux
 from unimoe_jax.nn.norm import LayerNorm
 from unimoe_jax.nn.stack import scan_layers
-from unimoe_jax.sharding import shard
+from unimoe_jax.parallel.sharding import shard
 
 embedding_init = nn.initializers.normal(0.02)
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-IMAGE = 1  # among the modalities of router statistics
 
 
 class ClipBlock(nn.Module):
@@ -53,7 +53,7 @@ class ClipBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, layer_input: None, rows: Rows
+        self, x_BTD: jax.Array, layer_input: None, rows: ImageRows
     ) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
         activation = ACTIVATIONS[config.activation]
@@ -77,7 +77,7 @@ class ClipEncoder(nn.Module):
     options: LayerOptions
 
     def __call__(
-        self, image_BHWC: jax.Array, rows: Rows | None = None
+        self, image_BHWC: jax.Array, rows: ImageRows | None = None
     ) -> tuple[jax.Array, MoEAux | None]:
         """Encode normalised images.
 
@@ -97,7 +97,7 @@ class ClipEncoder(nn.Module):
 
     @nn.compact
     def hidden_state(
-        self, image_BHWC: jax.Array, rows: Rows | None = None
+        self, image_BHWC: jax.Array, rows: ImageRows | None = None
     ) -> tuple[jax.Array, MoEAux | None]:
         """As the call, but [B,1+P,D]: the class token comes first."""
         config, options = self.config, self.options
@@ -130,7 +130,9 @@ class ClipEncoder(nn.Module):
         x_BTD = shard(x_BTD, "batch", None, None)
         if rows is None:
             images = x_BTD.shape[:1]
-            rows = Rows(jnp.full(images, IMAGE, jnp.int32), jnp.ones(images, jnp.float32))
+            rows = ImageRows(
+                jnp.full(images, MODALITY["image"], jnp.int32), jnp.ones(images, jnp.float32)
+            )
         x_BTD, read = self.stack(x_BTD, rows, "layers", config.used_layers)
         _, unread = self.stack(x_BTD, rows, "unread_layers", config.kept_unread)
         found = [aux for aux in (read, unread) if aux is not None]
@@ -138,7 +140,7 @@ class ClipEncoder(nn.Module):
         return x_BTD, joined
 
     def stack(
-        self, x_BTD: jax.Array, rows: Rows, name: str, length: int
+        self, x_BTD: jax.Array, rows: ImageRows, name: str, length: int
     ) -> tuple[jax.Array, MoEAux | None]:
         """`length` layers under `name`, and their routers' statistics."""
         if not length:

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from unimoe_jax.config import WhisperConfig
+from unimoe_jax.nn.attention.multihead import MultiHeadAttention
 from unimoe_jax.nn.linear import LayerOptions, Linear, declare
 from unimoe_jax.nn.mlp import Mlp, gelu
-from unimoe_jax.nn.multihead import MultiHeadAttention
 from unimoe_jax.nn.norm import LayerNorm
 from unimoe_jax.nn.stack import scan_layers
-from unimoe_jax.sharding import shard
+from unimoe_jax.parallel.sharding import shard
 
 CONV_TAPS = 3
 

@@ -24,17 +24,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from unimoe_jax.config import MODULES, ModuleName, MoEConfig, RouterConfig
-from unimoe_jax.config_yaml import ConfigError
+from unimoe_jax.checkpoints.checksums import CheckpointError
+from unimoe_jax.config import MODULES, ConfigError, ModuleName, MoEConfig, RouterConfig
 from unimoe_jax.convert.opening import find_checkpoint
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.experts.listing import listing
 from unimoe_jax.experts.making import fewer_experts, one_expert, place_experts
-from unimoe_jax.experts.opened import Opened, open_experts
+from unimoe_jax.experts.opening import Opened, open_experts
 from unimoe_jax.experts.writing import write
-from unimoe_jax.integrity import CheckpointError
-from unimoe_jax.params import ParamError
-from unimoe_jax.pipes import while_read
+from unimoe_jax.params.paths import ParamError
+from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
 
 NAMED_LAYERS = ("all", "even", "first_half", "second_half")
 BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
@@ -134,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         if given.command == "list":
-            return while_read(lambda: _list(given))
+            return exit_quietly_on_closed_pipe(lambda: _list(given))
         given.line = shlex.join(["python", "-m", "unimoe_jax.experts", *arguments])
         COMMANDS[given.command](given, open_experts("base", given.source, given.model))
     except BAD_INPUT as error:

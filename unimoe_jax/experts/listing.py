@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from unimoe_jax.checkpoints.origins import origin_of
 from unimoe_jax.config import MODULES, ModuleName, MoEConfig, Take
 from unimoe_jax.experts.making import moe_of
-from unimoe_jax.experts.opened import Opened, open_experts
-from unimoe_jax.upcycle import Member, members, origin_of
+from unimoe_jax.experts.opening import Opened, open_experts
+from unimoe_jax.params.layer_parts import LayerPart, layer_parts
 
 
 def listing(path: Path, compare: bool) -> Iterator[str]:
@@ -46,7 +47,7 @@ def _origins(opened: Opened, module: ModuleName) -> list[str]:
     if not takes:
         return []
     params, layers = opened.checkpoint.params, opened.moe_layers
-    of = {path: members(path, param.shape, layers)[0][1] for path, param in params.items()}
+    of = {path: layer_parts(path, param.shape, layers)[0][1] for path, param in params.items()}
     chosen = [
         origin_of(path, takes)
         for path, member in of.items()
@@ -62,7 +63,7 @@ def _origin(take: Take, expert: int) -> str:
     return take.upcycle or ("fresh" if take.source == "fresh" else f"{take.source} expert {expert}")
 
 
-def _expert_members(opened: Opened, module: ModuleName) -> list[Member]:
+def _expert_members(opened: Opened, module: ModuleName) -> list[LayerPart]:
     return [m for m in opened.members if m.module == module and m.expert is not None]
 
 

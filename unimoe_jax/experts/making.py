@@ -14,10 +14,10 @@ import numpy as np
 
 from unimoe_jax.config import ModuleName, MoEConfig
 from unimoe_jax.convert.reader import ConvertError, np_dtype
-from unimoe_jax.experts.opened import Opened, Part
-from unimoe_jax.upcycle import ROUTER, Member
+from unimoe_jax.experts.opening import Opened, Part
+from unimoe_jax.params.layer_parts import ROUTER, LayerPart
 
-Content = dict[Member, dict[tuple[int, ...], Part]]
+Content = dict[LayerPart, dict[tuple[int, ...], Part]]
 FIRST_LAYERS = ("up_proj/kernel", "fc1/kernel")
 """The linear layer of an expert that reads what its router reads."""
 
@@ -83,7 +83,7 @@ def _kinds(base: Opened, moe: Mapping[ModuleName, MoEConfig]) -> tuple[bool, ...
     return tuple(moe["decoder"].is_moe_layer(layer, count) for layer in range(count))
 
 
-def _check_shapes(member: Member, base: Opened, parts: Mapping[Any, Part]) -> None:
+def _check_shapes(member: LayerPart, base: Opened, parts: Mapping[Any, Part]) -> None:
     wanted = base.part(member).shape
     for part in parts.values():
         if part.shape != wanted:
@@ -92,7 +92,9 @@ def _check_shapes(member: Member, base: Opened, parts: Mapping[Any, Part]) -> No
             )
 
 
-def _fresh_router(member: Member, base: Opened, moe: MoEConfig, seed: int) -> tuple[Member, Part]:
+def _fresh_router(
+    member: LayerPart, base: Opened, moe: MoEConfig, seed: int
+) -> tuple[LayerPart, Part]:
     """A router for the layer of `member`, as `nn.moe.Router` would start it."""
     dense = base.part(member)
     shape = (dense.shape[0], moe.num_experts)

@@ -16,8 +16,8 @@ from unimoe_jax.convert.opening import with_tokenizer
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.convert.writer import Chunk, Leaf, write_checkpoint
 from unimoe_jax.experts.making import Made
-from unimoe_jax.experts.opened import Opened, Part, model_text
-from unimoe_jax.upcycle import place
+from unimoe_jax.experts.opening import Opened, Part, model_text
+from unimoe_jax.params.layer_parts import locate_part
 
 Stacked = dict[str, dict[tuple[int, ...], Part]]
 Tell = Callable[[str], None]
@@ -37,7 +37,7 @@ def write(
     leaves = {path: leaf_of(path, parts) for path, parts in stacked.items()}
     finish = partial(_finish, made, base, sources, command, text, leaves)
     write_checkpoint(folder, leaves, chunks(stacked), finish)
-    for line in table(made):
+    for line in experts_report(made):
         tell(line)
     numbers = sum(leaf.size for leaf in leaves.values())
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
@@ -48,7 +48,7 @@ def stack(made: Made) -> Stacked:
     """{path: {leading index: part}} in this package's layout."""
     stacked: Stacked = {}
     for member, parts in made.content.items():
-        path, outer = place(member, made.moe_layers)
+        path, outer = locate_part(member, made.moe_layers)
         for inner, part in parts.items():
             stacked.setdefault(path, {})[(*outer, *inner)] = part
     return stacked
@@ -113,7 +113,7 @@ def _finish(
     }
 
 
-def table(made: Made) -> Iterator[str]:
+def experts_report(made: Made) -> Iterator[str]:
     """One line per module and expert: how many parameters it has, and where they come from."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for member, parts in made.content.items():

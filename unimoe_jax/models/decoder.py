@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from unimoe_jax.config import DecoderConfig
-from unimoe_jax.nn.experts import SwiGLUForm
+from unimoe_jax.nn.attention.packed import Tiles, attend_packed, tiles_of
+from unimoe_jax.nn.attention.rope import apply_rope, rope_tables
+from unimoe_jax.nn.kernels.splash_attention import Segments, attend_segments, suits
 from unimoe_jax.nn.linear import LayerOptions, Linear
 from unimoe_jax.nn.mlp import SwiGLU
-from unimoe_jax.nn.moe import MoE, MoEAux
+from unimoe_jax.nn.moe.experts import SwiGLUForm
+from unimoe_jax.nn.moe.layer import MoE, MoEAux
 from unimoe_jax.nn.norm import RMSNorm
-from unimoe_jax.nn.packed_attention import Tiles, attend_packed, tiles_of
-from unimoe_jax.nn.rope import apply_rope, rope_tables
-from unimoe_jax.nn.splash_attention import Segments, attend_segments, suits
 from unimoe_jax.nn.stack import layer_runs, scan_layers
-from unimoe_jax.sharding import shard
+from unimoe_jax.parallel.sharding import shard
 
 
 class Context(NamedTuple):

@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from unimoe_jax.config import LoRARule
 from unimoe_jax.nn.linear import LayerOptions, Linear, adapter_seed, apply_linear, row_dropout
-from unimoe_jax.sharding import current_mesh, current_platform, data_shards, shard
+from unimoe_jax.parallel.sharding import current_mesh, current_platform, data_shards, shard
 
 # Positions per block and data shard: a CPU's logits stay in its caches, elsewhere a block pays for
 # reading the kernel.

@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 
 from unimoe_jax.nn.linear import LayerOptions
-from unimoe_jax.sharding import current_platform
+from unimoe_jax.parallel.sharding import current_platform
 
 CPU_UNROLL = 8
 """Longest stack whose layers follow one another in a CPU's program, see `scan_layers`."""

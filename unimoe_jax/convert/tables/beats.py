@@ -8,8 +8,7 @@ from typing import Any
 from unimoe_jax.config import BeatsConfig, QueryConnectorConfig
 from unimoe_jax.connectors.query import cross_layers, qformer_places
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
-from unimoe_jax.convert.reader import ConvertError
-from unimoe_jax.convert.required import require
+from unimoe_jax.convert.reader import ConvertError, require
 
 EXCUSES = (
     Excuse(

@@ -23,8 +23,7 @@ from unimoe_jax.config import (
     VisionConfig,
 )
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, linear
-from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, with_prefix
-from unimoe_jax.convert.required import require
+from unimoe_jax.convert.reader import ConvertError, Tensors, read_json, require, with_prefix
 from unimoe_jax.convert.tables import clip, llama, mixtral
 
 ENCODER = "vision_model."

@@ -14,10 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from unimoe_jax.config import DecoderConfig, LoRARule, MoEConfig, RouterConfig
-from unimoe_jax.convert.entry import LINEAR, Adapter, Copy, Entry, Excuse, expand, linear
-from unimoe_jax.convert.names import PEFT_PREFIX
-from unimoe_jax.convert.plan import Rounding
+from unimoe_jax.convert.entry import LINEAR, Adapter, Copy, Entry, Excuse, Rounding, expand, linear
 from unimoe_jax.convert.reader import ConvertError, Tensors
+from unimoe_jax.convert.source_names import PEFT_PREFIX
 from unimoe_jax.convert.tables import llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

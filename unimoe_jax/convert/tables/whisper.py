@@ -7,7 +7,7 @@ from typing import Any
 
 from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
-from unimoe_jax.convert.required import require
+from unimoe_jax.convert.reader import require
 
 EXCUSES = (
     Excuse(

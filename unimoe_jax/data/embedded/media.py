@@ -71,10 +71,10 @@ class Item(NamedTuple):
     block: int
 
 
-Plan = dict[str, dict[str, list[Item]]]  # split -> kind -> items
+DatasetPlan = dict[str, dict[str, list[Item]]]  # split -> kind -> items
 
 
-def plan(counts: Counts, seed: int, size: int) -> Plan:
+def plan(counts: Counts, seed: int, size: int) -> DatasetPlan:
     """Lists every media file of the data set, without writing any."""
     return {
         split: {

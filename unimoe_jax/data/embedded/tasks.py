@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unimoe_jax.data.embedded.media import DRAWS, SPLITS, Counts, Item, Plan
+from unimoe_jax.data.embedded.media import DRAWS, SPLITS, Counts, DatasetPlan, Item
 from unimoe_jax.data.embedded.phrases import ANSWERS, QUESTIONS, SCENES, TOLD, answer, article
 
 Record = dict[str, object]
@@ -102,7 +102,7 @@ SOURCES: dict[str, Source] = {
 NAMES = ("text", *SOURCES)
 
 
-def records(media: Plan, counts: Counts, seed: int, size: int) -> dict[str, list[Record]]:
+def records(media: DatasetPlan, counts: Counts, seed: int, size: int) -> dict[str, list[Record]]:
     """The records of every source, under `train/NAME` and `heldout/NAME`."""
     files: dict[str, list[Record]] = {}
     text = _text_turns(counts, size, np.random.default_rng((DRAWS, seed, 100)))

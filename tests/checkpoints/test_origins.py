@@ -1,0 +1,286 @@
+"""Hand-over of decoder layers between placements of experts, and experts from several sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tests.sources import array_source, gather
+from unimoe_jax.checkpoints.origins import needed_sources, origin_of, start_of
+from unimoe_jax.checkpoints.sources import ParamSource
+from unimoe_jax.config import MoEConfig, Take
+from unimoe_jax.nn.stack import layer_runs, where_is
+from unimoe_jax.params.layer_parts import LayerPart, layer_parts, locate_part
+from unimoe_jax.params.paths import ParamError
+
+LAYERS = 5
+DENSE = (False,) * LAYERS
+PLACEMENTS = ("all", "even", "first_half", "second_half", (1, 4))
+
+
+def kinds_of(layers) -> tuple[bool, ...]:
+    moe = MoEConfig(num_experts=2, layers=layers)
+    return tuple(moe.is_moe_layer(layer, LAYERS) for layer in range(LAYERS))
+
+
+def source(name: str, mark: float, kinds=DENSE, rest: str = "mlp/up_proj/kernel") -> ParamSource:
+    """Layer n of `rest` holds 100·mark + n; so does everything outside the decoder."""
+    arrays = {"embed/embedding": np.full((3, 2), 100 * mark)}
+    for run_number, run in enumerate(layer_runs(kinds)):
+        for block in range(len(run.period)):
+            layers = [
+                n
+                for n, at in enumerate(where_is(kinds))
+                if (at.run, at.block) == (run_number, block)
+            ]
+            stack = np.stack([np.full((2, 4), 100 * mark + layer) for layer in layers])
+            arrays[f"decoder/run_{run_number}/block_{block}/{rest}"] = stack
+    return array_source(name, arrays, kinds)
+
+
+def collect(
+    kinds, rest: str, tail: tuple[int, ...], take: Take, sources, wanted
+) -> dict[int, np.ndarray]:
+    """{layer: value} of `rest` in every target layer for which `wanted(kind)`."""
+    found = {}
+    for layer, at in enumerate(where_is(kinds)):
+        if wanted(kinds[layer]):
+            repeats = layer_runs(kinds)[at.run].repeats
+            path = f"decoder/{at.prefix}/{rest}"
+            found[layer] = gather(path, (repeats, *tail), take, sources, kinds)[at.index]
+    return found
+
+
+@pytest.mark.parametrize("layers", PLACEMENTS)
+def test_experts_from_several_dense_sources(layers):
+    """Expert e of layer n is layer n of source e, for every placement."""
+    kinds = kinds_of(layers)
+    sources = {name: source(name, mark) for mark, name in enumerate("abc", start=1)}
+    take = Take(match=".*", experts=("b", "a", "c", "a"))
+    found = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
+    assert set(found) == {layer for layer in range(LAYERS) if kinds[layer]}
+    for layer, value in found.items():
+        np.testing.assert_array_equal(
+            value[:, 0, 0], [200 + layer, 100 + layer, 300 + layer, 100 + layer]
+        )
+
+
+@pytest.mark.parametrize("before", PLACEMENTS)
+@pytest.mark.parametrize("after", PLACEMENTS)
+def test_layers_keep_their_number(before, after):
+    """What every layer has moves from any placement to any other."""
+    rest = "attention/q_proj/kernel"
+    sources = {"a": source("a", 1, kinds_of(before), rest)}
+    take = Take(match=".*", source="a")
+    found = collect(kinds_of(after), rest, (2, 4), take, sources, lambda kind: True)
+    assert {layer: value[0, 0] for layer, value in found.items()} == {
+        layer: 100 + layer for layer in range(LAYERS)
+    }
+
+
+def test_dense_layers_of_a_mixed_model():
+    kinds = kinds_of("even")
+    found = collect(
+        kinds,
+        "mlp/up_proj/kernel",
+        (2, 4),
+        Take(match=".*", source="a"),
+        {"a": source("a", 1)},
+        lambda kind: not kind,
+    )
+    assert {layer: value[0, 0] for layer, value in found.items()} == {1: 101, 3: 103}
+
+
+def test_outside_the_decoder():
+    value = gather(
+        "embed/embedding", (3, 2), Take(match=".*", source="a"), {"a": source("a", 1)}, DENSE
+    )
+    np.testing.assert_array_equal(value, np.full((3, 2), 100))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "take", "message"),
+    [
+        ("lm_head/kernel", (2,), {"source": "a"}, "a has no 'lm_head/kernel'"),
+        (
+            "embed/embedding",
+            (9, 2),
+            {"source": "a"},
+            r"embedding' needs shape \(9, 2\), a .*\(3, 2\)",
+        ),
+        ("embed/embedding", (3, 2), {"experts": ("a",)}, "makes experts, but matches what is none"),
+        (
+            "decoder/run_0/block_0/mlp/down_proj/kernel",
+            (5, 2, 4),
+            {"source": "a"},
+            "a has no .*down_proj.*layer 0",
+        ),
+        (
+            "vision/encoder/layers/moe/experts/fc1/kernel",
+            (3, 4, 2, 4),
+            {"upcycle": "a"},
+            "a has 2 layers in 'vision/encoder/layers/mlp/fc1/kernel', layer 2 is wanted",
+        ),
+        (
+            "vision/connector/moe/router/linear/kernel",
+            (2, 4),
+            {"upcycle": "a"},
+            "matches what is none",
+        ),
+        (
+            "decoder/run_0/block_0/mlp/up_proj/kernel",
+            (5, 1, 2, 4),
+            {"experts": ("a",)},
+            "matches what is none",
+        ),
+        (
+            "decoder/run_0/block_0/moe/experts/up_proj/kernel",
+            (5, 3, 2, 4),
+            {"experts": ("a", "a")},
+            r"needs shape \(5, 3, 2, 4\), a a has \(5, 2, 2, 4\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(path: str, shape, take, message: str):
+    with pytest.raises(ParamError, match=message):
+        gather(path, shape, Take(match=".*", **take), {"a": with_vision("a", 1)}, DENSE)
+
+
+# ------------------------------------------------------------------------ encoder, connector
+
+
+def with_vision(name: str, mark: float) -> ParamSource:
+    """`source`, an encoder of two layers that hold 100·mark + 10 + n, and a connector."""
+    layers = source(name, mark)
+    arrays = {path: layers.load(path, ()) for path in layers.shapes} | {
+        "vision/encoder/layers/mlp/fc1/kernel": np.stack(
+            [np.full((2, 4), 100 * mark + 10 + layer) for layer in range(2)]
+        ),
+        "vision/connector/fc2/bias": np.full(3, 100 * mark + 20),
+    }
+    return array_source(name, arrays, DENSE)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("vision/encoder/layers/moe/experts/fc1/kernel", (2, 3, 2, 4), [[110] * 3, [111] * 3]),
+        ("vision/connector/moe/experts/fc2/bias", (3, 3), [120, 120, 120]),
+        (
+            "decoder/run_0/block_0/moe/experts/up_proj/kernel",
+            (5, 3, 2, 4),
+            [[100 + layer] * 3 for layer in range(5)],
+        ),
+    ],
+)
+def test_every_expert_starts_as_the_dense_layer(path, shape, expected):
+    """As many as the target has, layer for layer, in whatever module."""
+    kinds = (True,) * 5
+    value = gather(path, shape, Take(match=".*", upcycle="a"), {"a": with_vision("a", 1)}, kinds)
+    assert value.shape == shape
+    marks = np.asarray(expected, float)
+    expanded = marks.reshape(marks.shape + (1,) * (len(shape) - marks.ndim))
+    np.testing.assert_array_equal(value, np.broadcast_to(expanded, shape))
+
+
+@pytest.mark.parametrize(
+    ("take", "reads"),
+    [
+        # Expert 1 of layer 3 alone, and where all experts are copies, each layer once.
+        ({"experts": ("b", "a", "c")}, [("a", 3)]),
+        ({"upcycle": "a"}, [("a", 3)]),
+    ],
+)
+def test_only_what_is_asked_for_is_read(take, reads):
+    asked = []
+
+    def watched(name: str, mark: float) -> ParamSource:
+        plain = source(name, mark)
+
+        def load(path: str, index) -> np.ndarray:
+            asked.append((name, *index))
+            return plain.load(path, index)
+
+        return replace(plain, load=load)
+
+    sources = {name: watched(name, mark) for mark, name in enumerate("abc", start=1)}
+    path, shape = "decoder/run_0/block_0/moe/experts/up_proj/kernel", (5, 3, 2, 4)
+    start = start_of(path, shape, Take(match=".*", **take), sources, (True,) * 5)
+    assert asked == []
+    index = (slice(3, 4), slice(1, 3) if "upcycle" in take else slice(1, 2), slice(1, 2), slice(4))
+    part = start.read(index, np.dtype("f4"))
+    assert part.dtype == np.float32
+    assert (part == 103).all() and part.shape == (1, index[1].stop - 1, 1, 4)
+    assert asked == [(*read, slice(1, 2), slice(4)) for read in reads]
+
+
+def test_named_experts_of_a_connector():
+    take = Take(match=".*", experts=("b", "a"))
+    sources = {name: with_vision(name, mark) for mark, name in enumerate("ab", start=1)}
+    value = gather("vision/connector/moe/experts/fc2/bias", (2, 3), take, sources, DENSE)
+    np.testing.assert_array_equal(value[:, 0], [220, 120])
+
+
+@pytest.mark.parametrize("kinds", [DENSE, kinds_of("even"), kinds_of((1, 4))])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embed/embedding",
+        "decoder/run_0/block_0/attention/q_proj/kernel",
+        "vision/encoder/layers/moe/experts/fc1/kernel",
+        "vision/encoder/unread_layers/mlp/fc1/kernel",
+        "vision/encoder/pre_norm/scale",
+        "vision/connector/fc1/kernel",
+    ],
+)
+def test_places_of_members(path, kinds):
+    """`place` undoes `members`."""
+    for index, member in layer_parts(path, (3, 2), kinds):
+        assert locate_part(member, kinds) == (path, index)
+
+
+def test_experts_and_dense_layers_name_each_other():
+    for dense in (
+        LayerPart("decoder", 2, "mlp/up_proj/kernel"),
+        LayerPart("encoder", 0, "mlp/fc1/bias", "layers"),
+        LayerPart("connector", None, "fc2/kernel"),
+    ):
+        assert dense.experts.dense == dense
+        assert not dense.experts.is_router
+    for other in (
+        LayerPart("decoder", 2, "attention/q_proj/kernel"),
+        LayerPart("encoder", 0, "mlp_norm/scale", "unread_layers"),
+        LayerPart(None, None, "embed/embedding"),
+        LayerPart("connector", None, "moe/router/linear/kernel"),
+    ):
+        assert other.experts is None
+
+
+def test_takes_name_one_origin():
+    for wrong in ({}, {"source": "a", "upcycle": "b"}, {"upcycle": "fresh"}, {"experts": ()}):
+        with pytest.raises(ValidationError):
+            Take(match=".*", **wrong)
+
+
+def test_a_source_with_fewer_layers_is_named():
+    small = source("small", 1, DENSE[:3])
+    path, take = "decoder/run_0/block_0/mlp/up_proj/kernel", Take(match=".*", source="small")
+    with pytest.raises(ParamError, match="small has 3 decoder layers"):
+        gather(path, (5, 2, 4), take, {"small": small}, DENSE)
+
+
+def test_takes_are_tried_in_order():
+    takes = (
+        Take(match=".*/router/.*", source="fresh"),
+        Take(match=".*/experts/.*", experts=("b", "c", "b")),
+        Take(match=".*", source="a"),
+    )
+    assert origin_of("x/router/kernel", takes) is takes[0]
+    assert origin_of("x/experts/router/kernel", takes) is takes[0]
+    assert origin_of("embed/embedding", takes) is takes[2]
+    with pytest.raises(ParamError, match="embed/embedding"):
+        origin_of("embed/embedding", takes[:2])
+    assert needed_sources(takes) == ["b", "c", "a"]

@@ -1,0 +1,216 @@
+"""One training step on every kind of mesh equals the step on one device.
+
+The smallest model with all modalities, adapters with dropout, router losses, packed rows, and
+experts in every layer of the decoder, of the image encoder and in its connector; everything trains.
+Two routings: what random routers choose, and one in which every token goes to expert 2 and experts
+from 3 on get none. In micro-batches as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests.close import assert_close
+from tests.models.tiny import decoder_config, make_batch, model_config, random_params
+from unimoe_jax.config import (
+    AuxLossConfig,
+    DataConfig,
+    LoaderConfig,
+    LoRARule,
+    MeshConfig,
+    MlpConnectorConfig,
+    MoEConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RouterLossConfig,
+    Rule,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+)
+from unimoe_jax.data.batch import Batch
+from unimoe_jax.nn.moe import exchange
+from unimoe_jax.parallel.placement import place, to_devices
+from unimoe_jax.parallel.sharding import MESH_AXES, make_mesh, replicated, use_mesh
+from unimoe_jax.params.paths import Flat
+from unimoe_jax.params.table import split
+from unimoe_jax.stages.stage import Stage, build_stage
+from unimoe_jax.stages.train_step import init_state, make_train_step
+
+ROWS, LENGTH, EXPERTS = 8, 18, 8
+TOLERANCE = 1e-5
+MESHES = {
+    (8, 1, 1, 1): "auto",
+    (1, 8, 1, 1): "auto",
+    (1, 1, 8, 1): "all_to_all",
+    (1, 1, 1, 8): "auto",
+    (2, 2, 2, 1): "gather",
+    (1, 2, 2, 2): "all_to_all",
+    (2, 1, 4, 1): "all_to_all",
+}
+ROUTERS = ("random", "one_expert")
+ACCUMULATE, GROUPS = 2, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_exchanges():
+    """Buffers of four tokens: of 18 per device, they take several rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "pair_capacity", lambda *sizes: 4)
+        yield
+
+
+def run_config(form: str, additive: bool = False) -> tuple[RunConfig, StageConfig]:
+    """`additive`: without dropout and balance loss, which depend on how rows fall into batches, and
+    with a capacity, which does not."""
+    limit = 0.5 if additive else None
+    moe = MoEConfig(num_experts=EXPERTS, top_k=2, exchange=form, capacity_factor=limit)
+    decoder = decoder_config(
+        num_layers=2, num_kv_heads=2, mlp_dim=16, moe=moe, remat=True, head_dim=4
+    )
+    losses = RouterLossConfig(balance=0.0 if additive else 0.1, router_z=0.01)
+    dropout = 0.0 if additive else 0.2
+    adapters = "decoder/.*/(attention|experts)/.*"
+    stage = StageConfig(
+        name="tune",
+        mixture={"text": 1.0},
+        moe=True,
+        train=(Rule(match=".*", lr=1),),
+        lora=(LoRARule(match=adapters, rank=2, alpha=2, dropout=dropout),),
+        aux=AuxLossConfig(decoder=losses, encoder=losses, connector=losses),
+        # A large eps: where a gradient is rounding noise, Adam would turn it into a full step.
+        optim=OptimConfig(learning_rate=1e-2, steps=10, warmup_ratio=0, eps=1e-3, clip_norm=1.0),
+    )
+    model = model_config(True, decoder=decoder)
+    former = model.audio.connector.model_copy(update={"num_layers": 1})
+    beats = model.audio.encoder.model_copy(update={"embed_size": 8, "num_heads": 8})
+    audio = model.audio.model_copy(update={"connector": former, "encoder": beats})
+    clip = model.vision.encoder.model_copy(update={"moe": moe})
+    sparse = {"encoder": clip, "connector": MlpConnectorConfig(moe=moe)}
+    vision = model.vision.model_copy(update=sparse)
+    run = RunConfig(
+        name="test",
+        model=model.model_copy(update={"audio": audio, "vision": vision}),
+        data=DataConfig(
+            sources={"text": SourceConfig(path="none.json")},
+            loader=LoaderConfig(row_length=LENGTH, rows=ROWS),
+        ),
+        stages=(stage,),
+        precision=PrecisionConfig(compute="float32", frozen="float32"),
+    )
+    return run, stage
+
+
+@cache
+def batch() -> Batch:
+    return make_batch(run_config("auto")[0].model, ROWS, LENGTH, ROWS, media=True)
+
+
+def built(form: str, devices, sizes: tuple[int, ...], additive: bool = False, rules=None):
+    run, config = run_config(form, additive)
+    mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), devices)
+    with use_mesh(mesh, rules):
+        stage = build_stage(run, config, mesh, steps=10)
+    # The trace is the gradient itself.
+    return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer)), mesh
+
+
+@cache
+def params(routers: str) -> Flat:
+    """The same for every mesh. In "one_expert", logits are (s, −s, 0, 0, …): whatever the sign of
+    s, expert 2 is the second choice."""
+    stage, _ = built("auto", jax.devices()[:1], (1, 1, 1, 1))
+    found = random_params(stage.model, batch())
+    if routers == "one_expert":
+        for path in [path for path in found if path.endswith("router/linear/kernel")]:
+            kernel = np.zeros(found[path].shape, np.float32)
+            kernel[..., 0] = found[path][..., 0]
+            kernel[..., 1] = -kernel[..., 0]
+            found[path] = kernel
+    return {path: np.asarray(value) for path, value in found.items()}
+
+
+def steps(form: str, devices, sizes: tuple[int, ...]) -> dict:
+    """{routing: (metrics, gradients, parameters after one step)}."""
+    stage, mesh = built(form, devices, sizes)
+    run = program(stage, mesh)
+    return {name: one_step(stage, mesh, params(name), run) for name in ROUTERS}
+
+
+def program(stage: Stage, mesh, accumulate: int = 1, groups: int = 1):
+    step = make_train_step(
+        stage.model, stage.optimizer, stage.schedule, stage.config.aux, accumulate, groups
+    )
+    return jax.jit(step, out_shardings=(stage.state_shardings(mesh), replicated(mesh)))
+
+
+def one_step(stage: Stage, mesh, values: Flat, run, rules=None):
+    with use_mesh(mesh, rules):
+        placed = {path: place(value, stage.shardings[path]) for path, value in values.items()}
+        trained, frozen = split(placed, stage.infos)
+        state = init_state(trained, stage.optimizer, seed=3)
+        state, metrics = run(state, frozen, to_devices(batch(), mesh))
+    return jax.device_get((metrics, state.optimizer[0].trace, state.trained))
+
+
+@pytest.fixture(scope="module")
+def expected(small_exchanges):
+    return steps("auto", jax.devices()[:1], (1, 1, 1, 1))
+
+
+def test_the_routings_are_what_they_claim(expected):
+    load = {name: metrics["load"].sum(1) for name, (metrics, _, _) in expected.items()}
+    tokens = float(expected["random"][0]["tokens"])
+    assert (load["one_expert"][:, 2] == tokens).all()
+    assert (load["one_expert"][:, 3:] == 0).all()
+    assert (load["random"] > 0).all()
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_equals_one_device(devices, expected, sizes):
+    found = steps(MESHES[sizes], devices, sizes)
+    for name in ROUTERS:
+        assert_same(found[name], expected[name])
+
+
+def assert_same(found, expected, unlike: tuple[str, ...] = ()) -> None:
+    """Metrics but for those `unlike`, gradients and parameters afterwards are equal."""
+    (metrics, gradients, after), (known, wanted, then) = found, expected
+    both = ({k: v for k, v in m.items() if not k.endswith(unlike)} for m in (metrics, known))
+    assert_close(*both, TOLERANCE)
+    # Some gradients are zero but for rounding (a key's bias): no finer than 1% of the whole.
+    norm = float(optax.tree.norm(wanted))
+    assert_close(gradients, wanted, TOLERANCE, floor=0.01 * norm)
+    assert_close(after, then, TOLERANCE)
+
+
+def test_micro_batches_on_an_expert_mesh(devices):
+    """They equal those of one device, and one batch of all rows where the loss is a plain sum; also
+    with all but experts cut by the experts' axis too."""
+
+    def one(devices, sizes, accumulate: int):
+        rules = {"embed": ("fsdp", "expert")}
+        stage, mesh = built("all_to_all", devices, sizes, additive=True, rules=rules)
+        cut = math.prod(sizes)
+        for path, info in stage.infos.items():
+            if path.endswith(("q_proj/kernel", "experts/fc1/kernel")):
+                held = stage.shardings[path].shard_shape(info.shape)
+                assert math.prod(held) * cut == math.prod(info.shape), path
+        run = program(stage, mesh, accumulate, GROUPS)
+        return one_step(stage, mesh, params("random"), run, rules)
+
+    counts = batch().weight_BT.reshape(GROUPS, ACCUMULATE, -1).sum((0, 2))
+    assert counts[0] != counts[1]
+    found = one(devices[:GROUPS], (1, 2, 2, 1), ACCUMULATE)
+    assert min(found[0][name] for name in ("dropped", "encoder_dropped", "connector_dropped")) > 0
+    assert_same(found, one(devices[:1], (1, 1, 1, 1), ACCUMULATE))
+    joined = one(devices[:1], (1, 1, 1, 1), 1)
+    # These are means over micro-batches of what no sum over tokens is.
+    assert_same(found, joined, unlike=("balance", "entropy"))

@@ -1,0 +1,46 @@
+"""`configs/run/tiny.yaml` as a user runs it: in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/run/tiny.yaml"
+STAGES = ("base", "align", "expert_image", "expert_speech", "expert_sound", "tune")
+
+
+def command(folder: Path, cache: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "unimoe_jax.train", "--config", str(TINY)),
+        *(f"output={folder}", f"data.cache={cache}", *arguments),
+    ]
+
+
+def environment(devices: int = 1, quick: bool = False) -> dict[str, str]:
+    """quick: programs that are compiled with little effort, for runs of few steps."""
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags += " --xla_backend_optimization_level=0" if quick else ""
+    return {**os.environ, **own, "XLA_FLAGS": flags}
+
+
+def train(folder: Path, cache: Path, *arguments: str, devices: int = 1, quick: bool = False) -> str:
+    """Runs to the end; returns what it printed, both streams in order."""
+    done = subprocess.run(
+        command(folder, cache, *arguments),
+        env={**environment(devices, quick), "PYTHONUNBUFFERED": "1", "JAX_LOG_COMPILES": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,183 @@
+"""Compile one program and measure it: memory, FLOPs and collectives."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unimoe_jax.compile.decoding import decoding_program
+from unimoe_jax.compile.flops import step_flops
+from unimoe_jax.compile.hlo import Stats, read
+from unimoe_jax.compile.hlo_memory import activation_bytes
+from unimoe_jax.compile.summary import collective_table, too_large
+from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
+from unimoe_jax.data.batch import Batch, batch_spec
+from unimoe_jax.parallel.placement import batch_structs
+from unimoe_jax.parallel.sharding import data_shards
+from unimoe_jax.stages.data import pool_groups
+from unimoe_jax.stages.programs import lower_score, lower_step
+from unimoe_jax.stages.stage import Stage, build_stage
+
+MEDIA_SHARE = 0.5
+
+
+def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
+    """`image=2,speech=10` -> entries per pool group.
+
+    Raises:
+        ConfigError: not of this form, nothing of a medium, or one that the model does not take.
+    """
+    if text is None:
+        return None
+    pairs = re.findall(r"(\w+)=(0*[1-9]\d*)(?:,|$)", text)
+    known, counts = set(model.tokens_per_medium()), dict(pairs)
+    read = ",".join(f"{name}={count}" for name, count in counts.items())
+    if read != text or counts.keys() - known:
+        raise ConfigError(
+            f"--media {text}: wanted NAME=COUNT,…, NAME of {sorted(known)}, each once, COUNT from "
+            "1 up"
+        )
+    return {name: int(count) for name, count in counts.items()}
+
+
+def assumed_batch(
+    run: RunConfig,
+    stage: StageConfig,
+    shards: int,
+    media: Mapping[str, int] | None,
+    program: str = "train",
+) -> tuple[Batch, dict[str, int]]:
+    """(ArraySpecs of the batch of a train or a score step, pool entries per pool group)."""
+    model, loader = run.stage_model(stage), stage.loader or run.data.loader
+    groups = pool_groups(run, stage, shards)
+    tokens = model.tokens_per_medium()
+    if media is None:
+        room = MEDIA_SHARE * loader.rows * loader.row_length / groups
+        media = {name: max(1, round(room / len(tokens) / size)) for name, size in tokens.items()}
+    # Micro-batches are those of an optimizer step: scoring has none, as in `heldout_pipeline`.
+    times = stage.optim.accumulate if program == "train" else 1
+    spec = batch_spec(model, loader.rows * times, loader.row_length, groups * times, dict(media))
+    return spec, dict(media)
+
+
+def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
+    """Bytes per device of what a step is given: exact, from shapes and shardings."""
+    state = stage.state_template(mesh)
+
+    def size(tree: Any) -> int:
+        return sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+            * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    return {
+        "frozen parameters": size(stage.frozen_template()),
+        "trained parameters": size(state.trained),
+        "optimizer": size(state.optimizer),
+        "batch": size(batch_structs(mesh, spec)),
+    }
+
+
+def expert_shards(stage: Stage) -> dict[str, dict[str, Any]]:
+    """How the kernels of experts lie on the mesh: shape, axes that cut it, a device's part."""
+    table = {}
+    for path, info in stage.infos.items():
+        if "/experts/" in path and path.endswith("/kernel"):
+            placed = stage.shardings[path]
+            table[path] = {
+                "shape": list(info.shape),
+                "cut_over": [
+                    list(axes) if isinstance(axes, tuple) else axes for axes in placed.spec
+                ],
+                "per_device": list(placed.shard_shape(info.shape)),
+            }
+    return table
+
+
+def working_memory(compiled: jax.stages.Compiled, text: str) -> dict[str, int]:
+    """Bytes per device that the program, whose HLO is `text`, needs beside its arguments."""
+    sizes = compiled.memory_analysis()
+    activations = activation_bytes(text)
+    return {
+        "activations": activations,
+        "temporaries": sizes.temp_size_in_bytes - activations,
+        "new outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+
+
+def compile_program(
+    run: RunConfig, config: StageConfig, mesh: Mesh, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything that is reported about one program; must run inside `use_mesh`."""
+    report: dict[str, Any] = {"mesh": dict(mesh.shape), "devices": mesh.size}
+    started = time.monotonic()
+    if args.program in ("prefill", "decode"):
+        length = args.length or config_length(run, config)
+        serving = decoding_program(run, config, mesh, args.program, args.rows, length)
+        report |= {"rows": serving.rows, "row_length": serving.length}
+        report["memory"], make = dict(serving.memory), serving.compile
+    else:
+        media = parse_media(args.media, run.stage_model(config))
+        spec, media = assumed_batch(run, config, data_shards(mesh), media, args.program)
+        rows, length = spec.token_id_BT.shape
+        report |= {"rows": rows, "row_length": length, "media_per_pool_group": media}
+        stage = build_stage(run, config, mesh, steps=config.optim.steps or 1000)
+        report["memory"] = memory_classes(stage, mesh, spec)
+        report["experts"] = expert_shards(stage)
+        train = args.program == "train"
+        lowered = lower_step(run, stage, mesh, spec) if train else lower_score(stage, mesh, spec)
+        make = lowered.compile
+    report["trace_seconds"] = round(time.monotonic() - started, 1)
+    started = time.monotonic(), time.process_time()
+    try:
+        compiled = make()
+    except jax.errors.JaxRuntimeError as error:
+        return report | too_large(error)
+    report["compile_seconds"] = round(time.monotonic() - started[0], 1)
+    report["compile_processor_seconds"] = round(time.process_time() - started[1], 1)
+    text = compiled.as_text()
+    if args.hlo:
+        args.hlo.write_text(text)
+    report["memory"] |= working_memory(compiled, text)
+    report["memory"]["sum"] = sum(report["memory"].values())
+    stats = read(text)
+    report |= {
+        "flops_per_device": stats.flops,
+        "flops_per_trip_of_loops_of_unknown_length": stats.flops_unknown,
+        "loops_of_unknown_length": stats.loops_unknown,
+        "collectives": collective_table(stats),
+    }
+    if args.program == "train":
+        report |= _needed(run, config, spec, stats, mesh.size)
+    return report
+
+
+def config_length(run: RunConfig, config: StageConfig) -> int:
+    """Positions of a row of the stage."""
+    return (config.loader or run.data.loader).row_length
+
+
+def _needed(
+    run: RunConfig, config: StageConfig, spec: Batch, stats: Stats, devices: int
+) -> dict[str, float]:
+    """What the model needs, and the ratio of what the program does to it."""
+    needed, experts, head = (flops / devices for flops in step_flops(run, config, spec))
+    # Loops over the rows that were routed to an expert, or over positions with a target, have no
+    # length before they run; nor have those over the tiles that packed rows see, which neither
+    # number holds, nor what the kernel does that TPUs run instead.
+    counted = stats.flops + experts + head
+    return {
+        "flops_needed_per_device": needed,
+        "flops_needed_in_experts_per_device": experts,
+        "flops_needed_in_head_per_device": head,
+        "flops_ratio": counted / needed,
+    }

@@ -1,0 +1,152 @@
+"""YAML files, includes and `a.b.c=value` overrides -> `RunConfig`, and back.
+
+A file may start with `include: [other.yaml, …]` (relative to itself). Included files are merged in
+order, mapping into mapping, the file's own keys last; lists are replaced. A mapping over a list
+changes single items, named by index or, where items have a `name` (stages), by that name.
+Every problem is one line of a `ConfigError`: file, key, value, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from unimoe_jax.config.describe import help_text, suggestion
+from unimoe_jax.config.errors import ConfigError
+from unimoe_jax.config.merge import DEFAULT, RawSettings, dotted, is_set, leaves, show_value
+from unimoe_jax.config.problems import problem_lines
+from unimoe_jax.config.run import RunConfig
+from unimoe_jax.config.yaml_dialect import Dumper, parse
+
+# --------------------------------------------------------------------------- files and merging
+
+
+def _read(path: str, chain: tuple[str, ...], included_by: str | None) -> Iterator[tuple[str, dict]]:
+    """(file, its own keys) of `path` and all it includes, in merge order."""
+    by = f"{included_by}: include = {show_value(path)}: " if included_by else f"{path}: "
+    identity = os.path.realpath(path)
+    if identity in chain:
+        cycle = " -> ".join(os.path.relpath(f) for f in (*chain[chain.index(identity) :], identity))
+        raise ConfigError(f"{by}include cycle {cycle}; remove one of these includes")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{by}not UTF-8 text ({error.reason}); give a YAML file") from error
+    except OSError as error:
+        folder = Path(path).parent
+        near = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
+        hint = suggestion(Path(path).name, near) or (
+            "; includes are relative to the including file" if included_by else "; check the path"
+        )
+        raise ConfigError(f"{by}cannot be read: {error.strerror}{hint}") from error
+    content = parse(text, path)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds {show_value(content)}; allowed: a mapping; write key: value lines"
+        )
+    includes = content.pop("include", [])
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(i, str) and i for i in includes):
+        raise ConfigError(f"{path}: include = {show_value(includes)}: allowed: a list of paths")
+    for include in includes:
+        nested = os.path.normpath(os.path.join(os.path.dirname(path), include))
+        yield from _read(nested, (*chain, identity), path)
+    yield path, content
+
+
+# ------------------------------------------------------------------------------------ public
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and, per dotted leaf key, the file it came from, `default` or `command line`."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+
+def resolve_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Resolved:
+    """Like `load`, but also says where every value came from."""
+    settings = RawSettings()
+    for file, content in _read(os.fspath(path), (), None):
+        settings.files.append(file)
+        settings.merge(settings.data, content, file)
+    for text in overrides:
+        settings.override(text)
+    try:
+        # Strict JSON mode: lists become tuples, but "1" is no number, 1 and "on" are no booleans.
+        config = RunConfig.model_validate_json(_json(settings), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problem_lines(error, settings))) from error
+    try:
+        run_dir(config)
+    except ConfigError as error:
+        raise ConfigError(f"{settings.origin(('output',))}: {error}") from error
+    origins = {}
+    for key, _ in leaves(config.model_dump()):
+        origins[dotted(key)] = settings.origin(key) if is_set(settings, key) else DEFAULT
+    return Resolved(config, origins)
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that `path` and `overrides` describe. Raises ConfigError, one line per problem."""
+    return resolve_config(path, overrides).config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The fully resolved YAML; `load` of it gives an equal config."""
+    return yaml.dump(
+        config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def run_dir(config: RunConfig) -> Path:
+    """The run's directory: `output` with `{name}` expanded. ConfigError for other braces."""
+    text = config.output.replace("{name}", config.name)
+    if not text or re.search(r"[{}]", text):
+        raise ConfigError(
+            f"output = {show_value(config.output)}: allowed: a path in which only {{name}} is "
+            "replaced; remove the other braces"
+        )
+    return Path(text).expanduser()
+
+
+def format_config(config: RunConfig, origins: Mapping[str, str]) -> str:
+    """One line per value, `key = value  # origin`; the keys are valid overrides."""
+    rows = [
+        (f"{dotted(k)} = {show_value(v, limit=None)}", dotted(k))
+        for k, v in leaves(config.model_dump())
+    ]
+    width = min(72, max(len(text) for text, _ in rows))
+    return "\n".join(f"{text:<{width}}  # {origins[key]}" for text, key in rows)
+
+
+def print_config(config: RunConfig, origins: Mapping[str, str]) -> None:
+    """Prints `format_config`."""
+    print(format_config(config, origins))
+
+
+def settings_help() -> str:
+    """All settings by section, with type, default and description; for `--help`."""
+    return help_text(RunConfig)
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+def _json(settings: RawSettings) -> bytes:
+    try:
+        return json.dumps(settings.data, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{settings.files[-1]}: {error}; allowed: text, numbers, true, false, null, lists, "
+            "mappings, and no anchor that contains itself"
+        ) from error

@@ -1,0 +1,210 @@
+"""Recognising what was given, from `config.json` and tensor names, never from folder names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unimoe_jax.checkpoints.manifest import MANIFEST
+from unimoe_jax.convert.reader import (
+    TORCH_SUFFIXES,
+    ConvertError,
+    JsonSettings,
+    Tensors,
+    load_torch,
+    open_file,
+    open_folder,
+    open_torch,
+    read_json,
+    weight_files,
+)
+from unimoe_jax.convert.source_names import ALIGNER, NON_LORA, PROJECTOR, tensors_by_table
+
+Role = Literal["clip", "whisper", "beats", "decoder", "base", "tuned", "experts", "cumo"]
+DECODERS = ("llama", "mistral", "mixtral")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+PROCESSOR_FILE = "preprocessor_config.json"
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """One recognised folder or file.
+
+    config: its config.json (BEATs: its `cfg`); tensors by group (see the tables).
+    """
+
+    role: Role
+    path: Path
+    config: Mapping[str, Any]
+    groups: Mapping[str, Tensors]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Tensors:
+        """The tensors of the only group."""
+        (tensors,) = self.groups.values()
+        return tensors
+
+
+def recognise(paths: Sequence[Path]) -> list[SourceFolder]:
+    """What each path is. A folder of folders stands for its members.
+
+    Raises:
+        ConvertError: nothing is known about a path, or two of them play one role.
+    """
+    sources: list[SourceFolder] = []
+    for path in paths:
+        if not path.exists():
+            raise ConvertError(f"{path}: no such file or folder")
+        sources += _recognise(path)
+    roles = [source.role for source in sources]
+    for source in sources:
+        if roles.count(source.role) > 1:
+            where = ", ".join(str(other.path) for other in sources if other.role == source.role)
+            raise ConvertError(f"two sources are {source.role}: {where}")
+    return sources
+
+
+def _recognise(path: Path) -> list[SourceFolder]:
+    if path.is_file():
+        return [_beats(path)]
+    if any((path / f"{stem}{end}").is_file() for stem in TUNED_MARKS for end in SUFFIXES):
+        return [_tuned(path)]
+    config_file = path / "config.json"
+    if config_file.is_file():
+        return [_hugging_face(path, read_json(config_file))]
+    experts = sorted(file for file in path.glob("mlp_*") if file.suffix in SUFFIXES)
+    if experts:
+        groups = {file.stem: open_file(file) for file in experts}
+        return [SourceFolder("experts", path, {}, groups)]
+    if (path / MANIFEST).is_file() and (path / "params").is_dir():
+        raise ConvertError(f"{path}: is a checkpoint of this package already, no PyTorch folder")
+    members = [member for member in sorted(path.iterdir()) if not member.name.startswith(".")]
+    known = [m for m in members if m.is_dir() or m.suffix in TORCH_SUFFIXES]
+    if not known:
+        raise ConvertError(f"{path}: not recognised: no config.json, no adapters, no experts")
+    return [source for member in known for source in _recognise(member)]
+
+
+def _hugging_face(path: Path, config: JsonSettings) -> SourceFolder:
+    kind = str(config.get("model_type", ""))
+    files = side_files(path)
+    if kind.startswith("clip"):
+        # Without weights it says what kind of encoder a CuMo folder holds.
+        has_weights = any(file.suffix in SUFFIXES for file in path.iterdir())
+        return SourceFolder(
+            "clip", path, config, {"clip": open_folder(path) if has_weights else {}}, files
+        )
+    if kind == "whisper":
+        return SourceFolder("whisper", path, config, {"whisper": open_folder(path)}, files)
+    is_multimodal = any(key in config for key in ("mm_vision_tower", "mm_audio_tower"))
+    if kind in DECODERS and not is_multimodal:
+        return SourceFolder("decoder", path, config, {"base": open_folder(path)}, files)
+    is_llava = kind in LLAVA and config.get("architectures") in (None, ["LlavaLlamaForCausalLM"])
+    if is_multimodal and is_llava:
+        groups = {"base": open_folder(path)}
+        groups |= _named_files(path, BASE_FILES)
+        return SourceFolder("base", path, config, groups, files)
+    if kind in CUMO:
+        return SourceFolder("cumo", path, config, _cumo_groups(path), files)
+    raise ConvertError(
+        f"{path / 'config.json'}: model_type {kind!r}, architectures "
+        f"{config.get('architectures')} are not supported"
+    )
+
+
+LLAVA = ("llava", "llava_llama")
+CUMO = ("llava_mistral", "llava_mixtral")
+CUMO_FILES = {"clip": "clip", "projector": PROJECTOR}
+
+
+def _cumo_groups(path: Path) -> dict[str, Tensors]:
+    """Shards, unless the folder is what the first stage leaves, clip.bin and mm_projector.bin."""
+    beside = _named_files(path, CUMO_FILES)
+    has_shards = any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*"))
+    return ({"base": open_folder(path)} if has_shards or not beside else {}) | beside
+
+
+def _named_files(path: Path, stems: Mapping[str, str]) -> dict[str, Tensors]:
+    """Group -> tensors of the file of that name, safetensors before torch; names as in tables."""
+    groups: dict[str, Tensors] = {}
+    for group, stem in stems.items():
+        for suffix in SUFFIXES:
+            if (path / (stem + suffix)).is_file():
+                groups[group] = tensors_by_table(stem, open_file(path / (stem + suffix)))
+                break
+    return groups
+
+
+BASE_FILES = {"base_projector": PROJECTOR, "base_aligner": ALIGNER}
+SUFFIXES = (".safetensors", ".bin")
+TUNED_MARKS = ("adapter_model", "mlp_gates", NON_LORA)
+TUNED_FILES = {
+    "tuned": NON_LORA,
+    "peft": "adapter_model",
+    "aligner": ALIGNER,
+    "gates": "mlp_gates",
+    "fm": "fm_adapter",
+}
+
+
+def _tuned(path: Path) -> SourceFolder:
+    groups = _named_files(path, TUNED_FILES)
+    ranks = {
+        int(match[1]): file
+        for file in path.iterdir()
+        if (match := re.fullmatch(r"(\d+)_mlp_experts\.(bin|safetensors)", file.name))
+    }
+    if sorted(ranks) != list(range(len(ranks))):
+        raise ConvertError(f"{path}: expert files of ranks {sorted(ranks)}: some are missing")
+    for rank, file in ranks.items():
+        groups[f"file{rank}"] = open_file(file)
+    config = read_json(path / "config.json")
+    has_adapters = "peft" in groups or (path / "adapter_config.json").is_file()
+    config["_peft"] = read_json(path / "adapter_config.json") if has_adapters else {}
+    return SourceFolder("tuned", path, config, groups, side_files(path))
+
+
+def _beats(path: Path) -> SourceFolder:
+    content = load_torch(path) if path.suffix in TORCH_SUFFIXES else {}
+    cfg, model = content.get("cfg"), content.get("model")
+    if not isinstance(cfg, Mapping) or not isinstance(model, Mapping):
+        raise ConvertError(f"{path}: not recognised: only BEATs files {{cfg, model}} stand alone")
+    return SourceFolder("beats", path, JsonSettings(path, cfg), {"beats": open_torch(path, model)})
+
+
+def side_files(path: Path) -> dict[str, Path]:
+    """Tokenizer and processor files in a folder."""
+    names = (*TOKENIZER_FILES, PROCESSOR_FILE)
+    return {name: path / name for name in names if (path / name).is_file()}
+
+
+def licences(path: Path) -> list[str]:
+    """Licences that a source names: licence files, and the front matter of its README."""
+    folder = path if path.is_dir() else path.parent
+    found = [str(folder / name) for name in LICENCE_FILES if (folder / name).is_file()]
+    readme = folder / "README.md"
+    if readme.is_file():
+        head = readme.read_text(errors="replace").split("---")
+        named = re.search(r"^license:\s*(\S+)", head[1], re.MULTILINE) if len(head) > 2 else None
+        found += [named[1]] if named else []
+    return found
+
+
+def source_files(source: SourceFolder) -> list[Path]:
+    """Every weight file of a source."""
+    if source.role in ("clip", "whisper", "decoder") and source.weights:
+        return weight_files(source.path)
+    files = {tensor.file for group in source.groups.values() for tensor in group.values()}
+    return sorted(files)

@@ -1,0 +1,147 @@
+"""Settings, tokenizer and template of a checkpoint that is to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from unimoe_jax.checkpoints.checksums import check_files
+from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest, read_settings, run_file_of
+from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config.load import load_config
+from unimoe_jax.data.conversation import TEMPLATES
+from unimoe_jax.data.sources import load_tokenizer
+from unimoe_jax.data.tokenizer import Tokenizer
+from unimoe_jax.generate.errors import GenerationError
+
+MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
+TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint and what belongs to it. folder: with params and manifest."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    template: str
+    generation: Mapping[str, Any]
+
+
+def find(path: Path, template: str | None) -> Found:
+    """What lies at `path`, parameters not read yet."""
+    if not path.is_dir():
+        raise GenerationError(f"{path}: no such folder; give a run directory or a checkpoint")
+    run_file = path / "config.yaml"
+    if run_file.is_file():
+        run = _run(run_file)
+        stage = _last_whole_stage(run, path)
+        return _of_run(run, stage, path / "checkpoints" / stage.name / "final", template)
+    if not (path / MANIFEST).is_file():
+        inside = path / "final"
+        if (inside / MANIFEST).is_file():
+            return find(inside, template)
+        raise GenerationError(
+            f"{path}: neither config.yaml of a run nor {MANIFEST} of a checkpoint; PyTorch folders "
+            "are converted first: python -m unimoe_jax.convert import --from … --to …"
+        )
+    if (path / MODEL_FILE).is_file():
+        return _of_import(path, template)
+    run_file = run_file_of(path)
+    if run_file is None:
+        raise GenerationError(
+            f"{path}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
+            "settings are unknown"
+        )
+    run, name = _run(run_file), read_manifest(path).get("stage")
+    stage = next((stage for stage in run.stages if stage.name == name), None)
+    if stage is None:
+        raise GenerationError(f"{path}: {run_file} has no stage {name}")
+    return _of_run(run, stage, path, template)
+
+
+def _run(file: Path) -> RunConfig:
+    try:
+        return load_config(file)
+    except ConfigError as error:
+        raise GenerationError(str(error)) from error
+
+
+def _last_whole_stage(run: RunConfig, folder: Path) -> StageConfig:
+    for stage in reversed(run.stages):
+        final = folder / "checkpoints" / stage.name / "final"
+        if stage.leaves == "all" and (final / MANIFEST).is_file():
+            return stage
+    raise GenerationError(f"{folder}: no finished stage that leaves a whole model")
+
+
+def _of_run(run: RunConfig, stage: StageConfig, folder: Path, template: str | None) -> Found:
+    config = run.stage_model(stage)
+    tokenizer, file = load_tokenizer(run)
+    own = getattr(stage, "template", None) or run.data.template
+    if template is None and own == "plain":
+        raise GenerationError(
+            f"{folder}: stage {stage.name} learned captions (template plain), not conversations; "
+            "choose a template, e.g. --template vicuna_v1"
+        )
+    side = file.parent / GENERATION_FILE
+    generation = _json(side) if side.is_file() else {}
+    return Found(folder, config, tokenizer, template or own, generation)
+
+
+def _of_import(folder: Path, template: str | None) -> Found:
+    check_files(folder)  # before any of them is parsed
+    manifest = read_manifest(folder)
+    try:
+        config = ModelConfig.model_validate(read_settings(folder / MODEL_FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GenerationError(
+            f"{folder / MODEL_FILE}: not a whole model: {where}: {first['msg']}; generation needs "
+            "embedding, decoder and head"
+        ) from error
+    family = str(manifest.get("family", ""))
+    known = next((name for start, name in TEMPLATE_OF_FAMILY if family.startswith(start)), None)
+    known = manifest.get("template") or known
+    if template is None and known not in TEMPLATES:
+        raise GenerationError(
+            f"{folder}: no template is known for family {family!r}; choose one with --template"
+        )
+    tokenizer, rows = _tokenizer(folder), config.decoder.vocab_size
+    if tokenizer.vocab_size > rows:  # looked up, the rest would all be the last row
+        raise GenerationError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, but the model's "
+            f"vocab_size is {rows}; copy the tokenizer.model that belongs to it there"
+        )
+    side = folder / GENERATION_FILE
+    generation = _json(side) if side.is_file() else {}
+    return Found(folder, config, tokenizer, template or known, generation)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError as error:
+        raise GenerationError(f"{folder}: {error}; copy tokenizer.model there") from error
+    except (RuntimeError, ValueError, AttributeError) as error:  # SentencePiece's, then JSON's
+        raise GenerationError(
+            f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}; copy "
+            "tokenizer.model and tokenizer_config.json again from the source"
+        ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise GenerationError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise GenerationError(f"{file}: expected an object")
+    return content

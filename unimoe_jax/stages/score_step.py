@@ -1,0 +1,31 @@
+"""The jitted step that scores a batch by exact match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from unimoe_jax.data.batch import Batch
+from unimoe_jax.models.unimoe import UniMoE
+from unimoe_jax.params.paths import nest
+
+
+def make_score_step(model: UniMoE):
+    """`score(params, batch) -> (exact_BS, real_BS)`, bool per row and segment (segment s+1).
+
+    A sample is exact when greedy decoding would answer it to the letter, see `TokenLoss`; real
+    when it has targets at all. S is half the row length: a sample takes two positions or more.
+    """
+
+    def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        rngs = {"router": jax.random.key(0)}
+        exact_BT = model.apply({"params": nest(params)}, batch, "exact", rngs=rngs).loss.exact_BT
+        segment_BTS = jax.nn.one_hot(batch.segment_BT - 1, batch.segment_BT.shape[1] // 2)
+        targets_BS = jnp.einsum("bt,bts->bs", batch.weight_BT, segment_BTS)
+        wrong_BS = jnp.einsum("bt,bts->bs", 1.0 - exact_BT, segment_BTS)
+        real_BS = targets_BS > 0
+        return real_BS & (wrong_BS == 0), real_BS
+
+    return score

@@ -1,0 +1,158 @@
+"""What a run would do, without compiling anything: parameters, memory, rendered samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from unimoe_jax.checkpoints.origins import needed_sources
+from unimoe_jax.checkpoints.sources import ParamSource
+from unimoe_jax.config import DataConfig, RunConfig, StageConfig
+from unimoe_jax.config.load import dump_config, run_dir
+from unimoe_jax.data.sources import PREFIX, load_tokenizer, resolve_sources
+from unimoe_jax.nn.head import block_size
+from unimoe_jax.parallel.sharding import data_shards, param_sharding, planned_mesh, use_mesh
+from unimoe_jax.params.table import ParamInfo, describe
+from unimoe_jax.stages.data import pool_groups, stage_pipeline
+from unimoe_jax.stages.stage import parameter_table
+from unimoe_jax.train.preflight import check_start, promised
+
+SAMPLES = 3
+CHECKPOINT = "checkpoint:"
+GIB = 2**30
+
+
+def dry_run(config: RunConfig, only: str | None = None) -> None:
+    """Print the resolved settings, and per stage (or of `only` that one) the parameter table, the
+    memory per device, the token budget per modality and three rendered samples.
+
+    Sources whose files are not on this machine are listed and left out: a run file may be checked
+    far from its data.
+
+    Raises:
+        CheckpointError, ConfigError, ParamError, ShardingError: settings that could not run.
+    """
+    print(dump_config(config))
+    mesh = planned_mesh(config.mesh)
+    print(f"mesh {dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))}\n")
+    data, missing = _present(config.data)
+    for name, path in missing.items():
+        print(f"data.sources.{name}: {path} is not here; its samples are not shown")
+    tokenizer_here = config.tokenizer == "embedded" or Path(config.tokenizer).exists()
+    if not tokenizer_here:
+        print(f"tokenizer: {config.tokenizer} is not here; no samples are shown")
+    to_come = _absent(config)
+    with use_mesh(mesh, config.mesh.rules):
+        for stage in config.stages:
+            infos = parameter_table(config, stage)
+            to_come[stage.name] = promised(config, stage, infos)
+            if only not in (None, stage.name):
+                continue
+            print(f"\n{'=' * 12} stage {stage.name} {'=' * 12}")
+            groups = pool_groups(config, stage, data_shards(mesh))
+            check_start(config, stage, infos, run_dir(config), to_come)
+            shardings = {
+                path: param_sharding(mesh, path, info.shape, info.axes)
+                for path, info in infos.items()
+            }
+            print(describe(infos, shardings))
+            print(origins(config, stage))
+            print(components(infos))
+            print(memory(config, stage, infos, shardings, data_shards(mesh)))
+            if tokenizer_here and not missing.keys() & stage.mixture.keys():
+                print(_samples(config, stage, data, groups))
+
+
+def _present(data: DataConfig) -> tuple[DataConfig, dict[str, str]]:
+    missing = {
+        name: source.path
+        for name, source in data.sources.items()
+        if not source.path.startswith(PREFIX) and not Path(source.path).is_file()
+    }
+    kept = {name: s for name, s in data.sources.items() if name not in missing}
+    return resolve_sources(data.model_copy(update={"sources": kept})), missing
+
+
+def _absent(config: RunConfig) -> dict[str, ParamSource | None]:
+    """Checkpoints that are not on this machine, of which nothing is known."""
+    takes = [take for stage in config.stages for take in stage.init]
+    names = [name for name in needed_sources(takes) if name.startswith(CHECKPOINT)]
+    return {n: None for n in names if not Path(n.removeprefix(CHECKPOINT)).expanduser().is_dir()}
+
+
+def origins(config: RunConfig, stage: StageConfig) -> str:
+    """Where the parameters start, in the order in which it is tried."""
+    earlier = {s.name for s in config.stages}
+    lines = []
+    for take in stage.init:
+        for name in take.origins:
+            folder = Path(name.removeprefix(CHECKPOINT)).expanduser()
+            here = name == "fresh" or name in earlier or folder.is_dir()
+            label = name if here else f"{folder} is not here"
+            label += " (every expert)" if take.upcycle else ""
+            lines.append(f"  {take.match:<48}{label}")
+    return "starts from\n" + "\n".join(lines) + "\n"
+
+
+def components(infos: dict[str, ParamInfo]) -> str:
+    """Millions of parameters by part of the model, in all and trained."""
+    total: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    for path, info in infos.items():
+        first, second, *_ = path.split("/")
+        name = f"{first} {second}" if second in ("encoder", "connector") else "language model"
+        total[name] = total.get(name, 0) + info.size
+        trained[name] = trained.get(name, 0) + info.trained * info.size
+    rows = [*total.items(), ("sum", sum(total.values()))]
+    trained["sum"] = sum(trained.values())
+    head = f"{'millions of parameters':<40}{'all':>10}{'trained':>12}"
+    lines = [f"  {name:<38}{n / 1e6:>10,.1f}{trained[name] / 1e6:>12,.1f}" for name, n in rows]
+    return "\n".join([head, *lines]) + "\n"
+
+
+def memory(
+    config: RunConfig,
+    stage: StageConfig,
+    infos: dict[str, ParamInfo],
+    shardings: dict,
+    shards: int,
+) -> str:
+    """Estimate of memory per device. Parameters, gradients and moments, which have the dtype of
+    their parameters, are exact; activations are what rematerialisation keeps (one stream per
+    layer) plus a block of logits twice in float32."""
+
+    def total(trained: bool) -> int:
+        size = 0
+        for path, info in infos.items():
+            if info.trained is trained:
+                shape = shardings[path].shard_shape(info.shape)
+                size += int(np.prod(shape, dtype=np.int64)) * jnp.dtype(info.dtype).itemsize
+        return size
+
+    loader = stage.loader or config.data.loader
+    tokens = loader.rows * loader.row_length // shards
+    decoder = config.model.decoder
+    width = jnp.dtype(config.precision.compute).itemsize
+    streams = tokens * decoder.hidden_size * decoder.num_layers * width
+    parts = {
+        "frozen parameters": total(False),
+        "trained parameters": total(True),
+        "gradients": total(True),
+        "optimizer moments": 2 * total(True),
+        "layer inputs (estimate)": streams,
+        "logits of a block (estimate)": 2 * 4 * block_size(tokens) * decoder.vocab_size,
+    }
+    lines = [f"  {name:<38}{size / GIB:>10.3f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'sum':<38}{sum(parts.values()) / GIB:>10.3f} GiB")
+    return "memory per device\n" + "\n".join(lines)
+
+
+def _samples(config: RunConfig, stage: StageConfig, data: DataConfig, groups: int) -> str:
+    tokenizer, _ = load_tokenizer(config)
+    pipeline = stage_pipeline(config, stage, data, tokenizer, groups)
+    budget = pipeline.token_budget()
+    lines = [f"{pipeline.steps_per_epoch} steps per epoch, tokens per epoch by modality:"]
+    lines += [f"  {name:<8}{count:>14,}" for name, count in budget.items()]
+    return "\n".join([*lines, "", *pipeline.preview(SAMPLES)])
