@@ -1,6 +1,6 @@
 """Who may import whom: every package has a level, and imports only from the levels below its own.
 
-The same table is in CONTRIBUTING.md. A new package needs a line in `LEVELS`, or the tests here fail.
+The same table is in CONTRIBUTING.md. A new package needs a line in `LEVELS`, or tests fail.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def test_models_take_only_the_batch_from_data():
 
 
 def test_torch_stays_in_conversion_and_parity():
-    """Benchmarks may run torch beside this package; nothing else that ships or is tested needs it."""
+    """Nothing else that ships, and no other test, may need torch; benchmarks run it beside us."""
     for path in [*FILES, *(ROOT / "tests").rglob("*.py")]:
         if not re.match(r"unimoe_jax/convert/|tests/parity/", str(path.relative_to(ROOT))):
             assert "torch" not in frameworks(path), path
