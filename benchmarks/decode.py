@@ -32,13 +32,13 @@ PROMPT, NEW = 128, 64
 def prepare(folder: Path, size: str) -> dict:
     """Weights of the decoder, embedding and head as a file; its settings."""
     from unimoe_jax.config import ModelConfig
-    from unimoe_jax.config import load as config_io
+    from unimoe_jax.config.load import load_config
     from unimoe_jax.models.declare import full_batch
     from unimoe_jax.models.unimoe import UniMoE
     from unimoe_jax.nn.linear import LayerOptions
     from unimoe_jax.params.table import declared
 
-    run = config_io.load(common.ROOT / common.RUN_FILES[size])
+    run = load_config(common.ROOT / common.RUN_FILES[size])
     config = ModelConfig(decoder=run.model.decoder)
     random = np.random.default_rng(0)
     arrays = {}
@@ -95,12 +95,11 @@ def jax_side(folder: Path, precision: str):
 
     from unimoe_jax.config import MeshConfig, ModelConfig
     from unimoe_jax.generate.engine.engine import Engine
-    from unimoe_jax.generate.engine.program_cache import ProgramCache as Programs
+    from unimoe_jax.generate.engine.program_cache import ProgramCache
     from unimoe_jax.generate.engine.sequence import Sequence
     from unimoe_jax.generate.engine.settings import Sampling
     from unimoe_jax.generate.loader import logical_axes
-    from unimoe_jax.models.inference_decoder import InferenceDecoder as ServedDecoder
-    from unimoe_jax.models.inference_decoder import inference_weights as serve
+    from unimoe_jax.models.inference_decoder import InferenceDecoder, inference_weights
     from unimoe_jax.parallel.sharding import make_mesh
 
     config = ModelConfig.model_validate_json((folder / "model.json").read_text())
@@ -112,10 +111,10 @@ def jax_side(folder: Path, precision: str):
         del names
         return jnp.asarray(value, "float32" if "/router/" in path else dtype)
 
-    weights = serve(config.decoder, params, logical_axes(config), "separate", place)
-    programs = Programs(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    engine = Engine(ServedDecoder(config.decoder, dtype), weights, programs, eos=())
-    traced = Engine(engine.decoder, weights, Programs(programs.mesh), (), frozenset({"logits"}))
+    weights = inference_weights(config.decoder, params, logical_axes(config), "separate", place)
+    programs = ProgramCache(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    engine = Engine(InferenceDecoder(config.decoder, dtype), weights, programs, eos=())
+    traced = Engine(engine.decoder, weights, ProgramCache(programs.mesh), (), frozenset({"logits"}))
     soft = np.zeros((0, config.decoder.hidden_size), dtype)
 
     def sequences(batch: int, new: int) -> list[Sequence]:

@@ -21,6 +21,7 @@ import numpy as np
 from unimoe_jax.config import LoaderConfig, RunConfig
 from unimoe_jax.config.load import load_config
 from unimoe_jax.config.media import MEDIA
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.data.plan import BatchPlan, Samples
 from unimoe_jax.data.sources import load_tokenizer, resolve_sources
@@ -45,11 +46,12 @@ BATCHES = {
 def pipeline_for(run: RunConfig, stage_name: str, **changes) -> Pipeline:
     """The pipeline of a stage with other loader settings, on one data shard."""
     stage = next(stage for stage in run.stages if stage.name == stage_name)
-    loader = (stage.loader or run.data.loader).model_copy(update=changes)
+    loader = resolve_stage(run, stage).loader.model_copy(update=changes)
     LoaderConfig.model_validate(loader.model_dump())
     data = resolve_sources(run.data)
     tokenizer, _ = load_tokenizer(run)
-    return stage_pipeline(run, stage.model_copy(update={"loader": loader}), data, tokenizer, 1)
+    changed = stage.model_copy(update={"loader": loader})
+    return stage_pipeline(resolve_stage(run, changed), data, tokenizer, 1)
 
 
 def samples_in(pipeline: Pipeline, step: int) -> int:

@@ -17,9 +17,9 @@ SAMPLES = ("equal", "varied")
 def make_stage(size: str, name: str):
     """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
     from unimoe_jax.config import OptimConfig, Rule, Take
-    from unimoe_jax.config import load as config_io
+    from unimoe_jax.config.load import load_config
 
-    run = config_io.load(common.ROOT / common.RUN_FILES[size])
+    run = load_config(common.ROOT / common.RUN_FILES[size])
     stage = next(stage for stage in run.stages if stage.name == "tune")
     changes = {
         "init": (Take(match=".*", source="fresh"),),
@@ -41,6 +41,7 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
     import jax
 
     from unimoe_jax.config import MeshConfig
+    from unimoe_jax.config.stage_settings import resolve_stage
     from unimoe_jax.nn.stack import where_is
     from unimoe_jax.parallel.sharding import make_mesh, use_mesh
     from unimoe_jax.stages.initial_params import initial_params
@@ -49,7 +50,7 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
     run, stage = make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use_mesh(mesh):
-        built = build_stage(run, stage, mesh, 10_000)
+        built = build_stage(resolve_stage(run, stage), mesh, 10_000)
         params = initial_params(built, {}, mesh, 0)
     random = np.random.default_rng(1)
     for path, value in params.items():
@@ -58,18 +59,18 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
             noise = random.standard_normal(value.shape, dtype=np.float32)
             params[path] = 0.01 * noise
     np.savez(folder / "params.npz", **{path: np.asarray(v) for path, v in params.items()})
-    vision = built.model_config.vision
+    vision = built.settings.model.vision
     side = vision.encoder.image_size if signature == "image" else None
     media = 1 + vision.num_tokens if side else 0
     lengths, room = varied_samples(media) if samples == "varied" else equal_samples()
-    vocabulary = built.model_config.decoder.vocab_size
+    vocabulary = built.settings.model.decoder.vocab_size
     batch = make_batch(vocabulary, (room, side), vision.num_tokens, lengths)
     np.savez(folder / "batch.npz", **batch)
-    kinds = built.model_config.decoder.moe_layers()
+    kinds = built.settings.model.decoder.moe_layers()
     description = {
         "parameters": sum(info.size for info in built.infos.values()),
         "trained": [path for path, info in built.infos.items() if info.trained],
-        "model": built.model_config.model_dump(),
+        "model": built.settings.model.model_dump(),
         "lora": [rule.model_dump() for rule in stage.lora],
         "aux": stage.aux.model_dump(),
         "places": [
@@ -97,8 +98,7 @@ def varied_samples(media: int) -> tuple[list[list[int]], int]:
     PyTorch's side, padded one to a row.
     """
     from unimoe_jax.config import MEDIA, LoaderConfig
-    from unimoe_jax.data.plan import BatchPlan as Plan
-    from unimoe_jax.data.plan import Samples
+    from unimoe_jax.data.plan import BatchPlan, Samples
 
     random = np.random.default_rng(8)
     tokens = media + common.text_lengths(random, EPOCH, ROW_LENGTH - media)
@@ -107,7 +107,7 @@ def varied_samples(media: int) -> tuple[list[list[int]], int]:
     source, record = np.zeros(EPOCH, np.int64), np.arange(EPOCH)
     loader = LoaderConfig(row_length=ROW_LENGTH, rows=ROWS)
     samples = Samples(source, record, tokens, entries, ("made up",), (1.0,))
-    plan = Plan(samples, loader, 0, 1, True)
+    plan = BatchPlan(samples, loader, 0, 1, True)
     epoch = plan.epoch(0)
     batches = [
         [tokens[epoch.row(row)].tolist() for row in rows]

@@ -46,6 +46,7 @@ def jax_side(folder: Path, size: str, name: str):
     import jax
 
     from unimoe_jax.config import MeshConfig
+    from unimoe_jax.config.stage_settings import resolve_stage
     from unimoe_jax.data.batch import Batch
     from unimoe_jax.parallel.placement import place
     from unimoe_jax.parallel.sharding import make_mesh, use_mesh
@@ -60,7 +61,7 @@ def jax_side(folder: Path, size: str, name: str):
     run, stage = train_case.make_stage(size, name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use_mesh(mesh):
-        built = build_stage(run, stage, mesh, 10_000)
+        built = build_stage(resolve_stage(run, stage), mesh, 10_000)
     with np.load(folder / "params.npz") as arrays:
         params = {path: place(arrays[path], built.shardings[path]) for path in arrays}
     with np.load(folder / "batch.npz") as arrays:

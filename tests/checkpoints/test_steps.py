@@ -80,7 +80,7 @@ def no_message(text: str) -> None:
 
 def test_newest_step_comes_back(saved, mesh):
     expected = state_on(mesh, PartitionSpec("fsdp"), 3)
-    step, state, position = saved.restore_latest(template_of(expected), tell=no_message)
+    step, state, position = saved.restore_latest(template_of(expected), announce=no_message)
     assert step == 3
     assert position == {"row": 30, "source": "text"}
     jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -110,7 +110,7 @@ def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, m
         with pytest.raises(WriteError, match=r"steps/2: cannot be written \(No space left on"):
             checkpoints.finish()
     with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
-        step, *_ = checkpoints.restore_latest(template_of(state), tell=lambda text: None)
+        step, *_ = checkpoints.restore_latest(template_of(state), announce=lambda text: None)
     assert step == 1
 
 
@@ -154,13 +154,13 @@ def test_a_damaged_step_is_named_and_passed_over(saved, mesh):
         verify(saved.folder / "3")
     told = []
     template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
-    step, state, position = saved.restore_latest(template, tell=told.append)
+    step, state, position = saved.restore_latest(template, announce=told.append)
     assert (step, int(state.step), position["row"]) == (2, 2, 20)
     assert len(told) == 1
     assert "step 3" in told[0]
 
     (saved.folder / "2" / SUMS).unlink()
-    assert saved.restore_latest(template, tell=told.append) is None
+    assert saved.restore_latest(template, announce=told.append) is None
     assert "incomplete" in told[-1]
 
 
@@ -168,7 +168,7 @@ def test_a_damaged_step_is_moved_aside_and_can_be_written_again(saved, mesh):
     flip_a_byte(saved.folder / "3")
     told = []
     template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
-    assert saved.restore_latest(template, tell=told.append)[0] == 2
+    assert saved.restore_latest(template, announce=told.append)[0] == 2
     aside = saved.folder.with_name("unusable") / "3"
     assert aside.is_dir()
     assert not (saved.folder / "3").exists()
@@ -176,7 +176,7 @@ def test_a_damaged_step_is_moved_aside_and_can_be_written_again(saved, mesh):
 
     saved.save(3, state_on(mesh, PartitionSpec("fsdp"), 3), {"row": 30})
     saved.finish()
-    assert saved.restore_latest(template, tell=no_message)[0] == 3
+    assert saved.restore_latest(template, announce=no_message)[0] == 3
 
 
 def test_a_step_tells_what_trained_before_anything_is_opened(saved, tmp_path):

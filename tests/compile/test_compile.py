@@ -24,6 +24,7 @@ from unimoe_jax.compile.summary import report_path, verdict
 from unimoe_jax.compile.targets import target_devices
 from unimoe_jax.config import ConfigError
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.nn.attention.packed import attend_packed, tiles_of
 from unimoe_jax.parallel.sharding import ShardingError, make_mesh, use_mesh
 
@@ -310,8 +311,8 @@ def test_neither_count_holds_what_attention_does_between_tiles():
 def test_experts_need_top_k_times_a_layer():
     run = load_config(CONFIG)
     stage = run.stages[0].model_copy(update={"lora": ()})
-    spec, _ = assumed_batch(run, stage, 1, None)
-    total, experts, head = step_flops(run, stage, spec)
+    spec, _ = assumed_batch(resolve_stage(run, stage), 1, None)
+    total, experts, head = step_flops(resolve_stage(run, stage), spec)
     decoder, tokens = run.model.decoder, np.prod(spec.token_id_BT.shape)
     kernels = 3 * decoder.hidden_size * decoder.mlp_dim
     # Frozen experts: forward and the gradient of their input, no gradient of weights.
@@ -319,7 +320,7 @@ def test_experts_need_top_k_times_a_layer():
     assert head == 2 * (2 * tokens * decoder.hidden_size * decoder.vocab_size)
     three = decoder.model_copy(update={"moe": decoder.moe.model_copy(update={"top_k": 3})})
     more = run.model_copy(update={"model": run.model.model_copy(update={"decoder": three})})
-    assert step_flops(more, stage, spec).total - total == pytest.approx(experts / 2)
+    assert step_flops(resolve_stage(more, stage), spec).total - total == pytest.approx(experts / 2)
 
 
 # --------------------------------------------------------------------------------- the program
@@ -327,19 +328,21 @@ def test_experts_need_top_k_times_a_layer():
 
 def test_batches_are_half_soft_tokens_unless_told():
     run = load_config(CONFIG)
-    spec, media = assumed_batch(run, run.stages[0], 4, None)
+    spec, media = assumed_batch(resolve_stage(run, run.stages[0]), 4, None)
     assert spec.token_id_BT.shape == (8, 64)
     # Four groups of 128 positions: 64 for two media of 16 tokens.
     assert media == {"image": 2, "video": 2}
     assert spec.image_GIHWC.shape == (4, 2, 48, 48, 3)
     assert parse_media("image=3", run.model) == {"image": 3}
-    assert assumed_batch(run, run.stages[0], 4, {"image": 3})[0].video_GIFHWC is None
+    assert assumed_batch(resolve_stage(run, run.stages[0]), 4, {"image": 3})[0].video_GIFHWC is None
 
 
 def test_only_optimizer_steps_hold_micro_batches():
     run = load_config(CONFIG, ["stages.tune.optim.accumulate=3"])
     rows = {
-        program: assumed_batch(run, run.stages[0], 4, None, program)[0].token_id_BT.shape[0]
+        program: assumed_batch(resolve_stage(run, run.stages[0]), 4, None, program)[
+            0
+        ].token_id_BT.shape[0]
         for program in ("train", "score")
     }
     assert rows == {"train": 24, "score": 8}
@@ -405,7 +408,9 @@ def test_a_cache_must_divide_over_the_mesh(devices, program):
     mesh = make_mesh(run.mesh, devices[:2])
     said = r"^model.decoder.num_kv_heads = 1 does not divide over mesh.tensor = 2; allowed: 1 "
     with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
-        decoding_program(run, run.stages[0], mesh, program, 2, 8)
+        decoding_program(
+            resolve_stage(run, run.stages[0]), mesh, run.mesh.rules, program, rows=2, length=8
+        )
 
 
 @pytest.mark.parametrize("program", ["prefill", "decode"])
@@ -416,7 +421,9 @@ def test_a_cache_is_cut_once_over_an_axis(devices, program):
     mesh = make_mesh(run.mesh, devices[:2])
     said = "the cache of keys and values: .*; change mesh.rules.batch or mesh.rules.kv_heads"
     with use_mesh(mesh.abstract_mesh, run.mesh.rules), pytest.raises(ShardingError, match=said):
-        decoding_program(run, run.stages[0], mesh, program, 2, 8)
+        decoding_program(
+            resolve_stage(run, run.stages[0]), mesh, run.mesh.rules, program, rows=2, length=8
+        )
 
 
 @pytest.mark.parametrize(
@@ -432,7 +439,10 @@ def test_programs_of_generation_are_of_the_size_that_is_reported(devices, progra
     run = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     mesh = make_mesh(run.mesh, devices[:2])
     with use_mesh(mesh.abstract_mesh):
-        made = decoding_program(run, run.stages[0], mesh, program, *asked)
+        rows, length = asked
+        made = decoding_program(
+            resolve_stage(run, run.stages[0]), mesh, {}, program, rows=rows, length=length
+        )
         assert (made.rows, made.length) == compiled
         logits, *_ = jax.tree.leaves(made.compile().out_info)
         if program == "prefill":

@@ -13,6 +13,7 @@ import pytest
 from unimoe_jax.checkpoints.origins import origin_of
 from unimoe_jax.config import MODULES, MeshConfig, RunConfig, StageConfig
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.parallel.sharding import (
     data_shards,
     make_mesh,
@@ -50,7 +51,7 @@ def stage_of(run: str, name: str) -> StageConfig:
 def table(run: str, stage: str) -> Mapping[str, ParamInfo]:
     config = load(run)
     with use_mesh(planned_mesh(config.mesh), config.mesh.rules):
-        return parameter_table(config, stage_of(run, stage))
+        return parameter_table(resolve_stage(config, stage_of(run, stage)))
 
 
 def count(infos: Mapping[str, ParamInfo], pattern: str) -> int:
@@ -77,7 +78,7 @@ def test_rules_fit_the_model_and_the_mesh(run, stage):
     with use_mesh(mesh, config.mesh.rules):
         for path, info in infos.items():
             param_sharding(mesh, path, info.shape, info.axes)
-        loader = stage_of(run, stage).loader or config.data.loader
+        loader = resolve_stage(config, stage_of(run, stage)).loader
         sized = -1 not in (config.mesh.data, config.mesh.fsdp, config.mesh.expert)
         assert not sized or loader.rows % data_shards(mesh) == 0
 
@@ -307,7 +308,7 @@ def test_cumo_stages_are_the_published_ones(run):
     ]
     models = [load(run).stage_model(stage) for stage in (pt, pft, sft)]
     assert [model.vision.aspect for model in models] == ["square", "pad", "pad"]
-    lengths = [(stage.loader or load(run).data.loader).row_length for stage in (pt, pft, sft)]
+    lengths = [resolve_stage(load(run), stage).loader.row_length for stage in (pt, pft, sft)]
     assert lengths == [2048, 4096, 4096]
     own = {"decoder"} if run == "cumo_mixtral_8x7b" else set()
     assert [set(model.experts()) for model in models] == [own, own, {"encoder", "connector"} | own]
@@ -344,7 +345,7 @@ def test_dry_run_counts_gradients_and_moments_in_their_dtype(dtype: str, gib: in
     config = load("tiny")
     stage, info = config.stages[0], ParamInfo("w", (2**29,), (None,), 1.0, True, dtype)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    text = memory(config, stage, {"w": info}, {"w": replicated(mesh)}, 1)
+    text = memory(resolve_stage(config, stage), {"w": info}, {"w": replicated(mesh)}, 1)
     found = {name.strip(): float(size) for name, size in re.findall(r"(.*\S) +([\d.]+) GiB", text)}
     optimizer = make_optimizer(stage.optim, lambda step: 1.0, {"w": info})
     state = jax.eval_shape(optimizer.init, {"w": jax.ShapeDtypeStruct(info.shape, dtype)})

@@ -13,6 +13,7 @@ import pytest
 
 from unimoe_jax.config import RunConfig
 from unimoe_jax.config.load import resolve_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.params.table import ParamInfo
 from unimoe_jax.stages.stage import parameter_table
 
@@ -52,7 +53,7 @@ def rendered(infos: Mapping[str, ParamInfo]) -> str:
 def test_parameter_table(path: Path, name: str, update_golden: bool):
     run = load(path)
     stage = next(stage for stage in run.stages if stage.name == name)
-    text = rendered(parameter_table(run, stage))
+    text = rendered(parameter_table(resolve_stage(run, stage)))
     golden = GOLDEN / f"{path.stem}_{name}.txt"
     if update_golden:
         GOLDEN.mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ from unimoe_jax.config import (
     SourceConfig,
     StageConfig,
 )
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.nn.moe import exchange
 from unimoe_jax.parallel.placement import place, to_devices
@@ -117,7 +118,7 @@ def built(form: str, devices, sizes: tuple[int, ...], additive: bool = False, ru
     run, config = run_config(form, additive)
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), devices)
     with use_mesh(mesh, rules):
-        stage = build_stage(run, config, mesh, steps=10)
+        stage = build_stage(resolve_stage(run, config), mesh, steps=10)
     # The trace is the gradient itself.
     return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer)), mesh
 
@@ -146,7 +147,7 @@ def steps(form: str, devices, sizes: tuple[int, ...]) -> dict:
 
 def program(stage: Stage, mesh, accumulate: int = 1, groups: int = 1):
     step = make_train_step(
-        stage.model, stage.optimizer, stage.schedule, stage.config.aux, accumulate, groups
+        stage.model, stage.optimizer, stage.schedule, stage.settings.config.aux, accumulate, groups
     )
     return jax.jit(step, out_shardings=(stage.state_shardings(mesh), replicated(mesh)))
 

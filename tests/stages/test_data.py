@@ -9,6 +9,7 @@ import pytest
 
 from tests.data.helpers import Folder, data_config, model_config, talk
 from unimoe_jax.config import ConfigError, LoaderConfig, OptimConfig, RunConfig, StageConfig
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.pipeline import Pipeline
 from unimoe_jax.evaluate.controls import chance_levels, with_shuffled_media
 from unimoe_jax.stages.data import heldout_pipeline, stage_pipeline, stage_steps
@@ -41,7 +42,7 @@ def test_a_stage_has_its_own_template_and_cut(build, mixed, tokenizer):
         ({"template": "plain", "aspect": "pad"}, "plain", "pad"),
     ):
         run, one = run_of(mixed, **stage)
-        pipeline = build(run, one, run.data, tokenizer, 1)
+        pipeline = build(resolve_stage(run, one), run.data, tokenizer, 1)
         (reader,) = pipeline.readers
         assert reader.template == template
         image = next(b.image_GIHWC for _, s, b in pipeline.batches(stop_step=2) if "image" in s)
@@ -51,7 +52,7 @@ def test_a_stage_has_its_own_template_and_cut(build, mixed, tokenizer):
 
 def test_plain_samples_are_media_and_caption(mixed, tokenizer):
     run, one = run_of(mixed, template="plain")
-    pipeline = stage_pipeline(run, one, run.data, tokenizer, 1)
+    pipeline = stage_pipeline(resolve_stage(run, one), run.data, tokenizer, 1)
     assert any("<image:4> [[a red bird\n]]" in text for text in pipeline.preview(2))
 
 
@@ -92,7 +93,7 @@ def test_stages_see_the_same_sources_in_orders_of_their_own(mixed, tokenizer):
         data = data_config(mixed)
         data = data.model_copy(update={"loader": LOADER})
         run = RunConfig(name="run", model=model_config(), data=data, stages=(stage,))
-        plan = stage_pipeline(run, stage, data, tokenizer, 1).plan
+        plan = stage_pipeline(resolve_stage(run, stage), data, tokenizer, 1).plan
         return [n for epoch in range(8) for n in plan.epoch(epoch).members.tolist()]
 
     assert order("tune1") == order("tune1") != order("tune2")
@@ -100,15 +101,16 @@ def test_stages_see_the_same_sources_in_orders_of_their_own(mixed, tokenizer):
 
 def test_a_stage_has_a_step(mixed, tokenizer):
     run, one = run_of(mixed)
-    pipeline = stage_pipeline(run, one, run.data, tokenizer, 1)
+    pipeline = stage_pipeline(resolve_stage(run, one), run.data, tokenizer, 1)
     for epochs, steps in ((0.6, 1), (3.0, 3)):
         optim = OptimConfig(learning_rate=1, epochs=epochs)
-        assert stage_steps(one.model_copy(update={"optim": optim}), pipeline) == steps
+        changed = resolve_stage(run, one.model_copy(update={"optim": optim}))
+        assert stage_steps(changed, pipeline) == steps
     optim = OptimConfig(learning_rate=1, epochs=0.2)
     with pytest.raises(
         ConfigError, match=r"stages.one.optim.epochs = 0.2: .* per epoch: 1; set more"
     ):
-        stage_steps(one.model_copy(update={"optim": optim}), pipeline)
+        stage_steps(resolve_stage(run, one.model_copy(update={"optim": optim})), pipeline)
 
 
 BROKEN = (

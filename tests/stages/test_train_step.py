@@ -35,6 +35,7 @@ from unimoe_jax.config import (
     SourceConfig,
     StageConfig,
 )
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.parallel.placement import place, to_devices
 from unimoe_jax.parallel.sharding import make_mesh, replicated, use_mesh
@@ -94,14 +95,14 @@ def start(media: bool) -> Flat:
 def build(run: RunConfig, config: StageConfig, devices, mesh_config: MeshConfig) -> Stage:
     mesh = make_mesh(mesh_config, devices)
     with use_mesh(mesh):
-        stage = build_stage(run, config, mesh, steps=10)
+        stage = build_stage(resolve_stage(run, config), mesh, steps=10)
     # The trace is the gradient itself.
     return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer))
 
 
 def compiled_step(stage: Stage, mesh, accumulate: int = 1, shards: int = 1):
     step = make_train_step(
-        stage.model, stage.optimizer, stage.schedule, stage.config.aux, accumulate, shards
+        stage.model, stage.optimizer, stage.schedule, stage.settings.config.aux, accumulate, shards
     )
     return jax.jit(step, out_shardings=(stage.state_shardings(mesh), replicated(mesh)))
 
@@ -211,8 +212,9 @@ def test_micro_batches_count_for_routers_by_their_tokens(single, empty):
         **{n: a.astype(getattr(single.batch, n).dtype) for n, a in changed.items()}
     )
     losses = RouterLossConfig(balance=0.1 * (len(empty) == 4), router_z=0.1)
-    config = single.stage.config.model_copy(update={"aux": AuxLossConfig(decoder=losses)})
-    stage = replace(single.stage, config=config)
+    settings = single.stage.settings
+    config = settings.config.model_copy(update={"aux": AuxLossConfig(decoder=losses)})
+    stage = replace(single.stage, settings=replace(settings, config=config))
     found = []
     for accumulate in (1, 2):
         step = compiled_step(stage, single.mesh, accumulate, shards=2)

@@ -12,6 +12,7 @@ from tests.sources import array_source
 from unimoe_jax.checkpoints.sources import ParamSource
 from unimoe_jax.config import MeshConfig, RunConfig, StageConfig, Take
 from unimoe_jax.config.load import resolve_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.parallel.sharding import make_mesh, use_mesh
 from unimoe_jax.params.paths import ParamError
 from unimoe_jax.stages.initial_params import initial_params
@@ -34,7 +35,7 @@ def random_source(run: RunConfig, stage: StageConfig) -> ParamSource:
     generator = np.random.default_rng(0)
     arrays = {
         path: (0.2 * generator.standard_normal(info.shape) + path.endswith("scale")).astype("f4")
-        for path, info in parameter_table(run, stage).items()
+        for path, info in parameter_table(resolve_stage(run, stage)).items()
     }
     return array_source(stage.name, arrays, run.stage_model(stage).decoder.moe_layers())
 
@@ -49,7 +50,7 @@ def mesh():
 
 def started(run: RunConfig, mesh) -> tuple[Stage, dict, dict]:
     """(stage sft, its parameters at step 0, sources)."""
-    stage = build_stage(run, stage_of(run, "sft"), mesh, 1)
+    stage = build_stage(resolve_stage(run, stage_of(run, "sft")), mesh, 1)
     sources = {"pft": random_source(run, stage_of(run, "pft"))}
     return stage, initial_params(stage, sources, mesh, 0), sources
 
@@ -97,7 +98,7 @@ def test_layers_of_another_placement(mesh):
         Take(match=".*", source="pft"),
     )
     sft = sft.model_copy(update={"init": takes, "moe": ("decoder",)})
-    stage = build_stage(run, sft, mesh, 1)
+    stage = build_stage(resolve_stage(run, sft), mesh, 1)
     sources = {"pft": random_source(run, stage_of(run, "pft"))}
     params = initial_params(stage, sources, mesh, 0)
     found = check_upcycled(stage, params, sources, mesh)
@@ -107,5 +108,5 @@ def test_layers_of_another_placement(mesh):
 
 def test_stages_that_upcycle_nothing_are_not_compared(mesh):
     run = settings()
-    stage = build_stage(run, stage_of(run, "base"), mesh, 1)
+    stage = build_stage(resolve_stage(run, stage_of(run, "base")), mesh, 1)
     assert check_upcycled(stage, {}, {}, mesh) is None

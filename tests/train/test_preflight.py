@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +13,15 @@ import pytest
 
 from unimoe_jax.checkpoints.checksums import CheckpointError
 from unimoe_jax.checkpoints.final import save_final
+from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.checkpoints.steps import StepCheckpoints
 from unimoe_jax.config import ConfigError
 from unimoe_jax.config.load import dump_config, load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.evaluate import __main__ as evaluate
 from unimoe_jax.parallel.sharding import ShardingError, make_mesh, planned_mesh, use_mesh
 from unimoe_jax.params.paths import ParamError
 from unimoe_jax.runtime.files import WriteError, write_json_atomic
-from unimoe_jax.stages.data import pool_groups
 from unimoe_jax.stages.stage import build_stage, parameter_table
 from unimoe_jax.stages.train_step import TrainState
 from unimoe_jax.train import __main__ as train
@@ -249,8 +251,8 @@ def test_overwrite_removes_nothing_that_a_refused_run_would_miss(place, devices)
 
 def test_a_result_that_is_not_whole_is_named(place, devices):
     final = leave(place, "one")
-    assert finished_steps(place / "out", "one") == 12
-    assert finished_steps(place / "out", "two") is None
+    assert finished_steps(RunLayout(place / "out"), "one") == 12
+    assert finished_steps(RunLayout(place / "out"), "two") is None
     (final / "params" / "_METADATA").unlink()
     assert "params/_METADATA: missing" in refused(place, CheckpointError)
     (final / "manifest.json").unlink()
@@ -268,7 +270,7 @@ def test_a_broken_summary_is_named_at_the_start(place, devices):
     final = leave(place, "one")
     path = final.with_name("summary.json")
     write_json_atomic(path, vars(StageSummary(12)))
-    assert read_stage_summary(place / "out", "one")["steps"] == 12
+    assert read_stage_summary(RunLayout(place / "out").stage("one"))["steps"] == 12
     for text in ("{", "[]", json.dumps({"steps": 12})):
         path.write_text(text)
         assert str(path) in refused(place, RunFolderError)
@@ -277,8 +279,9 @@ def test_a_broken_summary_is_named_at_the_start(place, devices):
 def finished(place: Path, *overrides: str) -> dict:
     """summary.json of the run, whose stage `one` is done."""
     config = load(place, *overrides)
-    runtime = SimpleNamespace(run=config, folder=place / "out", data=config.data, tell=print)
-    finish(runtime, None)
+    layout = RunLayout(place / "out")
+    context = SimpleNamespace(run=config, layout=layout, data=config.data, announce=print)
+    finish(context, None)
     return json.loads((place / "out" / "summary.json").read_text())
 
 
@@ -309,18 +312,18 @@ def test_a_summary_needs_no_source_that_was_scored(place):
 
 def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
     config = load(place)
-    stage, folder = config.stages[0], place / "steps"
-    infos = parameter_table(config, stage)
+    settings, folder = resolve_stage(config, config.stages[0]), place / "steps"
+    infos = parameter_table(settings)
     trained = {path: jnp.zeros(info.shape) for path, info in infos.items()}
     number = jnp.int32(8)
     with StepCheckpoints(folder, keep=2) as checkpoints:
         checkpoints.save(8, TrainState(number, trained, (), number, number), {})
-    check_continues(stage, infos, folder)
-    shorter = stage.model_copy(update={"optim": stage.optim.model_copy(update={"steps": 5})})
+    check_continues(settings, infos, folder)
+    shorter = replace(settings, config=load(place, "stages.one.optim.steps=5").stages[0])
     with pytest.raises(CheckpointError, match=r"stages.one.optim.steps = 5: 8 steps are done"):
         check_continues(shorter, infos, folder)
     with pytest.raises(CheckpointError, match=r"stages.one.train: .* now also 'decoder/.*/router"):
-        check_continues(stage, parameter_table(config, config.stages[1]), folder)
+        check_continues(settings, parameter_table(resolve_stage(config, config.stages[1])), folder)
 
 
 @pytest.mark.parametrize("count", [2, 6])
@@ -332,7 +335,7 @@ def test_experts_must_divide_over_the_mesh(place, count):
             ShardingError, match=rf"^model.decoder.moe.num_experts = {count} .*expert = 4"
         ),
     ):
-        parameter_table(config, config.stages[1])
+        parameter_table(resolve_stage(config, config.stages[1]))
 
 
 def test_what_cpus_lack_is_named(place, devices):
@@ -340,13 +343,13 @@ def test_what_cpus_lack_is_named(place, devices):
     mesh = make_mesh(config.mesh, devices)
     said = r"^model.decoder.moe.exchange = ragged: .* auto \| gather"
     with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
-        build_stage(config, config.stages[1], mesh, 1)
+        build_stage(resolve_stage(config, config.stages[1]), mesh, 1)
 
 
 def test_groups_that_were_set_are_named(place):
     config = load(place, "data.loader.groups=3")
     with pytest.raises(ConfigError, match=r"rows = 8 .* data.loader.groups = 3; .*1 or 2 or 4"):
-        pool_groups(config, config.stages[0], 1)
+        resolve_stage(config, config.stages[0]).pool_groups(1)
 
 
 @pytest.mark.parametrize("text", ["requeue", "-1", "256"])
@@ -369,14 +372,14 @@ def test_what_cannot_be_written_stops_a_run_in_a_line(place, monkeypatch, capsys
 def test_the_next_command_is_one_that_works(place):
     folder = place / "out"
     config = load(place)
-    assert "generate --model" in next_command(config, folder, ["one", "two"])
+    assert "generate --model" in next_command(config, RunLayout(folder), ["one", "two"])
     with pytest.raises(ConfigError, match="no stage of this run has held-out sources"):
         evaluate.stage_to_score(config, None, folder)
-    spaced = next_command(config, place / "my out", ["one", "two"])
+    spaced = next_command(config, RunLayout(place / "my out"), ["one", "two"])
     assert shlex.split(spaced)[4] == str(place / "my out")
     scored = load(place, "stages.two.evaluate=[a]")
-    assert "evaluate" in next_command(scored, folder, ["one", "two"])
-    assert "generate" in next_command(scored, folder, ["one"])
+    assert "evaluate" in next_command(scored, RunLayout(folder), ["one", "two"])
+    assert "generate" in next_command(scored, RunLayout(folder), ["one"])
     assert evaluate.stage_to_score(scored, None, folder).name == "two"
     with pytest.raises(ConfigError, match="--stage one: has no held-out sources; allowed: two"):
         evaluate.stage_to_score(scored, "one", folder)

@@ -25,12 +25,13 @@ def config(tmp_path):
 
 
 def claimed(config, *, overwrite=False, resume=False):
-    with claim(config, overwrite=overwrite, resume=resume) as folder:
-        return folder
+    with claim(config, overwrite=overwrite, resume=resume) as layout:
+        return layout.folder
 
 
 def test_a_run_directory_is_written_locked_and_continued(config):
-    with claim(config, overwrite=False, resume=False) as folder:
+    with claim(config, overwrite=False, resume=False) as layout:
+        folder = layout.folder
         assert load_config(folder / "config.yaml") == config
         with pytest.raises(RunFolderError, match="another run is writing it"):
             claimed(config)
@@ -56,7 +57,8 @@ def test_damaged_settings_are_other_settings(config):
 
 def fail_with(config, records: str = "") -> None:
     """A resumed run that ends in an error after it has logged `records`."""
-    with claim(config, overwrite=False, resume=True) as folder:
+    with claim(config, overwrite=False, resume=True) as layout:
+        folder = layout.folder
         assert load_config(folder / "config.yaml") == config
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(records)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unimoe_jax.checkpoints.checksums import ORIGINAL, CheckpointError, check_files
+from unimoe_jax.checkpoints.layout import run_around
 from unimoe_jax.config import ConfigError
 from unimoe_jax.config.yaml_dialect import parse
 
 MANIFEST = "manifest.json"
+NAME_A_RESULT = "name what a stage left, RUN/checkpoints/STAGE/final"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -34,20 +37,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def run_file_of(final: Path) -> Path | None:
-    """config.yaml of the run that RUN/checkpoints/STAGE/final belongs to, None where there is none.
+    """config.yaml of the run that RUN/checkpoints/STAGE/final belongs to; None if there is no run.
 
-    A link may lead into a run, or out of it where checkpoints are kept elsewhere: what counts is
-    where the folder is named, then where it lies.
+    `final` may be reached by a symbolic link into a run, and a run may keep its checkpoints
+    elsewhere behind a link. So the folders around the path as it is written are tried first, then
+    those around the folder that it leads to.
     """
     for place in (Path(os.path.abspath(final)), final.resolve()):
-        file = place.parent.parent.parent / "config.yaml"
+        file = run_around(place).config
         if file.is_file():
             return file
     return None
 
 
+def read_run_file(file: Path) -> Mapping[str, Any]:
+    """`model` and `stages` of a run's config.yaml as they are written there.
+
+    The other settings are not checked, because runs of other versions may have other ones.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no run's.
+    """
+    try:
+        run = parse(file.read_text(), str(file))
+        is_run = all(isinstance(stage["name"], str) for stage in run["stages"])
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}; {NAME_A_RESULT}") from error
+    except (KeyError, TypeError):
+        is_run = False
+    if not is_run or not isinstance(run.get("model"), dict):
+        raise CheckpointError(f"{file}: lacks a run's `model` and `stages`; {NAME_A_RESULT}")
+    return run
+
+
 def read_settings(file: Path) -> dict[str, Any]:
-    """Model settings in a YAML file: what stands under `model`, else all of it.
+    """Model settings in a YAML file: the mapping under `model`, or the whole file without that key.
 
     Raises:
         CheckpointError: there is no such file, or it holds no settings.

@@ -15,7 +15,8 @@ from unimoe_jax.config import Take
 from unimoe_jax.params.layer_parts import LayerPart, layer_parts
 from unimoe_jax.params.paths import ParamError, first_match
 
-"""Threads that read the layers and experts of one parameter side by side."""
+CHECKPOINT = "checkpoint:"
+"""Prefix of a source that is a checkpoint's path, not an earlier stage."""
 
 
 def origin_of(path: str, takes: Sequence[Take]) -> Take:

@@ -15,6 +15,7 @@ from unimoe_jax.params.layer_parts import EXPERTS, LayerPart, layer_parts, locat
 from unimoe_jax.params.paths import ParamError
 
 READERS = 8
+"""Threads that read the layers and experts of one parameter at the same time."""
 ArrayIndex = tuple[int | slice, ...]
 
 

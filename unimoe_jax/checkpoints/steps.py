@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from unimoe_jax.checkpoints.checksums import CheckpointError, seal, verify
+from unimoe_jax.checkpoints.layout import unusable_step
 from unimoe_jax.parallel.distributed import is_writer, lost_peer, wait_for_all
 from unimoe_jax.runtime.files import raising_write_errors
 
@@ -62,7 +63,9 @@ class StepCheckpoints:
             self._sealing.result()
             self._sealing = None
 
-    def restore_latest(self, template: Any, tell=print) -> tuple[int, Any, dict] | None:
+    def restore_latest(
+        self, template: Any, announce: Callable[[str], None] = print
+    ) -> tuple[int, Any, dict] | None:
         """(step, state, position) of the newest sound checkpoint, or None when there is none.
 
         `template` is a state of arrays or shape structs with shardings: the checkpoint may come
@@ -76,7 +79,7 @@ class StepCheckpoints:
             try:
                 verify(self.folder / str(step))
             except CheckpointError as error:
-                tell(f"checkpoint of step {step} is not used: {error}; {self._set_aside(step)}")
+                announce(f"checkpoint of step {step} is not used: {error}; {self._set_aside(step)}")
                 continue
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(template), position=ocp.args.JsonRestore()
@@ -99,7 +102,7 @@ class StepCheckpoints:
             CheckpointError: it cannot be moved.
         """
         source = self.folder / str(step)
-        target = self.folder.with_name("unusable") / str(step)
+        target = unusable_step(self.folder, step)
         if is_writer():
             try:
                 target.parent.mkdir(exist_ok=True)

@@ -1,20 +1,23 @@
-"""Compile a run's real programs for devices that are not here: does it fit, what does it cost?
+"""Compile a run's real programs for devices that are not here: do they fit, what do they cost?
 
     python -m unimoe_jax.compile --config configs/run/unimoe_8e.yaml --topology v5p:2x2x4
     python -m unimoe_jax.compile --config configs/run/tiny.yaml --topology cpu:8 [key=value …]
 
-TPU topologies need `pip install -e '.[tpu]'` and no TPU; names are KIND:SHAPE, as v5e:2x4 or
-v5p:2x2x2. `h200:8` needs `.[gpu]` and no GPU. No parameter is made and no data are read: batches
-hold half soft tokens, in equal parts of every medium the model takes (`--media image=2,speech=10`
-says otherwise, in entries per pool group). Prints a summary and writes it as JSON, here unless
-`--json` names a file. Exit codes: 0 fits, 1 does not, 2 bad settings.
+TPU topologies need `pip install -e '.[tpu]'` and no TPU; their names are KIND:SHAPE, such as
+v5e:2x4 or v5p:2x2x2. `h200:8` needs `.[gpu]` and no GPU. No parameter is made and no data are
+read: half of the positions of a batch are soft tokens, in equal parts of every medium that the
+model takes; `--media image=2,speech=10` sets the numbers instead, in entries per pool group. The
+command prints a summary and writes it as JSON into the working directory, or to the file that
+`--json` names.
+Exit codes: 0 the program fits, 1 it does not, 2 the settings are wrong.
 
 Memory per device, in classes:
-  parameters, optimizer, batch, weights, cache    what the program is given; by shape and sharding
-  activations       what the forward pass keeps for the backward pass, one micro-batch's; read from
-                    the compiled program, see hlo_memory.py
-  temporaries       what else the compiler plans: all the heap (its own number) but the activations
-  new outputs       results that do not take the place of an argument
+  parameters, optimizer, batch, weights, cache
+                    arguments of the program, computed from shapes and shardings
+  activations       what the forward pass of one micro-batch keeps for the backward pass; read from
+                    the compiled program, see compile/hlo_memory.py
+  temporaries       the rest of the heap that the compiler plans
+  new outputs       results that do not reuse the memory of an argument
   program           machine code
 """
 
@@ -34,33 +37,25 @@ from unimoe_jax.compile.summary import report_path, summary, verdict
 from unimoe_jax.compile.targets import HBM_GIB, target_devices
 from unimoe_jax.config import ConfigError
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.parallel.sharding import ShardingError, make_mesh, use_mesh
 from unimoe_jax.params.paths import ParamError
 from unimoe_jax.runtime.files import write_json_atomic
 
 PROGRAMS = ("train", "score", "prefill", "decode")
 EFFORT = {"quick": (-1.0, "O1"), "full": (0.0, "UNKNOWN")}
-"""How much XLA spends on machine code; a TPU's compiler spends nearly all of its time there. FLOPs
-and collectives are settled before; the heap is laid out anew, see benchmarks/README.md. The second
-is the setting's form from jax 0.12 on."""
+"""How much time XLA spends on generating machine code, which takes nearly all of a TPU compilation.
+The effort changes neither FLOPs nor collectives; it may change the memory layout, see
+benchmarks/README.md. The first value is the setting before jax 0.12, the second from then on."""
 
 
 def set_effort(name: str) -> None:
-    """For everything that is compiled from here on; `name` is a key of `EFFORT`."""
+    """Set the effort of every later compilation; `name` is a key of `EFFORT`."""
     effort, level = EFFORT[name]
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", effort)
     else:
         jax.config.update("jax_optimization_level", level)
-
-
-# ---------------------------------------------------------------------------- what to compile
-
-
-# ------------------------------------------------------------------------------- the report
-
-
-# ------------------------------------------------------------------------------ the program
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,25 +66,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="run file")
-    parser.add_argument("--stage", help="default: the last")
+    parser.add_argument("--stage", help="default: the last stage")
     parser.add_argument("--topology", required=True, help="v5p:2x2x4, h200:8, cpu:8, …")
     parser.add_argument("--program", choices=PROGRAMS, default="train")
     parser.add_argument(
         "--rows",
         type=_positive,
         default=8,
-        help="side by side in decode; in prefill those of them that go together; default: 8",
+        help="rows of a decoding batch; prefill takes as many of them as are prefilled together; "
+        "default: 8",
     )
     parser.add_argument(
         "--length",
         type=_positive,
-        help="of prompt or cache, rounded up as generation does; default: row_length",
+        help="positions of prompt or cache, rounded up as generation does; default: row_length",
     )
     parser.add_argument("--media", help="pool entries per pool group, as image=2,speech=10")
     parser.add_argument(
-        "--memory", type=_size, metavar="GIB", help="per device; default: the kind's"
+        "--memory", type=_size, metavar="GIB", help="memory per device; default: that of the kind"
     )
-    parser.add_argument("--effort", choices=EFFORT, default="quick", help="of the compiler")
+    parser.add_argument("--effort", choices=EFFORT, default="quick", help="effort of the compiler")
     parser.add_argument("--hlo", type=Path, help="write the optimised program's text here")
     parser.add_argument(
         "--json",
@@ -101,14 +97,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    """An argument that counts something."""
+    """A whole number above 0, for argparse."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
 def _size(text: str) -> float:
-    """An argument that says how large something is."""
+    """A finite number above 0, for argparse."""
     try:
         size = float(text)
     except ValueError:
@@ -119,10 +115,10 @@ def _size(text: str) -> float:
 
 
 def check_target(flag: str, path: Path) -> None:
-    """Makes the folder of `path`; what is wrong with it must show before the compiler runs.
+    """Make the folder of `path`, so that a wrong path is reported before the compiler runs.
 
     Raises:
-        ConfigError: `path` cannot be written; `flag` says what is to be changed.
+        ConfigError: `path` cannot be written; the message names the option `flag`.
     """
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
@@ -136,7 +132,7 @@ def check_target(flag: str, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code; see the module's docstring."""
+    """Run the command line. Returns the exit code; see the module's docstring."""
     args = parse(arguments)
     set_effort(args.effort)
     try:
@@ -150,9 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_target("--json", path)
         if args.hlo:
             check_target("--hlo", args.hlo)
-        # Abstract: what is computed while preparing must not be sent to devices that are not here.
+        # An abstract mesh keeps values that are computed while tracing from being sent to devices
+        # that are not here.
         with use_mesh(mesh.abstract_mesh, run.mesh.rules):
-            report = compile_program(run, stages[name], mesh, args)
+            report = compile_program(run, resolve_stage(run, stages[name]), mesh, args)
     except (ConfigError, ParamError, ShardingError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

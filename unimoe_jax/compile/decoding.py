@@ -1,16 +1,17 @@
-"""The programs of generation, compiled for devices that are not here; see compile.py."""
+"""The programs of generation, compiled for devices that are not here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unimoe_jax.config import RunConfig, StageConfig
+from unimoe_jax.config import ModelConfig
+from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.generate.engine.buckets import prompt_bucket, ring_bucket, rows_together
 from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
 from unimoe_jax.generate.engine.program_cache import ProgramCache
@@ -23,8 +24,13 @@ from unimoe_jax.params.table import declared
 
 
 class DecodingProgram(NamedTuple):
-    """A program of generation. rows, length: what it is compiled for, the bucket of what was asked;
-    memory: bytes per device of weights and cache; compile: does it."""
+    """A program of generation that can be compiled.
+
+    rows, length: the sizes that it is compiled for, which are the asked ones rounded up to a
+    bucket.
+    memory: bytes per device of weights and cache.
+    compile: compiles it.
+    """
 
     rows: int
     length: int
@@ -33,19 +39,27 @@ class DecodingProgram(NamedTuple):
 
 
 def decoding_program(
-    run: RunConfig, stage: StageConfig, mesh: Mesh, program: str, rows: int, length: int
+    settings: StageSettings,
+    mesh: Mesh,
+    mesh_rules: Mapping[str, Any],
+    program: Literal["prefill", "decode"],
+    *,
+    rows: int,
+    length: int,
 ) -> DecodingProgram:
-    """`prefill` or `decode` of a batch of `rows`.
+    """The program that prefills prompts, or decodes a token for every row of a batch.
 
-    length: positions of a prompt, or of the cache. Of prefill it is the program for as many prompts
-    as go together. Adapters are merged, experts lie stacked, everything is in `precision.compute`.
-    Must run inside `use_mesh`.
+    Adapters are merged, experts are stacked, and weights have the dtype `precision.compute`. Must
+    run inside `use_mesh`.
+
+    rows: rows of the batch; prefill is compiled for as many prompts as are prefilled together.
+    length: positions of a prompt, or of the cache.
     """
-    config = run.stage_model(stage).model_copy(update={"lora": ()})
-    dtype = jnp.dtype(run.precision.compute)
-    decoder = InferenceDecoder(config.decoder, dtype, config.attention)
-    weights = _weights(run, stage, mesh, dtype)
-    programs = DecodingPrograms(decoder, weights, ProgramCache(mesh, run.mesh.rules), eos=(0,))
+    model = settings.model.model_copy(update={"lora": ()})
+    dtype = jnp.dtype(settings.precision.compute)
+    decoder = InferenceDecoder(model.decoder, dtype, model.attention)
+    weights = _weights(model, mesh, dtype)
+    programs = DecodingPrograms(decoder, weights, ProgramCache(mesh, mesh_rules), eos=(0,))
     rows, memory = programs.round_rows(rows), {"weights": _size(weights)}
     if program == "prefill":
         size = prompt_bucket(length, programs.most)
@@ -58,13 +72,10 @@ def decoding_program(
     )
 
 
-def _weights(run: RunConfig, stage: StageConfig, mesh: Mesh, dtype: Any) -> Weights:
-    """Shape structs of the decoder as generation holds it."""
-    config = run.stage_model(stage).model_copy(update={"lora": ()})
-    infos = declared(
-        UniMoE(config, LayerOptions(dtype=dtype)), full_batch(config, data_shards(mesh))
-    )
-    # One number seen as an array of any shape: it can be cut and transposed, and takes no memory.
+def _weights(model: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
+    """Shape structs of the decoder's weights as generation holds them."""
+    infos = declared(UniMoE(model, LayerOptions(dtype=dtype)), full_batch(model, data_shards(mesh)))
+    # np.broadcast_to gives arrays of the right shapes without allocating them.
     params = {path: np.broadcast_to(np.float32(0), info[0]) for path, info in infos.items()}
     axes = {path: info[1] for path, info in infos.items()}
 
@@ -73,7 +84,7 @@ def _weights(run: RunConfig, stage: StageConfig, mesh: Mesh, dtype: Any) -> Weig
         sharding = param_sharding(mesh, path, value.shape, names)
         return jax.ShapeDtypeStruct(value.shape, np.float32 if keep else dtype, sharding=sharding)
 
-    return inference_weights(config.decoder, params, axes, "stacked", place)
+    return inference_weights(model.decoder, params, axes, "stacked", place)
 
 
 def _size(tree: Any) -> int:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from unimoe_jax.config import ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config import ModelConfig, StageConfig
+from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -34,9 +35,9 @@ class Needed(NamedTuple):
     head: float
 
 
-def step_flops(run: RunConfig, stage: StageConfig, spec: Batch) -> Needed:
-    """Of loss and gradient for one batch of `spec`, on all devices."""
-    model = run.stage_model(stage)
+def step_flops(settings: StageSettings, spec: Batch) -> Needed:
+    """FLOPs of loss and gradient for one batch of `spec`, summed over all devices."""
+    model, stage = settings.model, settings.config
     dense = _without_remat(model.with_experts(()))
     base = _gradient_flops(dense, stage, spec)
     twice = dense.decoder.model_copy(update={"vocab_size": 2 * dense.decoder.vocab_size})

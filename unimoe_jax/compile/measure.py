@@ -17,22 +17,23 @@ from unimoe_jax.compile.flops import step_flops
 from unimoe_jax.compile.hlo import Stats, read
 from unimoe_jax.compile.hlo_memory import activation_bytes
 from unimoe_jax.compile.summary import collective_table, too_large
-from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config import ConfigError, ModelConfig, RunConfig
+from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.parallel.placement import batch_structs
 from unimoe_jax.parallel.sharding import data_shards
-from unimoe_jax.stages.data import pool_groups
 from unimoe_jax.stages.programs import lower_score, lower_step
 from unimoe_jax.stages.stage import Stage, build_stage
 
 MEDIA_SHARE = 0.5
+"""Share of the positions of a batch that media fill, if the user names no numbers."""
 
 
 def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
     """`image=2,speech=10` -> entries per pool group.
 
     Raises:
-        ConfigError: not of this form, nothing of a medium, or one that the model does not take.
+        ConfigError: another form, a count of 0, or a medium that the model does not take.
     """
     if text is None:
         return None
@@ -48,27 +49,30 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
 
 
 def assumed_batch(
-    run: RunConfig,
-    stage: StageConfig,
+    settings: StageSettings,
     shards: int,
     media: Mapping[str, int] | None,
     program: str = "train",
 ) -> tuple[Batch, dict[str, int]]:
-    """(ArraySpecs of the batch of a train or a score step, pool entries per pool group)."""
-    model, loader = run.stage_model(stage), stage.loader or run.data.loader
-    groups = pool_groups(run, stage, shards)
+    """(ArraySpecs of the batch of a train or a score step, pool entries per pool group).
+
+    media: entries per pool group; None fills MEDIA_SHARE of the positions with media, in equal
+    parts.
+    """
+    model, loader = settings.model, settings.loader
+    groups = settings.pool_groups(shards)
     tokens = model.tokens_per_medium()
     if media is None:
         room = MEDIA_SHARE * loader.rows * loader.row_length / groups
         media = {name: max(1, round(room / len(tokens) / size)) for name, size in tokens.items()}
-    # Micro-batches are those of an optimizer step: scoring has none, as in `heldout_pipeline`.
-    times = stage.optim.accumulate if program == "train" else 1
+    # A train step takes all micro-batches of an optimizer step; scoring has none.
+    times = settings.config.optim.accumulate if program == "train" else 1
     spec = batch_spec(model, loader.rows * times, loader.row_length, groups * times, dict(media))
     return spec, dict(media)
 
 
 def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
-    """Bytes per device of what a step is given: exact, from shapes and shardings."""
+    """Bytes per device of the arguments of a step: exact, from shapes and shardings."""
     state = stage.state_template(mesh)
 
     def size(tree: Any) -> int:
@@ -87,7 +91,7 @@ def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
 
 
 def expert_shards(stage: Stage) -> dict[str, dict[str, Any]]:
-    """How the kernels of experts lie on the mesh: shape, axes that cut it, a device's part."""
+    """How the kernels of experts are sharded: shape, mesh axes that cut it, and a device's part."""
     table = {}
     for path, info in stage.infos.items():
         if "/experts/" in path and path.endswith("/kernel"):
@@ -103,7 +107,7 @@ def expert_shards(stage: Stage) -> dict[str, dict[str, Any]]:
 
 
 def working_memory(compiled: jax.stages.Compiled, text: str) -> dict[str, int]:
-    """Bytes per device that the program, whose HLO is `text`, needs beside its arguments."""
+    """Bytes per device that the program with the HLO `text` needs beside its arguments."""
     sizes = compiled.memory_analysis()
     activations = activation_bytes(text)
     return {
@@ -115,31 +119,35 @@ def working_memory(compiled: jax.stages.Compiled, text: str) -> dict[str, int]:
 
 
 def compile_program(
-    run: RunConfig, config: StageConfig, mesh: Mesh, args: argparse.Namespace
+    run: RunConfig, settings: StageSettings, mesh: Mesh, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Everything that is reported about one program; must run inside `use_mesh`."""
+    """Compile one program and report everything about it. Must run inside `use_mesh`."""
     report: dict[str, Any] = {"mesh": dict(mesh.shape), "devices": mesh.size}
     started = time.monotonic()
     if args.program in ("prefill", "decode"):
-        length = args.length or config_length(run, config)
-        serving = decoding_program(run, config, mesh, args.program, args.rows, length)
-        report |= {"rows": serving.rows, "row_length": serving.length}
-        report["memory"], make = dict(serving.memory), serving.compile
+        length = args.length or settings.loader.row_length
+        decoding = decoding_program(
+            settings, mesh, run.mesh.rules, args.program, rows=args.rows, length=length
+        )
+        report |= {"rows": decoding.rows, "row_length": decoding.length}
+        report["memory"], compile_now = dict(decoding.memory), decoding.compile
     else:
-        media = parse_media(args.media, run.stage_model(config))
-        spec, media = assumed_batch(run, config, data_shards(mesh), media, args.program)
+        media = parse_media(args.media, settings.model)
+        spec, media = assumed_batch(settings, data_shards(mesh), media, args.program)
         rows, length = spec.token_id_BT.shape
         report |= {"rows": rows, "row_length": length, "media_per_pool_group": media}
-        stage = build_stage(run, config, mesh, steps=config.optim.steps or 1000)
+        # The number of steps only shapes the schedule; with epochs it depends on data, and any
+        # number gives the same program.
+        stage = build_stage(settings, mesh, steps=settings.config.optim.steps or 1000)
         report["memory"] = memory_classes(stage, mesh, spec)
         report["experts"] = expert_shards(stage)
         train = args.program == "train"
-        lowered = lower_step(run, stage, mesh, spec) if train else lower_score(stage, mesh, spec)
-        make = lowered.compile
+        lowered = lower_step(stage, mesh, spec) if train else lower_score(stage, mesh, spec)
+        compile_now = lowered.compile
     report["trace_seconds"] = round(time.monotonic() - started, 1)
     started = time.monotonic(), time.process_time()
     try:
-        compiled = make()
+        compiled = compile_now()
     except jax.errors.JaxRuntimeError as error:
         return report | too_large(error)
     report["compile_seconds"] = round(time.monotonic() - started[0], 1)
@@ -157,23 +165,17 @@ def compile_program(
         "collectives": collective_table(stats),
     }
     if args.program == "train":
-        report |= _needed(run, config, spec, stats, mesh.size)
+        report |= _needed(settings, spec, stats, mesh.size)
     return report
 
 
-def config_length(run: RunConfig, config: StageConfig) -> int:
-    """Positions of a row of the stage."""
-    return (config.loader or run.data.loader).row_length
-
-
-def _needed(
-    run: RunConfig, config: StageConfig, spec: Batch, stats: Stats, devices: int
-) -> dict[str, float]:
-    """What the model needs, and the ratio of what the program does to it."""
-    needed, experts, head = (flops / devices for flops in step_flops(run, config, spec))
-    # Loops over the rows that were routed to an expert, or over positions with a target, have no
-    # length before they run; nor have those over the tiles that packed rows see, which neither
-    # number holds, nor what the kernel does that TPUs run instead.
+def _needed(settings: StageSettings, spec: Batch, stats: Stats, devices: int) -> dict[str, float]:
+    """FLOPs that the model needs per device, and the ratio of the program's FLOPs to them."""
+    needed, experts, head = (flops / devices for flops in step_flops(settings, spec))
+    # The length of some loops depends on the data: loops over the rows routed to an expert, and
+    # over the positions that have a target. The HLO cannot say how long they are, so the needed
+    # FLOPs stand in for them. Neither number includes the attention of packed rows, whose loops
+    # over tiles have no static length either, nor the attention kernel that TPUs run instead.
     counted = stats.flops + experts + head
     return {
         "flops_needed_per_device": needed,

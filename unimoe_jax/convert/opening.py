@@ -13,11 +13,17 @@ from pydantic import ValidationError
 
 from unimoe_jax.checkpoints.checksums import SUMS, CheckpointError, verify
 from unimoe_jax.checkpoints.final import open_array, read_part
-from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest, read_settings, run_file_of
+from unimoe_jax.checkpoints.locate import Located, locate
+from unimoe_jax.checkpoints.manifest import (
+    MANIFEST,
+    read_manifest,
+    read_run_file,
+    read_settings,
+    run_file_of,
+)
 from unimoe_jax.checkpoints.sources import ParamSource
 from unimoe_jax.config import ConfigError, ModelConfig, RunConfig
 from unimoe_jax.config.load import load_config
-from unimoe_jax.config.yaml_dialect import parse
 from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
@@ -27,7 +33,6 @@ from unimoe_jax.convert.recognise import TOKENIZER_FILES, recognise
 from unimoe_jax.data import embedded
 from unimoe_jax.data.sources import cache_folder
 
-RUN_FILE = "config.yaml"
 OURS = {MANIFEST, SUMS, MODEL_FILE}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
@@ -83,12 +88,6 @@ def no_settings(where: str) -> str:
     )
 
 
-def is_ours(path: Path) -> bool:
-    """Whether `path` was written by this package; one of its two lists may be missing."""
-    listed = (path / MANIFEST).is_file() or (path / SUMS).is_file()
-    return listed and (path / "params").is_dir()
-
-
 def has_text_model(checkpoint: Checkpoint) -> bool:
     """Whether it answers to text: parts of a model may come with the settings of all of it."""
     if "decoder" not in checkpoint.config:
@@ -98,35 +97,16 @@ def has_text_model(checkpoint: Checkpoint) -> bool:
     return needed.keys() <= checkpoint.params.keys()
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The folder with parameters that `path` stands for.
-
-    Of a run directory that is the result of its last finished stage that leaves a whole model, of a
-    stage's folder its `final`; everything else stands for itself.
+def locate_checkpoint(path: Path) -> Located:
+    """What `path` stands for (`checkpoints.locate`).
 
     Raises:
-        ConvertError: a run without such a stage, or a folder that holds several checkpoints.
+        ConvertError: it stands for nothing, or for several checkpoints.
     """
-    if is_ours(path) or not path.is_dir():
-        return path
-    if is_ours(path / "final"):
-        return path / "final"
-    run_file, inside = path / RUN_FILE, path / "checkpoints"
-    if run_file.is_file() and inside.is_dir():
-        for stage in reversed(_run(run_file)["stages"]):
-            final = inside / stage["name"] / "final"
-            if stage.get("leaves") == "all" and is_ours(final):
-                return final
-        raise ConvertError(f"{path}: no finished stage of this run leaves a whole model; {HERE}")
-    finals = sorted(member / "final" for member in path.iterdir() if is_ours(member / "final"))
-    if finals:
-        raise ConvertError(f"{path}: holds several checkpoints; name one, e.g. {finals[-1]}")
-    if any(map(is_ours, path.absolute().parents[:2])):  # params/, or a folder inside it
-        raise ConvertError(f"{path}: is the inside of a checkpoint; name the folder around params")
-    return path
-
-
-HERE = "name what a stage left, RUN/checkpoints/STAGE/final"
+    try:
+        return locate(path)
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from error
 
 
 def open_checkpoint(
@@ -140,10 +120,10 @@ def open_checkpoint(
     Raises:
         ConvertError: damaged, or not recognised; no such model file, or nothing in it.
     """
-    path = find_checkpoint(path)
-    if not is_ours(path):
-        return _source(path, options, "source")
-    return _ours(path, model_file)
+    located = locate_checkpoint(path)
+    if not located.is_checkpoint:
+        return _source(located.folder, options, "source")
+    return _ours(located.folder, model_file)
 
 
 def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
@@ -152,15 +132,16 @@ def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
     Raises:
         ConvertError: as `open_checkpoint`.
     """
-    pair = (find_checkpoint(a), find_checkpoint(b))
-    known = [_ours(path, None) if is_ours(path) else None for path in pair]
+    pair = (locate_checkpoint(a), locate_checkpoint(b))
+    known = [_ours(found.folder, None) if found.is_checkpoint else None for found in pair]
     options, dtype = Options("keep"), "source"
     for found in known:
         if found is not None and "options" in found.manifest:
             options = Options(**found.manifest["options"])
             dtype = found.manifest["asked_dtype"]
     left, right = (
-        found or _source(path, options, dtype) for found, path in zip(known, pair, strict=True)
+        found or _source(located.folder, options, dtype)
+        for found, located in zip(known, pair, strict=True)
     )
     return left, right
 
@@ -216,20 +197,11 @@ def _check_settings(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _run(file: Path) -> Mapping[str, Any]:
-    """Model and stages of a run's config.yaml.
-
-    Nothing else is read: runs of other versions have other settings elsewhere.
-    """
+    """Model and stages of a run's config.yaml. Raises ConvertError if the file is no run's."""
     try:
-        run = parse(file.read_text(), str(file))
-        named = all(isinstance(stage["name"], str) for stage in run["stages"])
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConvertError(f"{file}: cannot be read: {error}; {HERE}") from error
-    except (KeyError, TypeError):
-        named = False
-    if not named or not isinstance(run.get("model"), dict):
-        raise ConvertError(f"{file}: lacks a run's `model` and `stages`; {HERE}")
-    return run
+        return read_run_file(file)
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from error
 
 
 def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:

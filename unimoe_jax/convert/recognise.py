@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unimoe_jax.checkpoints.manifest import MANIFEST
+from unimoe_jax.checkpoints.locate import is_checkpoint
 from unimoe_jax.convert.reader import (
     TORCH_SUFFIXES,
     ConvertError,
@@ -88,7 +88,7 @@ def _recognise(path: Path) -> list[SourceFolder]:
     if experts:
         groups = {file.stem: open_file(file) for file in experts}
         return [SourceFolder("experts", path, {}, groups)]
-    if (path / MANIFEST).is_file() and (path / "params").is_dir():
+    if is_checkpoint(path):
         raise ConvertError(f"{path}: is a checkpoint of this package already, no PyTorch folder")
     members = [member for member in sorted(path.iterdir()) if not member.name.startswith(".")]
     known = [m for m in members if m.is_dir() or m.suffix in TORCH_SUFFIXES]

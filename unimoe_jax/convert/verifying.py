@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unimoe_jax.checkpoints.locate import is_checkpoint
 from unimoe_jax.config import ModelConfig
 from unimoe_jax.convert.inspecting import chunks
-from unimoe_jax.convert.opening import Checkpoint, is_ours
+from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.models.unimoe import UniMoE
@@ -80,7 +81,7 @@ def compare_logits(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     found = []
     for checkpoint in (a, b):
         logits = None
-        if not is_ours(checkpoint.path):
+        if not is_checkpoint(checkpoint.path):
             logits = logits_in_torch(checkpoint, batch)
         yield f"logits of {checkpoint.path}: {'JAX' if logits is None else 'transformers'}"
         found.append(logits_in_jax(checkpoint, batch) if logits is None else logits)

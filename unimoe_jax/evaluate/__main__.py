@@ -1,9 +1,10 @@
-"""Held-out exact match: the share of samples that greedy decoding answers to the letter.
+"""Score a finished run: the share of held-out samples that greedy decoding answers exactly.
 
     python -m unimoe_jax.evaluate RUN_DIR [--stage NAME] [--shuffle-media] [key=value …]
 
-scores what a stage of a finished run left behind on its held-out sources. `--shuffle-media` gives
-every question the media of another: what remains is what the model guesses without looking.
+scores the model that a stage left behind on the held-out sources of that stage. `--shuffle-media`
+is the control: every question gets the media of another record, so a model that really uses its
+media falls to chance.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 import jax
 
 from unimoe_jax.checkpoints.final import open_source
+from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.config import ConfigError, RunConfig, StageConfig, Take
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.sources import check_sources, load_tokenizer, resolve_sources
 from unimoe_jax.data.tally import TooManyBadSamples
 from unimoe_jax.evaluate.controls import chance_levels, with_shuffled_media
@@ -26,7 +29,7 @@ from unimoe_jax.evaluate.exact_match import SCORING_ERRORS, exact_match, is_scor
 from unimoe_jax.parallel import distributed
 from unimoe_jax.parallel.sharding import data_shards, make_mesh, use_mesh
 from unimoe_jax.runtime.memory import keep_freed_memory
-from unimoe_jax.stages.data import heldout_pipeline, pool_groups
+from unimoe_jax.stages.data import heldout_pipeline
 from unimoe_jax.stages.initial_params import read_params
 from unimoe_jax.stages.programs import lower_score
 from unimoe_jax.stages.stage import build_stage
@@ -35,9 +38,11 @@ from unimoe_jax.stages.stage import build_stage
 
 
 def score_stage(
-    run: RunConfig, stage: StageConfig, folder: Path, *, shuffle_media: bool = False
+    run: RunConfig, stage: StageConfig, layout: RunLayout, *, shuffle_media: bool = False
 ) -> dict[str, tuple[float, float]]:
-    """(accuracy, chance) per held-out source of `stage`, with what it left in `folder`.
+    """(accuracy, chance) per held-out source of `stage`, with the parameters that it left behind.
+
+    shuffle_media: give every question the media of another record.
 
     Raises:
         ConfigError: the stage has no held-out sources or has merged its adapters away.
@@ -55,12 +60,13 @@ def score_stage(
         if shuffle_media:
             data = with_shuffled_media(data, stage.evaluate, Path(scratch))
         tokenizer, _ = load_tokenizer(run)
-        groups = pool_groups(run, stage, data_shards(mesh))
-        pipeline = heldout_pipeline(run, stage, data, tokenizer, groups)
-        ready = build_stage(run, stage, mesh, steps=1)
-        left = open_source(stage.name, folder / "checkpoints" / stage.name / "final")
-        itself = Take(match=".*", source=stage.name)
-        params = read_params(ready, dict.fromkeys(ready.infos, itself), {stage.name: left})
+        settings = resolve_stage(run, stage)
+        groups = settings.pool_groups(data_shards(mesh))
+        pipeline = heldout_pipeline(settings, data, tokenizer, groups)
+        ready = build_stage(settings, mesh, steps=1)
+        result = open_source(stage.name, layout.stage(stage.name).final)
+        take = Take(match=".*", source=stage.name)
+        params = read_params(ready, dict.fromkeys(ready.infos, take), {stage.name: result})
         compiled = {
             name: lower_score(ready, mesh, pipeline.spec(name)).compile()
             for name in pipeline.signatures
@@ -77,28 +83,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--stage", help="default: the last one with held-out sources")
-    parser.add_argument("--shuffle-media", action="store_true", help="control: media of others")
+    parser.add_argument("--stage", help="default: the last stage with held-out sources")
+    parser.add_argument(
+        "--shuffle-media", action="store_true", help="control: ask with the media of other records"
+    )
     distributed.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table; returns 0, 1 where too many samples are bad, or 2 where the run cannot be
-    scored."""
+    """Print a table. Returns 0, or 1 if too many samples are bad, or 2 if the run cannot be
+    scored.
+    """
     args = parse(arguments)
-    return distributed.guard(lambda: _main(args))
+    return distributed.guard(lambda: run_command(args))
 
 
-def _main(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace) -> int:
+    """Carry out the parsed command. Returns the exit code."""
     try:
         distributed.initialize(args)
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        run = load_config(args.run / "config.yaml", args.overrides)
+        layout = RunLayout(args.run)
+        run = load_config(layout.config, args.overrides)
         stage = stage_to_score(run, args.stage, args.run)
-        scores = score_stage(run, stage, args.run, shuffle_media=args.shuffle_media)
+        scores = score_stage(run, stage, layout, shuffle_media=args.shuffle_media)
     except (*SCORING_ERRORS, OSError, ValueError) as error:
         if distributed.lost_peer(error):
             raise
@@ -111,10 +122,10 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def stage_to_score(run: RunConfig, name: str | None, folder: Path) -> StageConfig:
-    """The stage called `name`, or the last one with held-out sources.
+    """The stage called `name`, or the last stage with held-out sources.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such stage.
     """
     stages = {stage.name: stage for stage in run.stages if stage.evaluate}
     if not stages:
@@ -129,7 +140,7 @@ def stage_to_score(run: RunConfig, name: str | None, folder: Path) -> StageConfi
 
 
 def print_scores(scores: Mapping[str, tuple[float, float]], *, shuffled: bool) -> None:
-    """A line for every source: accuracy and chance."""
+    """Print a line for every source: accuracy and chance level."""
     width = max(map(len, scores))
     title = "with the media of another record" if shuffled else "exact match"
     print(f"{'':<{width}}  {title}  chance")

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from unimoe_jax.checkpoints.checksums import CheckpointError
 from unimoe_jax.config import MODULES, ConfigError, ModuleName, MoEConfig, RouterConfig
-from unimoe_jax.convert.opening import find_checkpoint
+from unimoe_jax.convert.opening import locate_checkpoint
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.experts.listing import listing
 from unimoe_jax.experts.making import fewer_experts, one_expert, place_experts
@@ -185,7 +185,10 @@ def _assemble(given: argparse.Namespace, base: Opened) -> None:
             raise ConvertError(f"--expert {text}: write NAME=DIR")
         if name not in named:
             named[name] = open_experts(name, Path(path))
-        if named[name].checkpoint.path.absolute() != find_checkpoint(Path(path)).absolute():
+        if (
+            named[name].checkpoint.path.absolute()
+            != locate_checkpoint(Path(path)).folder.absolute()
+        ):
             raise ConvertError(f"--expert {text}: {name} is {named[name].checkpoint.path} already")
         experts.append(named[name])
     moe = moe_settings(given.modules or ["decoder"], given, len(experts))

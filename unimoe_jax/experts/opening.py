@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from unimoe_jax.checkpoints.checksums import SUMS
+from unimoe_jax.checkpoints.locate import is_checkpoint
 from unimoe_jax.checkpoints.sources import ParamSource
 from unimoe_jax.config import LoRARule, ModelConfig, ModuleName
-from unimoe_jax.convert.opening import Checkpoint, Parameter, is_ours, no_settings, open_checkpoint
+from unimoe_jax.convert.opening import Checkpoint, Parameter, no_settings, open_checkpoint
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, sha256
 from unimoe_jax.convert.recognise import recognise, source_files
@@ -95,7 +96,7 @@ class Opened:
         """{file: SHA-256} that tell this checkpoint from any other: of its list of checksums, or of
         its files."""
         path = self.checkpoint.path
-        if is_ours(path):
+        if is_checkpoint(path):
             return {SUMS: sha256(path / SUMS)}
         files = sorted({file for source in recognise([path]) for file in source_files(source)})
         return {str(file): sha256(file) for file in files}
@@ -113,7 +114,7 @@ def open_experts(name: str, path: Path, model_file: Path | None = None) -> Opene
         raise ConvertError(f"{path}: no such folder; give a checkpoint")
     checkpoint = open_checkpoint(path, model_file, Options())
     config = dict(checkpoint.config)
-    if is_ours(checkpoint.path):
+    if is_checkpoint(checkpoint.path):
         moe_layers = tuple(checkpoint.manifest["moe_layers"])
     else:
         moe_layers = checkpoint.model.decoder.moe_layers()

@@ -10,10 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from unimoe_jax.checkpoints.checksums import check_files
+from unimoe_jax.checkpoints.checksums import CheckpointError, check_files
+from unimoe_jax.checkpoints.locate import locate
 from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest, read_settings, run_file_of
 from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.conversation import TEMPLATES
 from unimoe_jax.data.sources import load_tokenizer
 from unimoe_jax.data.tokenizer import Tokenizer
@@ -35,35 +37,38 @@ class Found:
 
 
 def find(path: Path, template: str | None) -> Found:
-    """What lies at `path`, parameters not read yet."""
+    """The checkpoint that `path` stands for (`checkpoints.locate`); its parameters are not read.
+
+    template: None takes the template that the checkpoint was trained with.
+
+    Raises:
+        GenerationError: there is no model that can answer; the message says what is missing.
+    """
     if not path.is_dir():
         raise GenerationError(f"{path}: no such folder; give a run directory or a checkpoint")
-    run_file = path / "config.yaml"
-    if run_file.is_file():
-        run = _run(run_file)
-        stage = _last_whole_stage(run, path)
-        return _of_run(run, stage, path / "checkpoints" / stage.name / "final", template)
-    if not (path / MANIFEST).is_file():
-        inside = path / "final"
-        if (inside / MANIFEST).is_file():
-            return find(inside, template)
+    try:
+        located = locate(path)
+    except CheckpointError as error:
+        raise GenerationError(str(error)) from error
+    if not located.is_checkpoint:
         raise GenerationError(
             f"{path}: neither config.yaml of a run nor {MANIFEST} of a checkpoint; PyTorch folders "
             "are converted first: python -m unimoe_jax.convert import --from … --to …"
         )
-    if (path / MODEL_FILE).is_file():
-        return _of_import(path, template)
-    run_file = run_file_of(path)
+    folder = located.folder
+    if (folder / MODEL_FILE).is_file():
+        return _of_import(folder, template)
+    run_file = run_file_of(folder)
     if run_file is None:
         raise GenerationError(
-            f"{path}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
+            f"{folder}: no {MODEL_FILE}, and no run's config.yaml three folders up; the model's "
             "settings are unknown"
         )
-    run, name = _run(run_file), read_manifest(path).get("stage")
+    run, name = _run(run_file), read_manifest(folder).get("stage")
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None:
-        raise GenerationError(f"{path}: {run_file} has no stage {name}")
-    return _of_run(run, stage, path, template)
+        raise GenerationError(f"{folder}: {run_file} has no stage {name}")
+    return _of_run(run, stage, folder, template)
 
 
 def _run(file: Path) -> RunConfig:
@@ -73,26 +78,17 @@ def _run(file: Path) -> RunConfig:
         raise GenerationError(str(error)) from error
 
 
-def _last_whole_stage(run: RunConfig, folder: Path) -> StageConfig:
-    for stage in reversed(run.stages):
-        final = folder / "checkpoints" / stage.name / "final"
-        if stage.leaves == "all" and (final / MANIFEST).is_file():
-            return stage
-    raise GenerationError(f"{folder}: no finished stage that leaves a whole model")
-
-
 def _of_run(run: RunConfig, stage: StageConfig, folder: Path, template: str | None) -> Found:
-    config = run.stage_model(stage)
+    settings = resolve_stage(run, stage)
     tokenizer, file = load_tokenizer(run)
-    own = getattr(stage, "template", None) or run.data.template
-    if template is None and own == "plain":
+    if template is None and settings.template == "plain":
         raise GenerationError(
             f"{folder}: stage {stage.name} learned captions (template plain), not conversations; "
             "choose a template, e.g. --template vicuna_v1"
         )
     side = file.parent / GENERATION_FILE
     generation = _json(side) if side.is_file() else {}
-    return Found(folder, config, tokenizer, template or own, generation)
+    return Found(folder, settings.model, tokenizer, template or settings.template, generation)
 
 
 def _of_import(folder: Path, template: str | None) -> Found:

@@ -1,4 +1,4 @@
-"""A stage made ready: its model, parameters on the mesh, optimizer, and what it leaves behind."""
+"""A stage made ready: its models, parameter table, shardings and optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from unimoe_jax.config import ModelConfig, RunConfig, StageConfig
+from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.models.declare import full_batch
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
@@ -30,24 +30,25 @@ from unimoe_jax.stages.optim import Schedule, learning_rate, make_optimizer
 from unimoe_jax.stages.train_step import TrainState, init_state
 
 
-def parameter_table(run: RunConfig, stage: StageConfig) -> dict[str, ParamInfo]:
+def parameter_table(settings: StageSettings) -> dict[str, ParamInfo]:
     """Every parameter of the stage's model and what happens to it; computes nothing.
 
     Raises:
         ParamError: a parameter that no rule covers, or a rule that covers none.
-        ShardingError: experts that the mesh in force cannot share out.
+        ShardingError: the experts do not divide over the expert axis of the current mesh.
     """
-    config = run.stage_model(stage)
-    for module, moe in config.experts().items():
+    for module, moe in settings.model.experts().items():
         check_divides(f"{moe_key(module)}.num_experts", moe.num_experts, "expert")
-    model = UniMoE(config, LayerOptions(lora=config.lora))
-    mesh = current_mesh()  # a batch must divide over its shards, even one that is never computed
-    batch = full_batch(config, data_shards(mesh) if mesh else 1)
+    model = UniMoE(settings.model, LayerOptions(lora=settings.model.lora))
+    # shard() checks divisibility while tracing, so even this batch, of which only the shapes are
+    # used, must divide by the number of data shards.
+    mesh = current_mesh()
+    batch = full_batch(settings.model, data_shards(mesh) if mesh else 1)
     shapes = declared(model, batch)
     try:
-        return parameter_infos(shapes, stage.train, run.precision)
+        return parameter_infos(shapes, settings.config.train, settings.precision)
     except ParamError as error:
-        raise ParamError(f"stages.{stage.name}.{error}") from None
+        raise ParamError(f"stages.{settings.name}.{error}") from None
 
 
 def moe_key(module: str) -> str:
@@ -57,10 +58,16 @@ def moe_key(module: str) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the loop needs: models for training and scoring, tables, shardings, optimizer."""
+    """Everything that training and scoring a stage need.
 
-    config: StageConfig
-    model_config: ModelConfig
+    settings: the stage with all that it takes from its run.
+    model, scorer: the module that trains (with dropout and sampled experts), and the module that
+        scores as generation would answer.
+    infos, shardings: by parameter path, from `parameter_table` and the mesh.
+    schedule: step -> learning rate, without the multipliers of the rules.
+    """
+
+    settings: StageSettings
     model: UniMoE
     scorer: UniMoE
     infos: Mapping[str, ParamInfo]
@@ -70,18 +77,25 @@ class Stage:
     steps: int
 
     def state_shardings(self, mesh: Mesh) -> TrainState:
-        """Shardings of a TrainState: optimizer moments lie as their parameters do."""
+        """Shardings of a TrainState: an optimizer moment is sharded like its parameter."""
         trained, _ = split(self.shardings, self.infos)
         shapes = jax.eval_shape(self.optimizer.init, self._trained_structs())
+        everywhere = replicated(mesh)
 
-        def of(path, leaf):
+        def moment_sharding(path, leaf) -> NamedSharding:
+            # optax keeps moments in dictionaries with the parameters' paths as keys; counters have
+            # no such key and are replicated.
             del leaf
             keys = [getattr(part, "key", None) for part in path]
-            return next((trained[key] for key in keys if key in trained), replicated(mesh))
+            return next((trained[key] for key in keys if key in trained), everywhere)
 
-        same = replicated(mesh)
-        moments = jax.tree_util.tree_map_with_path(of, shapes)
-        return TrainState(same, trained, moments, same, same)
+        return TrainState(
+            step=everywhere,
+            trained=trained,
+            optimizer=jax.tree_util.tree_map_with_path(moment_sharding, shapes),
+            seed=everywhere,
+            bad_steps=everywhere,
+        )
 
     def _trained_structs(self) -> Flat:
         trained, _ = split(self.infos, self.infos)
@@ -107,39 +121,33 @@ class Stage:
         }
 
 
-def build_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, steps: int) -> Stage:
-    """Models, parameter table, shardings and optimizer of a stage. Must run inside `use_mesh`.
+def build_stage(settings: StageSettings, mesh: Mesh, steps: int) -> Stage:
+    """Make a stage of `steps` steps ready on `mesh`. Must run inside `use_mesh`.
 
     Raises:
         ParamError, ShardingError: rules or shapes that do not fit; the parameter is named. Or an
             exchange of tokens that the devices do not have.
     """
-    config = run.stage_model(stage)
-    for module, moe in config.experts().items():
+    model = settings.model
+    for module, moe in model.experts().items():
         if moe.exchange == "ragged" and mesh_axes("expert") and current_platform() == "cpu":
             raise ShardingError(
                 f"{moe_key(module)}.exchange = ragged: CPUs have no such collective; allowed "
                 "there: auto | gather | all_to_all"
             )
-    dtype = jnp.dtype(run.precision.compute)
-    infos = parameter_table(run, stage)
-    schedule = learning_rate(stage.optim, steps)
+    dtype = jnp.dtype(settings.precision.compute)
+    infos = parameter_table(settings)
+    optim = settings.config.optim
+    schedule = learning_rate(optim, steps)
     return Stage(
-        config=stage,
-        model_config=config,
-        model=UniMoE(config, LayerOptions(dtype=dtype, lora=config.lora, train=True)),
-        scorer=UniMoE(config.answering, LayerOptions(dtype=dtype, lora=config.lora)),
+        settings=settings,
+        model=UniMoE(model, LayerOptions(dtype=dtype, lora=model.lora, train=True)),
+        scorer=UniMoE(model.answering, LayerOptions(dtype=dtype, lora=model.lora)),
         infos=infos,
         shardings={
             path: param_sharding(mesh, path, info.shape, info.axes) for path, info in infos.items()
         },
-        optimizer=make_optimizer(stage.optim, schedule, infos),
+        optimizer=make_optimizer(optim, schedule, infos),
         schedule=schedule,
         steps=steps,
     )
-
-
-# ------------------------------------------------------------------------------ parameters
-
-
-# --------------------------------------------------------------------------------- results

@@ -79,10 +79,12 @@ def check_upcycled(
         return None
     modules = {member.module for path in takes for _, member in _members(stage, path)}
     _check_complete(stage, takes, modules)
-    dense_config = stage.model_config.with_experts(stage.model_config.experts().keys() - modules)
+    dense_config = stage.settings.model.with_experts(
+        stage.settings.model.experts().keys() - modules
+    )
     dense_config = dense_config.model_copy(update={"lora": ()})
     dense_layers = _dense_layers(stage, takes, dense_config, sources, mesh)
-    batch = _on(mesh, probe(stage.model_config, data_shards(mesh), modules != {"decoder"}))
+    batch = _on(mesh, probe(stage.settings.model, data_shards(mesh), modules != {"decoder"}))
     run = partial(_compare, stage, dense_config)
     what = "logits" if dense_config.decoder.moe is None else "soft tokens"
     with jax.default_matmul_precision("highest"):
@@ -92,7 +94,7 @@ def check_upcycled(
     comparison = Comparison(what, difference, largest, tuple(sorted(modules)), names)
     if not comparison.is_rounding:
         raise ParamError(
-            f"init of stage {stage.config.name}: {comparison}: this is more than rounding "
+            f"init of stage {stage.settings.name}: {comparison}: this is more than rounding "
             f"({ROUNDING:g} of the largest value). Are the other parameters taken from the same "
             "checkpoint, and is every expert upcycled?"
         )
@@ -100,7 +102,7 @@ def check_upcycled(
 
 
 def _upcycled(stage: Stage) -> dict[str, Take]:
-    takes = {path: origin_of(path, stage.config.init) for path in stage.infos}
+    takes = {path: origin_of(path, stage.settings.config.init) for path in stage.infos}
     return {path: take for path, take in takes.items() if take.upcycle}
 
 
@@ -109,13 +111,13 @@ def _check_complete(stage: Stage, takes: Mapping[str, Take], modules: set[Module
         _, member = _members(stage, path)[0]
         if member.module in modules and member.expert is not None:
             raise ParamError(
-                f"init of stage {stage.config.name}: {path!r} is not upcycled, other parameters of "
-                f"the {member.module}'s experts are; let one rule match them all"
+                f"init of stage {stage.settings.name}: {path!r} is not upcycled, other parameters "
+                f"of the {member.module}'s experts are; let one rule match them all"
             )
 
 
 def _members(stage: Stage, path: str):
-    kinds = stage.model_config.decoder.moe_layers()
+    kinds = stage.settings.model.decoder.moe_layers()
     return layer_parts(path, stage.infos[path].shape, kinds)
 
 
@@ -154,7 +156,7 @@ def _shared(
     stage: Stage, dense_config: ModelConfig, path: str, shape: tuple[int, ...], params: Flat
 ) -> jax.Array:
     """A parameter that both models have, as the dense one stacks it."""
-    kinds = stage.model_config.decoder.moe_layers()
+    kinds = stage.settings.model.decoder.moe_layers()
     parts = layer_parts(path, shape, dense_config.decoder.moe_layers())
     places = [place_of(member, kinds) for _, member in parts]
     if all(at == (path, index) for at, (index, _) in zip(places, parts, strict=True)):
@@ -174,7 +176,7 @@ def _compare(
         for path, (shape, _) in _shapes(dense_config).items()
         if path not in dense_layers
     }
-    ours = _outputs(stage.model_config, params, batch)
+    ours = _outputs(stage.settings.model, params, batch)
     theirs = _outputs(dense_config, dense | dense_layers, batch)
     return {
         what: (jnp.max(jnp.abs(ours[what] - theirs[what])), jnp.max(jnp.abs(theirs[what])))

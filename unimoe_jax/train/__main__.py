@@ -4,10 +4,16 @@
 
 A run starts in one of four ways: from nothing; where it stopped (the same command again); from an
 earlier stage (`--stage NAME` runs that stage alone); from converted checkpoints (`init:` in the run
-file). Exit codes: 0 done, or stopped by SIGTERM or SIGINT after saving (then UNIMOE_STOPPED_CODE,
-if that is set, for a launcher that starts it again); 1 training stopped; 2 bad settings; 130
-interrupted where nothing had to be saved, or a second time; 141 who reads what --print-config or
---dry-run shows has gone (`… | head`).
+file).
+
+Exit codes:
+  0    everything is done, or SIGTERM or SIGINT stopped the run and its state is saved; if
+       UNIMOE_STOPPED_CODE is set, a stopped run exits with that code instead, so that a launcher
+       can start the same command again
+  1    training stopped with an error
+  2    the settings are wrong
+  130  interrupted before there was anything to save, or interrupted a second time
+  141  the reader of the output of --print-config or --dry-run has gone (`… | head`)
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from unimoe_jax.train.run import run
 from unimoe_jax.train.run_folder import RunFolderError
 
 SETTINGS_ERRORS = (*SCORING_ERRORS, RunFolderError)
-# Data that cannot be read at start (a missing file, a broken tokenizer) are settings errors too.
+# Data that cannot be read at the start (a missing file, a broken tokenizer) count as bad settings.
 DATA_ERRORS = (FileNotFoundError, ValueError)
 
 
@@ -66,12 +72,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code; see the module's docstring."""
+    """Run the command line. Returns the exit code; see the module's docstring."""
     args = parse(arguments)
-    return distributed.guard(lambda: _main(args))
+    return distributed.guard(lambda: run_command(args))
 
 
-def _main(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace) -> int:
+    """Carry out the parsed command. Returns the exit code."""
     try:
         resolved = resolve(args)
         if args.print_config or args.dry_run:
@@ -90,7 +97,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _show(resolved: Resolved, args: argparse.Namespace) -> int:
-    """What --print-config or --dry-run asks for."""
+    """Print the settings, or carry out the dry run."""
     if args.print_config:
         print_config(resolved.config, resolved.origins)
     else:
@@ -100,23 +107,14 @@ def _show(resolved: Resolved, args: argparse.Namespace) -> int:
 
 
 def resolve(args: argparse.Namespace) -> Resolved:
-    """The settings that the command line asks for."""
+    """The run file with the overrides of the command line."""
     resolved = resolve_config(args.config, args.overrides)
     if not args.strict:
         return resolved
-    # A stage with a loader of its own takes nothing from the one that the others share.
-    own = [number for number, stage in enumerate(resolved.config.stages) if stage.loader]
-    keys = ["data.loader", *(f"stages.{number}.loader" for number in own)]
+    # A stage with its own `loader` replaces the shared one entirely, so set `strict` on both.
+    numbers = [number for number, stage in enumerate(resolved.config.stages) if stage.loader]
+    keys = ["data.loader", *(f"stages.{number}.loader" for number in numbers)]
     return resolve_config(args.config, [*args.overrides, *(f"{k}.strict=true" for k in keys)])
-
-
-# --------------------------------------------------------------------------------- the run
-
-
-# ------------------------------------------------------------------------ before anything costs
-
-
-# --------------------------------------------------------------------------------- results
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ import json
 import shlex
 from collections.abc import Collection
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from unimoe_jax.checkpoints.checksums import SUMS, CheckpointError
 from unimoe_jax.checkpoints.final import save_final
+from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest
 from unimoe_jax.config import RunConfig
 from unimoe_jax.evaluate.controls import chance_levels
 from unimoe_jax.evaluate.exact_match import is_scorable
-from unimoe_jax.metrics.records import METRICS_FILE, read_metrics
+from unimoe_jax.metrics.records import read_metrics
 from unimoe_jax.metrics.router_trends import as_json, router_trends
 from unimoe_jax.metrics.series import by_stage
 from unimoe_jax.params.paths import Flat
@@ -26,26 +27,28 @@ from unimoe_jax.stages.final_params import results
 from unimoe_jax.stages.initial_params import source_folder
 from unimoe_jax.stages.stage import Stage
 from unimoe_jax.train.context import RunContext
-from unimoe_jax.train.summary import read_stage_summary
+from unimoe_jax.train.summary import StageSummary, read_stage_summary
 
 
-def leave_results(runtime: RunContext, stage: Stage, params: Flat, folder: Path, summary) -> None:
+def leave_results(context: RunContext, stage: Stage, params: Flat, summary: StageSummary) -> None:
     """Write what the stage leaves behind, with a manifest of where it came from.
 
-    The summary comes first: a stage whose result is there is finished, and never tells again.
+    The summary is written first: once the result exists, the stage counts as finished and is
+    skipped, so a summary that a crash lost between the two could never be written again.
     """
-    if runtime.is_writer:
-        write_json_atomic(folder.with_name("summary.json"), asdict(summary))
+    layout = context.layout.stage(stage.settings.name)
+    if context.is_writer:
+        write_json_atomic(layout.summary, asdict(summary))
     params, changed = results(stage, params)
-    run, config = runtime.run, stage.config
+    config = stage.settings.config
     manifest = {
-        "run": run.name,
+        "run": context.run.name,
         "stage": config.name,
         "steps": stage.steps,
-        "moe_layers": list(stage.model_config.decoder.moe_layers()),
+        "moe_layers": list(stage.settings.model.decoder.moe_layers()),
         "lora_merged": config.merge_lora,
         "parents": {
-            name: str(source_folder(runtime.folder, name))
+            name: str(source_folder(context.layout, name))
             for take in config.init
             for name in take.origins
             if name != "fresh"
@@ -57,26 +60,31 @@ def leave_results(runtime: RunContext, stage: Stage, params: Flat, folder: Path,
         "upcycled": summary.upcycled,
         "heldout": summary.heldout,
     }
-    save_final(folder, params, manifest)
+    save_final(layout.final, params, manifest)
 
 
-def finished_stages(config: RunConfig, folder: Path) -> dict[str, int]:
-    """Steps of the stages that are finished; their summaries can be read."""
-    found = {stage.name: finished_steps(folder, stage.name) for stage in config.stages}
-    done = {name: steps for name, steps in found.items() if steps is not None}
-    for name in done:
-        read_stage_summary(folder, name)
-    return done
-
-
-def finished_steps(folder: Path, name: str) -> int | None:
-    """How many steps the stage has trained, if it has left its result whole; None if it has none.
+def finished_stages(config: RunConfig, layout: RunLayout) -> dict[str, int]:
+    """Steps of every finished stage.
 
     Raises:
-        CheckpointError: a part of the result is gone.
+        CheckpointError, RunFolderError: a result or a summary is damaged.
     """
-    final = folder / "checkpoints" / name / "final"
-    if not final.exists():  # it comes into its place complete
+    steps = {stage.name: finished_steps(layout, stage.name) for stage in config.stages}
+    finished = {name: count for name, count in steps.items() if count is not None}
+    for name in finished:
+        read_stage_summary(layout.stage(name))
+    return finished
+
+
+def finished_steps(layout: RunLayout, name: str) -> int | None:
+    """How many steps a finished stage has trained; None if the stage has not finished.
+
+    Raises:
+        CheckpointError: a part of its result is missing or damaged.
+    """
+    final = layout.stage(name).final
+    # `final` is renamed into place when it is complete, so if it exists the stage has finished.
+    if not final.exists():
         return None
     try:
         steps = int(read_manifest(final)["steps"])
@@ -95,51 +103,72 @@ def finished_steps(folder: Path, name: str) -> int | None:
     return steps
 
 
-def next_command(config: RunConfig, folder: Path, done: Collection[str]) -> str:
-    """What to try now: the control of the evaluation, if the stage that it scores is `done`."""
-    named = shlex.quote(str(folder))
+def next_command(config: RunConfig, layout: RunLayout, finished: Collection[str]) -> str:
+    """The command that a user would try now: the control of the evaluation if the stage that it
+    scores has finished, otherwise a chat."""
+    folder = shlex.quote(str(layout.folder))
     scored = [stage for stage in config.stages if stage.evaluate]
-    if scored and scored[-1].name in done and is_scorable(scored[-1]):
-        return f"python -m unimoe_jax.evaluate {named} --shuffle-media"
-    return f"python -m unimoe_jax.generate --model {named} --chat"
+    if scored and scored[-1].name in finished and is_scorable(scored[-1]):
+        return f"python -m unimoe_jax.evaluate {folder} --shuffle-media"
+    return f"python -m unimoe_jax.generate --model {folder} --chat"
 
 
-def finish(runtime: RunContext, seconds: float | None) -> None:
-    """summary.json, plots, report, and the block at the end. seconds: that this call took; None if
-    it has trained nothing, then the time of the last that has stays."""
-    config, folder = runtime.run, runtime.folder
-    names = [stage.name for stage in config.stages]
-    # A stage writes its summary before its result.
-    done = [name for name in names if finished_steps(folder, name) is not None]
-    found = {name: read_stage_summary(folder, name) for name in done}
-    stages = {name: summary for name, summary in found.items() if summary is not None}
-    last = next((s for s in reversed(stages.values()) if s["heldout"]), None)
-    # What is scored may have changed between two sittings.
-    before, after = (last["heldout_before"] or {}, last["heldout"]) if last else ({}, {})
-    levels = (last or {}).get("chance") or chance_levels(runtime.data, after)
+def finish(context: RunContext, seconds: float | None) -> None:
+    """Write summary.json, plots and report, and print the result block.
+
+    seconds: how long this command took. None if it has trained nothing; the time in an earlier
+        summary.json is kept then.
+    """
+    config, layout = context.run, context.layout
+    summaries = _finished_summaries(config, layout)
     if seconds is None:
-        # There may be none, or a damaged one: it is about to be written anew.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            seconds = json.loads((folder / "summary.json").read_text())["wall_seconds"]
-    recorded = (folder / METRICS_FILE).exists()
+        seconds = _earlier_seconds(layout)
+    recorded = layout.metrics.exists()
     if not recorded:
-        runtime.tell(f"{folder / METRICS_FILE}: missing, so there is no report of the stages")
-    records = by_stage(read_metrics(folder)) if recorded else {}
+        context.announce(f"{layout.metrics}: missing, so there is no report of the stages")
+    records = by_stage(read_metrics(layout.folder)) if recorded else {}
     summary = {
         "name": config.name,
-        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "seconds": sum(stage["seconds"] for stage in summaries.values()),
         "wall_seconds": seconds,
-        "stages": stages,
+        "stages": summaries,
         "stages_in_all": len(config.stages),
-        "heldout": {
-            task: {"before": before.get(task), "after": share, "chance": levels[task]}
-            for task, share in after.items()
-        },
+        "heldout": _last_scores(context, summaries),
         "routers": as_json(router_trends(records, config)),
-        "run_dir": str(folder),
-        "next_command": next_command(config, folder, stages),
+        "run_dir": str(layout.folder),
+        "next_command": next_command(config, layout, summaries),
     }
-    write_json_atomic(folder / "summary.json", summary)
+    write_json_atomic(layout.summary, summary)
     if config.log.plots and recorded:
-        write_report(folder)
-    print(result_block(summary, folder))
+        write_report(layout.folder)
+    print(result_block(summary, layout.folder))
+
+
+def _finished_summaries(config: RunConfig, layout: RunLayout) -> dict[str, dict[str, Any]]:
+    """Summaries of the finished stages. A stage writes its summary before its result, so a summary
+    without a result belongs to a stage that has not finished."""
+    names = [s.name for s in config.stages if finished_steps(layout, s.name) is not None]
+    found = {name: read_stage_summary(layout.stage(name)) for name in names}
+    return {name: summary for name, summary in found.items() if summary is not None}
+
+
+def _earlier_seconds(layout: RunLayout) -> float | None:
+    """The time in summary.json, or None. A damaged file is written again in a moment, so it is
+    treated like a missing one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(layout.summary.read_text())["wall_seconds"]
+    return None
+
+
+def _last_scores(context: RunContext, summaries: dict[str, dict[str, Any]]) -> dict[str, dict]:
+    """Per held-out source: score before and after the last scored stage, and chance level."""
+    last = next((s for s in reversed(summaries.values()) if s["heldout"]), None)
+    if last is None:
+        return {}
+    # A source may have been added after the stage began, so it may have no score from before.
+    before, after = last["heldout_before"] or {}, last["heldout"]
+    chance = last["chance"] or chance_levels(context.data, after)
+    return {
+        source: {"before": before.get(source), "after": score, "chance": chance[source]}
+        for source, score in after.items()
+    }

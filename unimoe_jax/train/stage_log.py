@@ -1,4 +1,4 @@
-"""What a stage tells of its steps: records between log lines, and its summary."""
+"""Collect the metrics of steps, and write a record every few steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from unimoe_jax.metrics.series import metric_name
 from unimoe_jax.stages.losses import MODALITY_LOSSES
 from unimoe_jax.train.summary import StageSummary
 
-"""Of a summary: what a resumed stage cannot find out again."""
-
 
 @dataclass
 class StageLog:
-    """Collects step metrics between log lines."""
+    """Collects step metrics between records.
+
+    every: steps between two records. steps: length of the stage.
+    imbalance: step index -> how unevenly the step's work is spread over data shards.
+    unwritten: the latest step that is not in metrics.jsonl yet, with its signature and metrics.
+    waited: seconds spent waiting for data since the time `since`.
+    sums: metrics that are added up between records. latest: the newest value of every metric.
+    total_tokens, total_seconds: of all runs of the stage, for its mean speed.
+    """
 
     writer: MetricsWriter
     progress: Progress
@@ -33,8 +39,8 @@ class StageLog:
     imbalance: Callable[[int], dict[str, float]]
     tokens: float = 0.0
     skipped: int = 0
-    unwritten: tuple[int, frozenset, dict] | None = None  # the last step, where no record is its
-    waited: float = 0.0  # for data since `since`, whatever the step: a share of that time
+    unwritten: tuple[int, frozenset, dict] | None = None
+    waited: float = 0.0
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     latest: dict[str, np.ndarray] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
@@ -42,11 +48,14 @@ class StageLog:
     total_seconds: float = 0.0
 
     def add(self, step: int, signature: frozenset, metrics: dict) -> None:
-        """Read the metrics of an earlier step, which the devices have finished or soon will."""
+        """Read the metrics of a step; this waits until the devices have finished the step."""
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
-        self.latest |= metrics  # of the last step with images, where this one has none
+        # Statistics of the encoder's routers are missing in a step without images; the last step
+        # that had some keeps standing for them.
+        self.latest |= metrics
         self.tokens += float(metrics["tokens"])
-        # What a skipped step made of its samples may be no number, and taught nothing.
+        # A skipped step may have produced NaN, and it changed no parameter, so leave its losses
+        # out.
         summed = ("load", "dropped") if metrics["bad"] else ("load", "dropped", "_by_modality")
         for name, value in metrics.items():
             if name.endswith(summed):
@@ -56,17 +65,17 @@ class StageLog:
         if math.isfinite(loss):
             if self.summary.first_loss is None:
                 self.summary.first_loss = loss
-            # Signatures differ in difficulty: the last loss is a mean over the last steps, about
-            # ten of them.
-            last = self.summary.last_loss
-            share = max(0.1, 1 / step)
-            self.summary.last_loss = loss if last is None else last + share * (loss - last)
+            # Batches with other media differ in difficulty, so the last loss is a running mean over
+            # about ten steps. Before the tenth step it is the plain mean of all steps.
+            mean = self.summary.last_loss
+            weight = max(0.1, 1 / step)
+            self.summary.last_loss = loss if mean is None else mean + weight * (loss - mean)
         self.unwritten = (step, signature, metrics)
         if step % self.every == 0 or step == self.steps or step == 1:
             self.flush()
 
     def flush(self) -> None:
-        """Write a record of the steps since the last one, if there are any."""
+        """Write a record of the steps since the last record, if there are any."""
         if self.unwritten is not None:
             self._write(*self.unwritten)
 
@@ -84,8 +93,8 @@ class StageLog:
             "loss_by_modality": self._by_modality(),
             "shard_imbalance": self.imbalance(step - 1),
         }
-        named = [f"modality_{name}" for name in MODALITY_LOSSES]
-        values |= {name: float(metrics[name]) for name in named if name in metrics}
+        losses = [f"modality_{name}" for name in MODALITY_LOSSES]
+        values |= {name: float(metrics[name]) for name in losses if name in metrics}
         for module in MODULES:
             values |= self._routers(module)
         self.writer.write(step, values)
@@ -96,8 +105,7 @@ class StageLog:
         self.sums, self.latest, self.skipped, self.unwritten = {}, {}, 0, None
 
     def _routers(self, module: str) -> dict[str, Any]:
-        """What the records say of a module's routers; nothing if no step since the last has run
-        them."""
+        """Router metrics of one module; empty if no step since the last record has run them."""
         if metric_name(module, "balance") not in self.latest:
             return {}
         found = {
@@ -111,6 +119,7 @@ class StageLog:
         return {metric_name(module, name): value for name, value in found.items()}
 
     def _by_modality(self) -> dict[str, float]:
+        """Mean loss per target token of the samples that hold each modality."""
         if "nll_by_modality" not in self.sums:
             return {}
         nll, targets = self.sums["nll_by_modality"], self.sums["targets_by_modality"]

@@ -1,60 +1,70 @@
-"""The summary of a stage."""
+"""The summary of a stage: a file beside its result, and the part of it that checkpoints keep."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+from unimoe_jax.checkpoints.layout import StageLayout
 from unimoe_jax.train.run_folder import RunFolderError
 
-FROM_THE_START = ("first_loss", "last_loss", "heldout_before", "upcycled", "seconds")
+KEPT_IN_CHECKPOINTS = ("first_loss", "last_loss", "heldout_before", "upcycled", "seconds")
+"""Fields that a resumed stage could not find out again."""
 
 
 @dataclass
 class StageSummary:
-    """Goes into summary.json."""
+    """What a stage reports about itself, in checkpoints/STAGE/summary.json.
+
+    seconds: time of all runs of the stage; of a run that was killed, up to its last checkpoint.
+    heldout_before, heldout: exact match per held-out source, at the start and at the end.
+    chance: chance level per held-out source, kept because the sources may be gone when a report is
+        made.
+    samples: how many samples the mixture has, and how many were bad or cut, by reason.
+    upcycled: largest difference from the dense model at step 0, if experts were upcycled.
+    """
 
     steps: int
-    seconds: float = 0.0  # of all sittings, as far as their steps were saved
+    seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
     tokens_per_s: float | None = None
     heldout: dict[str, float] | None = None
     heldout_before: dict[str, float] | None = None
-    chance: dict[str, float] | None = None  # of `heldout`; the sources may be gone when it is told
-    samples: dict[str, Any] | None = None  # the mixture's, and those that were bad or cut by reason
-    upcycled: float | None = None  # largest difference from the dense model at step 0
+    chance: dict[str, float] | None = None
+    samples: dict[str, Any] | None = None
+    upcycled: float | None = None
 
-    def resume(self, position: dict[str, Any]) -> None:
-        """Take over what `position` gave when the steps were saved; nothing at the beginning."""
-        for name in FROM_THE_START:
+    def restore_fields(self, position: dict[str, Any]) -> None:
+        """Take over the fields that a checkpoint kept; an empty `position` resets them."""
+        for name in KEPT_IN_CHECKPOINTS:
             setattr(self, name, position.get(name))
-        self.seconds = self.seconds or 0.0  # checkpoints of earlier versions do not tell
+        self.seconds = self.seconds or 0.0
 
-    def position(self, data: dict) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state. data: where the pipeline stands."""
-        return {"data": data, **{name: getattr(self, name) for name in FROM_THE_START}}
-
-
-LATER = {"upcycled", "samples", "chance"}  # summaries of earlier versions lack them
-SUMMARIZED = {field.name for field in fields(StageSummary)} - LATER
+    def checkpoint_fields(self, data: dict) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state. data: the position of the pipeline."""
+        return {"data": data, **{name: getattr(self, name) for name in KEPT_IN_CHECKPOINTS}}
 
 
-def read_stage_summary(folder: Path, name: str) -> dict | None:
-    """What `train_stage` has written of a stage, so that a run finished in several sittings still
-    sums up; None if there is nothing.
+FIELDS = {field.name for field in fields(StageSummary)}
+
+
+def read_stage_summary(layout: StageLayout) -> dict | None:
+    """The summary that `train_stage` has written, or None if the stage has none.
+
+    A run whose stages were finished by several commands reads it, so that its result block shows
+    all of them.
 
     Raises:
-        RunFolderError: the file is not that.
+        RunFolderError: the file is damaged, or no summary.
     """
-    path = folder / "checkpoints" / name / "summary.json"
+    path = layout.summary
     if not path.exists():
         return None
     try:
         summary = json.loads(path.read_text())
-        missing = SUMMARIZED - summary.keys()
+        missing = FIELDS - summary.keys()
         problem = f"lacks {', '.join(sorted(missing))}" if missing else ""
     except (OSError, ValueError, AttributeError) as error:
         problem = f"cannot be read ({error})"
