@@ -10,12 +10,13 @@ from unimoe_jax.config.base import Config, Fraction, NonNegative, Positive
 
 
 class SourceConfig(Config):
-    """One JSON file of records in the LLaVA/Uni-MoE schema, and where its media lie."""
+    """One JSON file of records in the LLaVA/Uni-MoE schema, and the folder of its media."""
 
     path: str = Field(description="JSON list or JSON lines; may be `embedded:SPLIT/NAME`")
     root: str | None = Field(None, description="media folder; default: the JSON's own folder")
     voice: Literal["speech", "audio"] | None = Field(
-        None, description="which encoder hears `voice` files; default: the only one there is"
+        None,
+        description="which encoder reads `voice` files; default: the only one that the model has",
     )
 
 
@@ -29,19 +30,25 @@ class LoaderConfig(Config):
         description="media pools that a batch is cut into, a multiple of the data shards; set it "
         "to get the same batches on any mesh (default: one per data shard)",
     )
-    packing: bool = True
+    packing: bool = Field(True, description="several samples share a row")
     group_by_modality: bool = Field(
         True,
-        description="each batch holds one combination of media; with packing, samples of text "
-        "alone fill what its rows leave",
+        description="each batch holds one combination of media; with packing, samples without "
+        "media fill the positions that its rows have left",
     )
-    workers: NonNegative = Field(0, description="processes; 0 reads with threads")
-    threads: Positive = 4
-    prefetch: Positive = 4
+    workers: NonNegative = Field(0, description="reading processes; 0: threads read instead")
+    threads: Positive = Field(4, description="reading threads, per process")
+    prefetch: Positive = Field(4, description="batches that are read ahead")
     strict: bool = Field(False, description="stop at the first bad sample")
-    max_bad_share: Fraction = 0.01
-    max_image_pixels: Positive = 89_478_485
-    max_aspect_ratio: Positive = 200
+    max_bad_share: Fraction = Field(
+        0.01, description="stop when more than this share of the samples is bad"
+    )
+    max_image_pixels: Positive = Field(
+        89_478_485, description="larger images are bad samples; the default is Pillow's"
+    )
+    max_aspect_ratio: Positive = Field(
+        200, description="images whose longer side is more than this times the shorter are bad"
+    )
 
 
 TemplateName = Literal[
@@ -50,8 +57,14 @@ TemplateName = Literal[
 
 
 class DataConfig(Config):
-    sources: dict[str, SourceConfig]
+    """The data of a run."""
+
+    sources: dict[str, SourceConfig] = Field(description="data files by name")
     loader: LoaderConfig
-    template: TemplateName = "vicuna_v1"
+    template: TemplateName = Field("vicuna_v1", description="how turns become a prompt")
     embedded_size: Positive = Field(1, description="scale of the embedded data set")
-    cache: str | None = Field(None, description="folder of the embedded data set and the indices")
+    cache: str | None = Field(
+        None,
+        description="folder of the embedded data set, sample sizes and compiled programs; default: "
+        "unimoe_jax in the user's cache folder",
+    )

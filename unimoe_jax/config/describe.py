@@ -1,4 +1,4 @@
-"""What the settings classes allow, in words: for error messages and `--help`."""
+"""Describe in words what the settings classes allow, for error messages and `--help`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = tuple[str | int, ...]
 
 
 def describe(annotation: Any) -> str:
-    """What a value of this type may be, e.g. `integer > 0 or null`."""
+    """Describe the values that a type allows, e.g. `integer > 0 or null`."""
     bounds: list[Any] = []
     while typing.get_origin(annotation) is Annotated:
         annotation, *extra = typing.get_args(annotation)
@@ -44,6 +44,7 @@ def describe(annotation: Any) -> str:
 
 
 def _bounds(extra: Iterable[Any]) -> str:
+    """The limits in the metadata of a type, in words with a space in front; or nothing."""
     limits: dict[str, Any] = {}
     for item in extra:
         for part in item.metadata if isinstance(item, FieldInfo) else [item]:
@@ -79,6 +80,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _child(annotation: Any, key: str | int) -> Any:
+    """The annotation of the setting `key` in a section, list or mapping."""
     for arm in _arms(annotation):
         origin, arguments = typing.get_origin(arm), typing.get_args(arm)
         if _is_section(arm) and key in arm.model_fields:
@@ -91,7 +93,7 @@ def _child(annotation: Any, key: str | int) -> Any:
 
 
 def type_at(root: type[BaseModel], key: Key) -> Any:
-    """The annotation at a path below `root`. KeyError where there is no such setting."""
+    """The annotation at a path below `root`. Raises KeyError if there is no such setting."""
     annotation: Any = root
     for part in key:
         annotation = _child(annotation, part)
@@ -109,7 +111,10 @@ def keys_at(root: type[BaseModel], key: Key) -> list[str]:
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name that `name` was probably meant to be (`lr`: initials count)."""
+    """The allowed name that `name` is probably meant to be.
+
+    Initials count as well: `lr` is near `learning_rate`.
+    """
     allowed = list(allowed)
     close = difflib.get_close_matches(name, allowed, n=1)
     initials = [a for a in allowed if "".join(word[:1] for word in a.split("_")) == name]
@@ -117,7 +122,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing."""
+    """`; did you mean …?` to append to a message, or nothing."""
     near = nearest(name, allowed)
     return f"; did you mean {near!r}?" if near else ""
 
@@ -127,12 +132,13 @@ def _choices(arms: Iterable[Any]) -> list[str]:
 
 
 def _meant(value: Any, choices: list[str]) -> str | None:
+    """A question that names the choice nearest to `value`, if one is near."""
     near = nearest(value, choices) if isinstance(value, str) else None
     return near and f"did you mean {near!r}?"
 
 
 def remedy(root: type[BaseModel], key: Key, value: Any) -> str:
-    """What to do about a value of the wrong kind."""
+    """Advice about a value of the wrong kind."""
     arms = list(_arms(type_at(root, key)))
     lists = [arm.__args__[0] for arm in arms if typing.get_origin(arm) is tuple]
     items = _choices(item for listed in lists for item in _arms(listed))
@@ -188,6 +194,7 @@ def places_of(root: type[BaseModel], name: str) -> list[str]:
 
 
 def _default(info: FieldInfo) -> str:
+    """The default of a setting, in words."""
     if info.is_required():
         return "required"
     value = info.get_default(call_default_factory=True)

@@ -1,9 +1,10 @@
-"""YAML files, includes and `a.b.c=value` overrides -> `RunConfig`, and back.
+"""Read YAML files, includes and `a.b.c=value` overrides into a `RunConfig`, and write it back.
 
 A file may start with `include: [other.yaml, …]` (relative to itself). Included files are merged in
-order, mapping into mapping, the file's own keys last; lists are replaced. A mapping over a list
-changes single items, named by index or, where items have a `name` (stages), by that name.
-Every problem is one line of a `ConfigError`: file, key, value, what is allowed, what to do.
+order, mapping into mapping, and the keys of the including file last; lists are replaced. A mapping
+in place of a list changes single items, which it names by index or, where items have a `name`
+(stages), by that name. Every problem is one line of a `ConfigError`: file, key, value, what is
+allowed and what to do.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from unimoe_jax.config.problems import problem_lines
 from unimoe_jax.config.run import RunConfig
 from unimoe_jax.config.yaml_dialect import Dumper, parse
 
-# --------------------------------------------------------------------------- files and merging
-
 
 def _read(path: str, chain: tuple[str, ...], included_by: str | None) -> Iterator[tuple[str, dict]]:
-    """(file, its own keys) of `path` and all it includes, in merge order."""
+    """(file, keys that it sets itself) of `path` and of all files that it includes, in merge order.
+
+    chain: the files that include each other down to this one, to find cycles.
+    included_by: the file that includes `path`, for messages.
+    """
     by = f"{included_by}: include = {show_value(path)}: " if included_by else f"{path}: "
     identity = os.path.realpath(path)
     if identity in chain:
@@ -62,9 +65,6 @@ def _read(path: str, chain: tuple[str, ...], included_by: str | None) -> Iterato
     yield path, content
 
 
-# ------------------------------------------------------------------------------------ public
-
-
 @dataclass(frozen=True)
 class Resolved:
     """A config and, per dotted leaf key, the file it came from, `default` or `command line`."""
@@ -74,7 +74,7 @@ class Resolved:
 
 
 def resolve_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Resolved:
-    """Like `load`, but also says where every value came from."""
+    """Like `load_config`, and also records where every value came from."""
     settings = RawSettings()
     for file, content in _read(os.fspath(path), (), None):
         settings.files.append(file)
@@ -82,7 +82,8 @@ def resolve_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Re
     for text in overrides:
         settings.override(text)
     try:
-        # Strict JSON mode: lists become tuples, but "1" is no number, 1 and "on" are no booleans.
+        # Strict JSON mode turns lists into tuples, but takes no "1" for a number and neither 1 nor
+        # "on" for a boolean.
         config = RunConfig.model_validate_json(_json(settings), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(problem_lines(error, settings))) from error
@@ -97,19 +98,27 @@ def resolve_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Re
 
 
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that `path` and `overrides` describe. Raises ConfigError, one line per problem."""
+    """The run that the file `path` and the overrides describe.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
     return resolve_config(path, overrides).config
 
 
 def dump_config(config: RunConfig) -> str:
-    """The fully resolved YAML; `load` of it gives an equal config."""
+    """All settings as YAML; `load_config` of the text gives equal settings."""
     return yaml.dump(
         config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100
     )
 
 
 def run_dir(config: RunConfig) -> Path:
-    """The run's directory: `output` with `{name}` expanded. ConfigError for other braces."""
+    """The run directory: `output` with `{name}` replaced.
+
+    Raises:
+        ConfigError: `output` has other braces.
+    """
     text = config.output.replace("{name}", config.name)
     if not text or re.search(r"[{}]", text):
         raise ConfigError(
@@ -130,7 +139,7 @@ def format_config(config: RunConfig, origins: Mapping[str, str]) -> str:
 
 
 def print_config(config: RunConfig, origins: Mapping[str, str]) -> None:
-    """Prints `format_config`."""
+    """Print all settings, one per line, with their origins."""
     print(format_config(config, origins))
 
 
@@ -139,10 +148,8 @@ def settings_help() -> str:
     return help_text(RunConfig)
 
 
-# ------------------------------------------------------------------------------------ errors
-
-
 def _json(settings: RawSettings) -> bytes:
+    """The merged settings as JSON, which pydantic validates."""
     try:
         return json.dumps(settings.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:

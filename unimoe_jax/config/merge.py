@@ -19,20 +19,23 @@ Key = tuple[str | int, ...]
 
 @dataclass
 class RawSettings:
-    """The merged raw tree and, for every path that was set as a whole, who set it."""
+    """The merged raw tree, and for every path that was set as a whole the file that set it.
+
+    files: all files in merge order; the last one is the file given to `load_config`.
+    """
 
     data: dict = field(default_factory=dict)
     origins: dict[Key, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
     def put(self, container, key: str | int, path: Key, value, origin: str) -> None:
-        """Sets `container[key]`, found at `path`, and forgets who set what was there."""
+        """Set `container[key]`, which is at `path`, and forget the origins of the old value."""
         container[key] = copy.deepcopy(value)
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
         self.origins[path] = origin
 
     def merge(self, into, new: Mapping, origin: str, path: Key = ()) -> None:
-        """Deep merge of `new` into the mapping or list `into`, which lies at `path`."""
+        """Merge `new` deeply into `into`, the mapping or list at `path`."""
         for name, value in new.items():
             key = raw_item(into, name, path, origin)
             here = (*path, key)
@@ -43,7 +46,7 @@ class RawSettings:
                 self.put(into, key, here, value, origin)
 
     def override(self, text: str) -> None:
-        """Applies one `a.b.c=value`; the value replaces what was there."""
+        """Apply one override `a.b.c=value`; the value replaces the old one."""
         name, equals, value = text.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts):
@@ -67,13 +70,18 @@ class RawSettings:
         self.put(container, key, (*path, key), parsed, COMMAND_LINE)
 
     def origin(self, path: Key) -> str:
-        """Who set `path`: the longest recorded prefix, else the file given to `load`."""
+        """The file that set `path`, or `command line`.
+
+        It is recorded for the longest part of the path that was set as a whole; without a record
+        it is the file given to `load_config`.
+        """
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return self.files[-1]
 
     def value(self, path: Key) -> Any:
+        """The value at `path`. Raises KeyError or IndexError if there is none."""
         value: Any = self.data
         for key in path:
             value = value[key]
@@ -81,7 +89,8 @@ class RawSettings:
 
 
 def raw_item(container, name: str, path: Key, origin: str) -> str | int:
-    """The key of `name`: itself in a mapping; in a list an index or an item's `name`."""
+    """The key that `name` stands for: in a list the index, or the index of the item with that
+    `name`; in a mapping the name itself."""
     if not isinstance(container, list):
         return name
     if name.isdecimal() and int(name) < len(container):
@@ -102,6 +111,7 @@ def raw_item(container, name: str, path: Key, origin: str) -> str | int:
 
 
 def dotted(key: Iterable[str | int]) -> str:
+    """("stages", 0, "name") -> `stages.0.name`."""
     return ".".join(str(part) for part in key)
 
 
@@ -118,6 +128,7 @@ def leaves(value, key: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def is_set(settings: RawSettings, key: Key) -> bool:
+    """Whether some file or override has set `key`."""
     value: Any = settings.data
     for part in key:
         if isinstance(value, list):
@@ -131,5 +142,6 @@ def is_set(settings: RawSettings, key: Key) -> bool:
 
 
 def show_value(value, limit: int | None = 80) -> str:
+    """A value as JSON for messages, cut to `limit` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"

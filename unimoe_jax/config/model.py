@@ -1,4 +1,4 @@
-"""Settings of a model, put together from its parts. See config.py."""
+"""Settings of a whole model: a decoder, and a branch of encoder and connector per medium."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from unimoe_jax.config.base import MODULES, AttentionProgram, Config, ModuleName, Positive
+from unimoe_jax.config.base import MODULES, AttentionProgram, Config, ModuleName, Positive, invalid
 from unimoe_jax.config.media import MediaName
 from unimoe_jax.config.modules import (
     BeatsConfig,
@@ -22,97 +22,117 @@ from unimoe_jax.config.modules import (
 
 
 class VisionConfig(Config):
+    """The branch of images and videos."""
+
     encoder: ClipConfig
     connector: MlpConnectorConfig = MlpConnectorConfig()
-    frames: Positive = Field(8, description="frames of a video; their soft tokens are averaged")
+    frames: Positive = Field(
+        8, description="frames taken from a video; their soft tokens are averaged"
+    )
     aspect: Literal["square", "pad"] = Field(
         "square", description="square: centre crop; pad: paste on a square of the mean colour"
     )
     scales: tuple[Positive, ...] = Field(
         (1,),
-        description="side lengths, in images, at which an image is read, tile by tile; features "
-        "of all scales lie side by side in the channels",
+        description="an image is read at each of these multiples of image_size, in tiles of "
+        "image_size; the features of all scales are concatenated along the channels",
     )
     unused_images: Literal["skip", "count"] = Field(
         "skip",
-        description="pool entries that no token refers to: skip them in experts and router "
-        "statistics, or count them as the black images that CuMo gives to text-only samples",
+        description="what becomes of pool entries that no token refers to; skip: experts and "
+        "router statistics leave them out; count: they count like the black images that CuMo "
+        "gives to text-only samples",
     )
 
     @model_validator(mode="after")
     def _first_scale_is_one(self):
         if self.scales[:1] != (1,):
-            raise ValueError(f"scales = {list(self.scales)}: the first must be 1, the image itself")
+            raise invalid(
+                f"scales = {list(self.scales)}: the first must be 1, the image itself", "scales"
+            )
         return self
 
     @property
     def num_tokens(self) -> int:
+        """Soft tokens of an image or a video."""
         return self.encoder.num_patches
 
 
 class SpeechConfig(Config):
+    """The branch of speech."""
+
     encoder: WhisperConfig
     connector: QueryConnectorConfig
-    chunk_seconds: Positive = 30
+    chunk_seconds: Positive = Field(30, description="length of a chunk")
     chunk_stride: Literal["exact", "reference"] = Field(
-        "exact", description="reference: advance by one sample more and lose it, as Uni-MoE does"
+        "exact", description="reference: skip one sample between two chunks, as Uni-MoE does"
     )
-    max_chunks: Positive = 20
+    max_chunks: Positive = Field(20, description="chunks of a file that are read; the rest is cut")
 
     @property
     def num_tokens(self) -> int:
+        """Soft tokens of a chunk."""
         return self.connector.num_queries
 
     @property
     def num_frames(self) -> int:
+        """Mel frames of a chunk, 100 a second."""
         return self.chunk_seconds * 100
 
     @model_validator(mode="after")
     def _frames_fit(self):
         if self.num_frames != 2 * self.encoder.max_positions:
-            raise ValueError(
+            raise invalid(
                 f"chunk_seconds = {self.chunk_seconds} gives {self.num_frames} mel frames, but "
-                f"encoder.max_positions = {self.encoder.max_positions} needs twice that many"
+                f"encoder.max_positions = {self.encoder.max_positions} needs twice that many",
+                "chunk_seconds",
+                "encoder.max_positions",
             )
         return self
 
 
 class AudioConfig(Config):
+    """The branch of sounds that are not speech."""
+
     encoder: BeatsConfig
     connector: QueryConnectorConfig
-    chunk_seconds: Positive = 30
-    max_chunks: Positive = 20
+    chunk_seconds: Positive = Field(30, description="length of a chunk")
+    max_chunks: Positive = Field(20, description="chunks of a file that are read; the rest is cut")
 
     @property
     def num_tokens(self) -> int:
+        """Soft tokens of a chunk."""
         return self.connector.num_queries
 
     @property
     def num_samples(self) -> int:
+        """Samples of a chunk at 16 kHz."""
         return self.chunk_seconds * 16000
 
     @property
     def num_frames(self) -> int:
+        """Filter-bank frames of a chunk: windows of 25 ms every 10 ms."""
         return 1 + (self.num_samples - 400) // 160
 
     @property
     def num_patches(self) -> int:
+        """Patches of a chunk."""
         patch = self.encoder.patch_size
         return (self.num_frames // patch) * (self.encoder.mel_bins // patch)
 
 
 class ModelConfig(Config):
-    """A multimodal decoder. Absent encoders are simply not there."""
+    """A multimodal decoder. A model takes the media for which it has a branch."""
 
     decoder: DecoderConfig
     vision: VisionConfig | None = None
     speech: SpeechConfig | None = None
     audio: AudioConfig | None = None
-    lora: tuple[LoRARule, ...] = ()
+    lora: tuple[LoRARule, ...] = Field((), description="adapters; a stage sets its own")
     attention: AttentionProgram = Field(
         "auto",
-        description="auto: on TPUs jax's kernel, for rows and prompts from 256 positions and for "
-        "encoders from 1024 without bias; xla: products of XLA everywhere",
+        description="auto: on TPUs, jax's kernel for rows and prompts of 256 positions or more, "
+        "and for encoders without bias of 1024 positions or more; xla: XLA everywhere",
     )
 
     def experts(self) -> dict[ModuleName, MoEConfig]:
@@ -124,7 +144,7 @@ class ModelConfig(Config):
         return {name: found[name] for name in MODULES if found.get(name) is not None}
 
     def with_experts(self, modules: Collection[ModuleName]) -> ModelConfig:
-        """The same model with experts in `modules` only; elsewhere dense layers."""
+        """The same model with experts in `modules` only and dense layers elsewhere."""
         update: dict = {}
         if "decoder" not in modules:
             update["decoder"] = self.decoder.model_copy(update={"moe": None})
@@ -139,7 +159,7 @@ class ModelConfig(Config):
 
     @property
     def answering(self) -> ModelConfig:
-        """The same model with its decoder as generation holds it, see `MoEConfig.answering`."""
+        """The same model for answering and scoring, see `MoEConfig.answering`."""
         if self.decoder.moe is None:
             return self
         decoder = self.decoder.model_copy(update={"moe": self.decoder.moe.answering})

@@ -10,132 +10,191 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from unimoe_jax.config.base import MODULES, Config, FloatType, Positive
+from unimoe_jax.config.base import MODULES, Config, FloatType, Positive, invalid
 from unimoe_jax.config.data import DataConfig
 from unimoe_jax.config.model import ModelConfig
-from unimoe_jax.config.stage import StageConfig
+from unimoe_jax.config.stage import StageConfig, Take
 
 AxisSize = Literal[-1] | Positive
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # stages add to it, and it must fit 32 bits
-
-
-# ----------------------------------------------------------------------------------- stages
+# Stages add small numbers to the seed, and the sum must fit 32 bits.
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class MeshConfig(Config):
-    """Sizes of the mesh axes (-1 once: what the devices leave) and logical axis -> mesh axis."""
+    """Sizes of the mesh axes. One of them may be -1: it takes all devices that the others leave."""
 
-    data: AxisSize = -1
-    fsdp: AxisSize = 1
-    expert: AxisSize = 1
-    tensor: AxisSize = 1
+    data: AxisSize = Field(-1, description="copies of the model, each with other rows")
+    fsdp: AxisSize = Field(1, description="shards of parameters and optimizer state")
+    expert: AxisSize = Field(1, description="groups of experts")
+    tensor: AxisSize = Field(1, description="parts of heads and feed-forward layers")
     rules: dict[str, str | tuple[str, ...] | None] = Field(
-        default_factory=dict, description="changes to the table in sharding.py"
+        default_factory=dict,
+        description="changes to the table from logical axes to mesh axes, parallel/sharding.py",
     )
 
     @model_validator(mode="after")
     def _one_takes_what_is_left(self):
         wild = [name for name, size in self if size == -1]
         if len(wild) > 1:
-            raise ValueError(
-                f"{' and '.join(wild)} are -1, which stands for what the other axes leave; "
-                "allowed: -1 at most once"
+            raise invalid(
+                f"{' and '.join(wild)} are -1, which stands for the devices that the other axes "
+                "leave; allowed: -1 at most once",
+                *wild,
             )
         return self
 
 
 class PrecisionConfig(Config):
-    compute: FloatType = "bfloat16"
-    frozen: FloatType = "bfloat16"
-    trained: FloatType = "float32"
+    """Floating-point types."""
+
+    compute: FloatType = Field("bfloat16", description="of activations and products")
+    frozen: FloatType = Field("bfloat16", description="of parameters that do not train")
+    trained: FloatType = Field("float32", description="of parameters that train, and their moments")
 
 
 class CheckpointConfig(Config):
-    every: Positive = 1000
-    keep: Positive = 2
+    """When the training state is saved."""
+
+    every: Positive = Field(1000, description="steps between two checkpoints")
+    keep: Positive = Field(2, description="checkpoints that are kept, the newest ones")
 
 
 class LogConfig(Config):
-    every: Positive = 10
-    plots: bool = True
-    tensorboard: bool = True
+    """What is recorded while training."""
+
+    every: Positive = Field(10, description="steps between two records in metrics.jsonl")
+    plots: bool = Field(True, description="write report.html and plots at the end")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
 
 
 class RunConfig(Config):
     """A whole run. `configs/run/*.yaml` resolve to this."""
 
-    name: Annotated[str, Field(min_length=1)]
-    output: str = "runs/{name}"
-    seed: Seed = 0
-    tokenizer: str = Field("embedded", description="folder or .model file; `embedded`: own text")
+    name: Annotated[str, Field(min_length=1)] = Field(description="name of the run")
+    output: str = Field("runs/{name}", description="run directory; {name} stands for the name")
+    seed: Seed = Field(0, description="seed of parameters, dropout and the order of samples")
+    tokenizer: str = Field(
+        "embedded",
+        description="folder with tokenizer.model, or a .model file; `embedded`: the tokenizer of "
+        "the embedded data set",
+    )
     model: ModelConfig
     data: DataConfig
-    stages: tuple[StageConfig, ...]
+    stages: tuple[StageConfig, ...] = Field(description="the stages in order")
     mesh: MeshConfig = MeshConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _names_resolve(self):
+    def _stages_fit(self):
         names = [stage.name for stage in self.stages]
         if not names:
-            raise ValueError("stages: the run lists no stage")
+            raise invalid("the run lists no stage", "stages")
         if len(set(names)) < len(names):
-            raise ValueError(f"stages: two stages share a name: {names}")
+            places = [
+                ("stages", n, "name") for n, name in enumerate(names) if names.count(name) > 1
+            ]
+            raise invalid(f"two stages share a name: {names}", *places)
         for position, stage in enumerate(self.stages):
-            where = f"stages.{position} ({stage.name})"
-            for source in (*stage.mixture, *stage.evaluate):
-                if source not in self.data.sources:
-                    raise ValueError(
-                        f"{where}: data.sources has no {source!r}; it has "
-                        f"{sorted(self.data.sources)}"
-                    )
-            wanted = set(stage.moe if isinstance(stage.moe, tuple) else ())
-            if (stage.moe and not self.model.experts()) or wanted - self.model.experts().keys():
-                missing = ", ".join(sorted(wanted - self.model.experts().keys())) or "any module"
-                raise ValueError(f"{where}: moe is on, but the model has no experts in {missing}")
-            self._check_router_losses(stage, where)
-            self._check_modality_losses(stage, where)
-            origins = [name for take in stage.init for name in take.origins]
-            for origin in origins:
-                if origin == "fresh" or origin.startswith("checkpoint:"):
-                    continue
-                if origin not in names[:position]:
-                    raise ValueError(
-                        f"{where}: init takes from {origin!r}, which is neither `fresh`, "
-                        f"`checkpoint:PATH` nor an earlier stage {names[:position]}"
-                    )
+            self._check_sources(position, stage)
+            self._check_experts(position, stage)
+            self._check_router_losses(position, stage)
+            self._check_modality_losses(position, stage)
+            self._check_origins(position, stage, earlier=names[:position])
         return self
 
-    def _check_router_losses(self, stage: StageConfig, where: str) -> None:
-        has = self.stage_model(stage).experts()
+    def _check_sources(self, position: int, stage: StageConfig) -> None:
+        """A stage reads and scores only sources that `data.sources` has."""
+        places = {name: ("mixture", name) for name in stage.mixture}
+        places |= {name: ("evaluate", number) for number, name in enumerate(stage.evaluate)}
+        for source, place in places.items():
+            if source not in self.data.sources:
+                raise invalid(
+                    f"{_place(position, stage)}: data.sources has no {source!r}; it has "
+                    f"{sorted(self.data.sources)}",
+                    ("stages", position, *place),
+                )
+
+    def _check_experts(self, position: int, stage: StageConfig) -> None:
+        """A stage builds experts only where the model has some."""
+        wanted = set(stage.moe if isinstance(stage.moe, tuple) else ())
+        missing = wanted - self.model.experts().keys()
+        if missing or (stage.moe and not self.model.experts()):
+            raise invalid(
+                f"{_place(position, stage)}: moe is on, but the model has no experts in "
+                f"{', '.join(sorted(missing)) or 'any module'}",
+                ("stages", position, "moe"),
+            )
+
+    def _check_router_losses(self, position: int, stage: StageConfig) -> None:
+        """Router losses need routers."""
+        modules = self.stage_model(stage).experts()
         for module in MODULES:
             losses = getattr(stage.aux, module)
-            if (losses.balance or losses.router_z) and module not in has:
-                raise ValueError(f"{where}: aux.{module} needs experts in the {module}; set moe")
+            if (losses.balance or losses.router_z) and module not in modules:
+                raise invalid(
+                    f"{_place(position, stage)}: aux.{module} needs experts in the {module}; set "
+                    "moe",
+                    ("stages", position, "aux", module),
+                    ("stages", position, "moe"),
+                )
 
-    def _check_modality_losses(self, stage: StageConfig, where: str) -> None:
+    def _check_modality_losses(self, position: int, stage: StageConfig) -> None:
+        """The losses over modalities need experts in the decoder, and list only existing ones."""
         losses, moe = stage.aux.modality, self.stage_model(stage).decoder.moe
-        if (losses.experts or losses.kl) and moe is None:
-            raise ValueError(f"{where}: aux.modality needs experts in the decoder; set moe")
+        keys = ("stages", position, "aux", "modality"), ("stages", position, "moe")
+        if moe is None:
+            if losses.experts or losses.kl:
+                raise invalid(
+                    f"{_place(position, stage)}: aux.modality needs experts in the decoder; set "
+                    "moe",
+                    *keys,
+                )
+            return
         beyond = {
             name: experts
             for name, experts in losses.listed().items()
             if losses.experts and max(experts) >= moe.num_experts
         }
         if beyond:
-            raise ValueError(
-                f"{where}: aux.modality lists experts {beyond}, but the decoder has "
-                f"{moe.num_experts}, numbered from 0"
+            raise invalid(
+                f"{_place(position, stage)}: aux.modality lists experts {beyond}, but the decoder "
+                f"has {moe.num_experts}, numbered from 0",
+                keys[0],
+                "model.decoder.moe.num_experts",
             )
+
+    def _check_origins(self, position: int, stage: StageConfig, earlier: list[str]) -> None:
+        """Parameters start fresh, in a checkpoint, or in an earlier stage."""
+        for number, take in enumerate(stage.init):
+            for origin in take.origins:
+                known = origin == "fresh" or origin.startswith("checkpoint:") or origin in earlier
+                if not known:
+                    raise invalid(
+                        f"{_place(position, stage)}: init takes from {origin!r}, which is neither "
+                        f"`fresh`, `checkpoint:PATH` nor an earlier stage {earlier}",
+                        ("stages", position, "init", number, *_place_of_origin(take, origin)),
+                    )
 
     def stage_model(self, stage: StageConfig) -> ModelConfig:
         """The model as this stage builds it: dense or with experts, with the stage's adapters and
-        its way to cut images."""
+        aspect. Use `resolve_stage`, which gives this as `StageSettings.model`."""
         modules = stage.moe if isinstance(stage.moe, tuple) else MODULES * stage.moe
         model = self.model.with_experts(modules)
         vision = model.vision
         if vision and stage.aspect:
             vision = vision.model_copy(update={"aspect": stage.aspect})
         return model.model_copy(update={"vision": vision, "lora": stage.lora})
+
+
+def _place(position: int, stage: StageConfig) -> str:
+    """How messages name a stage: number and name."""
+    return f"stages.{position} ({stage.name})"
+
+
+def _place_of_origin(take: Take, origin: str) -> tuple[str | int, ...]:
+    """The key of `take` that names `origin`."""
+    if take.experts:
+        return "experts", take.experts.index(origin)
+    return ("source",) if take.source else ("upcycle",)

@@ -16,6 +16,7 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
 
     def construct_mapping(self, node, deep=False):
+        """A mapping whose keys are text, each of them once."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -30,10 +31,12 @@ class Loader(yaml.SafeLoader):
                     problem_mark=key.start_mark,
                 )
             lines[key.value] = line
-        self.flatten_mapping(node)  # resolves `<<: *anchor`, own keys stay last
+        # Insert the keys of `<<: *anchor` in front, so that the keys of the mapping itself win.
+        self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep) for key, value in node.value}
 
     def construct_int(self, node):
+        """Decimal, 0x and 0o integers; a leading zero is no octal sign."""
         text = node.value.replace("_", "")
         return int(text, 0) if text.lstrip("+-")[:2].lower() in ("0x", "0o") else int(text)
 
@@ -44,6 +47,7 @@ class Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict = {}
 
     def ignore_aliases(self, data):
+        """Write repeated values out instead of as anchors."""
         return True
 
 
@@ -70,7 +74,8 @@ Dumper.add_representer(tuple, Dumper.represent_list)
 def parse(text: str, where: str) -> Any:
     """The YAML value of `text`; a ConfigError naming `where`, line and column otherwise."""
     try:
-        return yaml.load(text, Loader=Loader)  # a SafeLoader: it builds plain values only
+        # Loader derives from SafeLoader, which builds plain values only and runs no code.
+        return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
