@@ -322,3 +322,14 @@ def test_numbers_without_end_are_refused(run, override, parts):
 
 def test_an_unknown_key_like_no_other_is_a_whole_sentence(run):
     assert "remove it. Allowed here: " in problem(run(), "data.loader.zzz=1")
+
+
+def test_run_files_of_the_package_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("tiny").name == "tiny"
+    with pytest.raises(ConfigError, match=r"--config tinny: no such file.*did you mean 'tiny'\?"):
+        load_config("tinny")
+    # A file of the working directory has precedence over a run file of the package.
+    (tmp_path / "tiny").write_text("name: mine")
+    with pytest.raises(ConfigError, match=r"^tiny: "):
+        load_config("tiny")

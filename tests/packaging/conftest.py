@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 FOLDERS = ("unimoe_jax", "configs")
+IGNORED = shutil.ignore_patterns("__pycache__")
 
 
 @pytest.fixture(scope="session")
@@ -26,5 +27,5 @@ def clone(tmp_path: Path) -> Path:
     for name in FILES:
         shutil.copy(ROOT / name, target)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=IGNORED)
     return target

@@ -13,8 +13,7 @@ import pytest
 PRINT_FILE = "import unimoe_jax; print(unimoe_jax.__file__)"
 PRINT_CONFIGS = """
 from importlib.resources import files
-package = files("unimoe_jax")
-print((package / "configs").is_dir(), (package.parent / "configs" / "run" / "tiny.yaml").is_file())
+print((files("unimoe_jax") / "configs" / "run" / "tiny.yaml").resolve())
 """
 
 
@@ -57,4 +56,5 @@ def test_the_package_is_found_from_every_folder(clone, tmp_path, python):
 
 @pytest.mark.slow
 def test_an_editable_install_uses_the_run_files_of_the_repository(clone, tmp_path, python):
-    assert run_python(python, "-c", PRINT_CONFIGS, folder=tmp_path) == "False True"
+    expected = str((clone / "configs/run/tiny.yaml").resolve())
+    assert run_python(python, "-c", PRINT_CONFIGS, folder=tmp_path) == expected

@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="run file")
+    parser.add_argument("--config", required=True, help="run file, or a name, e.g. tiny")
     parser.add_argument("--stage", help="default: the last stage")
     parser.add_argument("--topology", required=True, help="v5p:2x2x4, h200:8, cpu:8, …")
     parser.add_argument("--program", choices=PROGRAMS, default="train")

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -25,6 +26,9 @@ from unimoe_jax.config.merge import DEFAULT, RawSettings, dotted, is_set, leaves
 from unimoe_jax.config.problems import problem_lines
 from unimoe_jax.config.run import RunConfig
 from unimoe_jax.config.yaml_dialect import Dumper, parse
+
+# A symbolic link to configs/ in a clone, and a folder of its own in a wheel.
+RUN_FILES = Path(str(files("unimoe_jax"))) / "configs" / "run"
 
 
 def _read(path: str, chain: tuple[str, ...], included_by: str | None) -> Iterator[tuple[str, dict]]:
@@ -65,6 +69,33 @@ def _read(path: str, chain: tuple[str, ...], included_by: str | None) -> Iterato
     yield path, content
 
 
+def run_file_names() -> list[str]:
+    """Names of the run files that come with the package, as `--config` takes them."""
+    return sorted(path.stem for path in RUN_FILES.glob("*.yaml"))
+
+
+def find_run_file(path: str | os.PathLike) -> str:
+    """The file that `--config` names: a path, or a run file that comes with the package.
+
+    A file in the working directory has precedence: `tiny` is the file `tiny` if there is one, else
+    configs/run/tiny.yaml of the package.
+
+    Raises:
+        ConfigError: a bare name that is neither a file nor a run file of the package.
+    """
+    text = os.fspath(path)
+    is_name = os.sep not in text and not Path(text).suffix
+    if not is_name or Path(text).exists():
+        return text
+    names = run_file_names()
+    if text not in names:
+        raise ConfigError(
+            f"--config {text}: no such file, and no run file of this name comes with the package"
+            f"{suggestion(text, names)}; allowed: a path, or one of {', '.join(names)}"
+        )
+    return str(RUN_FILES / f"{text}.yaml")
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A config and, per dotted leaf key, the file it came from, `default` or `command line`."""
@@ -74,9 +105,12 @@ class Resolved:
 
 
 def resolve_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Resolved:
-    """Like `load_config`, and also records where every value came from."""
+    """Like `load_config`, and also records where every value came from.
+
+    path: a run file, or the name of one that comes with the package, see `find_run_file`.
+    """
     settings = RawSettings()
-    for file, content in _read(os.fspath(path), (), None):
+    for file, content in _read(find_run_file(path), (), None):
         settings.files.append(file)
         settings.merge(settings.data, content, file)
     for text in overrides:

@@ -56,7 +56,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="run file, e.g. configs/run/tiny.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file, or the name of one that comes with the package, e.g. tiny",
+    )
     parser.add_argument("--stage", help="run this stage only")
     parser.add_argument("--dry-run", action="store_true", help="check everything, compile nothing")
     parser.add_argument("--print-config", action="store_true", help="every value and its origin")
