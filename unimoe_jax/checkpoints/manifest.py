@@ -60,12 +60,14 @@ def read_run_file(file: Path) -> Mapping[str, Any]:
     """
     try:
         run = parse(file.read_text(), str(file))
-        is_run = all(isinstance(stage["name"], str) for stage in run["stages"])
     except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}; {NAME_A_RESULT}") from error
+    try:
+        is_run = isinstance(run["model"], dict)
+        is_run &= all(isinstance(stage["name"], str) for stage in run["stages"])
     except (KeyError, TypeError):
         is_run = False
-    if not is_run or not isinstance(run.get("model"), dict):
+    if not is_run:
         raise CheckpointError(f"{file}: lacks a run's `model` and `stages`; {NAME_A_RESULT}")
     return run
 

@@ -68,8 +68,8 @@ def _pieces(
         return {(): sources[take.source].piece(member)}
     if member.expert is None:
         raise ParamError(f"{take.match!r} makes experts, but matches what is none")
-    # Copies of one layer are as many as the model has experts; named ones are as many as there are.
-    names = take.experts or (take.upcycle,) * shape[0]
+    # `upcycle` copies one dense layer to every expert; `experts` lists one source per expert.
+    names = take.experts or take.origins * shape[0]
     return {(e,): sources[name].piece(member.dense) for e, name in enumerate(names)}
 
 

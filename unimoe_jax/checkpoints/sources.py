@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -64,15 +63,18 @@ class ParamSource:
 
     def modules(self) -> set[ModuleName]:
         """The modules that carry experts there."""
-        found: set[ModuleName] = set()
-        for path, shape in self.shapes.items():
-            if EXPERTS in path:
-                found |= {member.module for _, member in layer_parts(path, shape, self.moe_layers)}
-        return found - {None}
+        parts = [
+            part
+            for path, shape in self.shapes.items()
+            if EXPERTS in path
+            for _, part in layer_parts(path, shape, self.moe_layers)
+        ]
+        return {part.module for part in parts if part.module is not None}
 
 
-class Piece(NamedTuple):
-    """What parameter `path` of `source` holds at leading index `index`."""
+@dataclass(frozen=True)
+class Piece:
+    """The part of the parameter `path` of `source` at the leading index `index`."""
 
     source: ParamSource
     path: str

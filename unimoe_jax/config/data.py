@@ -13,9 +13,11 @@ class SourceConfig(Config):
     """One JSON file of records in the LLaVA/Uni-MoE schema, and the folder of its media."""
 
     path: str = Field(description="JSON list or JSON lines; may be `embedded:SPLIT/NAME`")
-    root: str | None = Field(None, description="media folder; default: the JSON's own folder")
+    root: str | None = Field(
+        default=None, description="media folder; default: the JSON's own folder"
+    )
     voice: Literal["speech", "audio"] | None = Field(
-        None,
+        default=None,
         description="which encoder reads `voice` files; default: the only one that the model has",
     )
 
@@ -26,28 +28,31 @@ class LoaderConfig(Config):
     row_length: Positive = Field(description="T: positions per row, soft tokens included")
     rows: Positive = Field(description="rows of one global batch")
     groups: Positive | None = Field(
-        None,
+        default=None,
         description="media pools that a batch is cut into, a multiple of the data shards; set it "
         "to get the same batches on any mesh (default: one per data shard)",
     )
-    packing: bool = Field(True, description="several samples share a row")
+    packing: bool = Field(default=True, description="several samples share a row")
     group_by_modality: bool = Field(
-        True,
+        default=True,
         description="each batch holds one combination of media; with packing, samples without "
         "media fill the positions that its rows have left",
     )
-    workers: NonNegative = Field(0, description="reading processes; 0: threads read instead")
-    threads: Positive = Field(4, description="reading threads, per process")
-    prefetch: Positive = Field(4, description="batches that are read ahead")
-    strict: bool = Field(False, description="stop at the first bad sample")
+    workers: NonNegative = Field(
+        default=0, description="reading processes; 0: threads read instead"
+    )
+    threads: Positive = Field(default=4, description="reading threads, per process")
+    prefetch: Positive = Field(default=4, description="batches that are read ahead")
+    strict: bool = Field(default=False, description="stop at the first bad sample")
     max_bad_share: Fraction = Field(
-        0.01, description="stop when more than this share of the samples is bad"
+        default=0.01, description="stop when more than this share of the samples is bad"
     )
     max_image_pixels: Positive = Field(
-        89_478_485, description="larger images are bad samples; the default is Pillow's"
+        default=89_478_485, description="larger images are bad samples; the default is Pillow's"
     )
     max_aspect_ratio: Positive = Field(
-        200, description="images whose longer side is more than this times the shorter are bad"
+        default=200,
+        description="images whose longer side is more than this times the shorter are bad",
     )
 
 
@@ -61,10 +66,10 @@ class DataConfig(Config):
 
     sources: dict[str, SourceConfig] = Field(description="data files by name")
     loader: LoaderConfig
-    template: TemplateName = Field("vicuna_v1", description="how turns become a prompt")
-    embedded_size: Positive = Field(1, description="scale of the embedded data set")
+    template: TemplateName = Field(default="vicuna_v1", description="how turns become a prompt")
+    embedded_size: Positive = Field(default=1, description="scale of the embedded data set")
     cache: str | None = Field(
-        None,
+        default=None,
         description="folder of the embedded data set, sample sizes and compiled programs; default: "
         "unimoe_jax in the user's cache folder",
     )

@@ -28,13 +28,13 @@ class RawSettings:
     origins: dict[Key, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
-    def put(self, container, key: str | int, path: Key, value, origin: str) -> None:
+    def put(self, container: Any, key: str | int, path: Key, value, origin: str) -> None:
         """Set `container[key]`, which is at `path`, and forget the origins of the old value."""
         container[key] = copy.deepcopy(value)
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
         self.origins[path] = origin
 
-    def merge(self, into, new: Mapping, origin: str, path: Key = ()) -> None:
+    def merge(self, into: Any, new: Mapping, origin: str, path: Key = ()) -> None:
         """Merge `new` deeply into `into`, the mapping or list at `path`."""
         for name, value in new.items():
             key = raw_item(into, name, path, origin)
@@ -54,7 +54,8 @@ class RawSettings:
                 f"{COMMAND_LINE}: {text!r} is not an override; write key.subkey=value"
             )
         parsed = parse(value, f"{COMMAND_LINE}: {text!r} (quote the value if it is text)")
-        container, path = self.data, ()
+        container: Any = self.data
+        path: Key = ()
         for part in parts[:-1]:
             key = raw_item(container, part, path, COMMAND_LINE)
             path = (*path, key)
@@ -88,7 +89,7 @@ class RawSettings:
         return value
 
 
-def raw_item(container, name: str, path: Key, origin: str) -> str | int:
+def raw_item(container: Any, name: str, path: Key, origin: str) -> str | int:
     """The key that `name` stands for: in a list the index, or the index of the item with that
     `name`; in a mapping the name itself."""
     if not isinstance(container, list):

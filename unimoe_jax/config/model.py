@@ -27,18 +27,19 @@ class VisionConfig(Config):
     encoder: ClipConfig
     connector: MlpConnectorConfig = MlpConnectorConfig()
     frames: Positive = Field(
-        8, description="frames taken from a video; their soft tokens are averaged"
+        default=8, description="frames taken from a video; their soft tokens are averaged"
     )
     aspect: Literal["square", "pad"] = Field(
-        "square", description="square: centre crop; pad: paste on a square of the mean colour"
+        default="square",
+        description="square: centre crop; pad: paste on a square of the mean colour",
     )
     scales: tuple[Positive, ...] = Field(
-        (1,),
+        default=(1,),
         description="an image is read at each of these multiples of image_size, in tiles of "
         "image_size; the features of all scales are concatenated along the channels",
     )
     unused_images: Literal["skip", "count"] = Field(
-        "skip",
+        default="skip",
         description="what becomes of pool entries that no token refers to; skip: experts and "
         "router statistics leave them out; count: they count like the black images that CuMo "
         "gives to text-only samples",
@@ -63,11 +64,14 @@ class SpeechConfig(Config):
 
     encoder: WhisperConfig
     connector: QueryConnectorConfig
-    chunk_seconds: Positive = Field(30, description="length of a chunk")
+    chunk_seconds: Positive = Field(default=30, description="length of a chunk")
     chunk_stride: Literal["exact", "reference"] = Field(
-        "exact", description="reference: skip one sample between two chunks, as Uni-MoE does"
+        default="exact",
+        description="reference: skip one sample between two chunks, as Uni-MoE does",
     )
-    max_chunks: Positive = Field(20, description="chunks of a file that are read; the rest is cut")
+    max_chunks: Positive = Field(
+        default=20, description="chunks of a file that are read; the rest is cut"
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -96,8 +100,10 @@ class AudioConfig(Config):
 
     encoder: BeatsConfig
     connector: QueryConnectorConfig
-    chunk_seconds: Positive = Field(30, description="length of a chunk")
-    max_chunks: Positive = Field(20, description="chunks of a file that are read; the rest is cut")
+    chunk_seconds: Positive = Field(default=30, description="length of a chunk")
+    max_chunks: Positive = Field(
+        default=20, description="chunks of a file that are read; the rest is cut"
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -128,20 +134,21 @@ class ModelConfig(Config):
     vision: VisionConfig | None = None
     speech: SpeechConfig | None = None
     audio: AudioConfig | None = None
-    lora: tuple[LoRARule, ...] = Field((), description="adapters; a stage sets its own")
+    lora: tuple[LoRARule, ...] = Field(default=(), description="adapters; a stage sets its own")
     attention: AttentionProgram = Field(
-        "auto",
+        default="auto",
         description="auto: on TPUs, jax's kernel for rows and prompts of 256 positions or more, "
         "and for encoders without bias of 1024 positions or more; xla: XLA everywhere",
     )
 
     def experts(self) -> dict[ModuleName, MoEConfig]:
         """The modules that carry experts: vision encoder, vision connector, decoder."""
-        found = {"decoder": self.decoder.moe}
+        settings: dict[ModuleName, MoEConfig | None] = {"decoder": self.decoder.moe}
         if self.vision:
-            found["encoder"] = self.vision.encoder.moe
-            found["connector"] = self.vision.connector.moe
-        return {name: found[name] for name in MODULES if found.get(name) is not None}
+            settings["encoder"] = self.vision.encoder.moe
+            settings["connector"] = self.vision.connector.moe
+        ordered = ((name, settings.get(name)) for name in MODULES)
+        return {name: moe for name, moe in ordered if moe is not None}
 
     def with_experts(self, modules: Collection[ModuleName]) -> ModelConfig:
         """The same model with experts in `modules` only and dense layers elsewhere."""

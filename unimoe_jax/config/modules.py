@@ -26,7 +26,7 @@ class LoRARule(Config):
         description="the adapter is scaled by alpha / rank"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the adapter's inputs that a training step sets to zero"
+        default=0.0, description="share of the adapter's inputs that a training step sets to zero"
     )
 
     _match = field_validator("match")(compiles)
@@ -36,26 +36,28 @@ class RouterConfig(Config):
     """How tokens choose experts. The three dtype orders agree in exact arithmetic."""
 
     dtype_order: Literal["topk_softmax", "softmax_topk", "softmax_cast_topk"] = Field(
-        "topk_softmax",
+        default="topk_softmax",
         description="topk_softmax: Uni-MoE; softmax_topk: Mixtral (float32 until renormalised); "
         "softmax_cast_topk: CuMo (probabilities cast before top-k)",
     )
     logits_dtype: Literal["compute", "float32"] = Field(
-        "float32", description="dtype of the router logits; compute: precision.compute"
+        default="float32", description="dtype of the router logits; compute: precision.compute"
     )
     sample_second: bool = Field(
-        False, description="draw experts after the first by Gumbel noise, as Uni-MoE 8e does"
+        default=False,
+        description="draw experts after the first by Gumbel noise, as Uni-MoE 8e does",
     )
     modality_map: bool = Field(
-        False, description="per-modality linear map in front of the router (8e's 'FM block')"
+        default=False,
+        description="per-modality linear map in front of the router (8e's 'FM block')",
     )
     init: Literal["normal", "fan_in"] = Field(
-        "normal",
+        default="normal",
         description="initial weights; normal: see init_std; fan_in: uniform within "
         "±1/sqrt(width), as CuMo's routers start",
     )
     init_std: Annotated[float, Field(gt=0)] = Field(
-        0.02, description="standard deviation of `init: normal`"
+        default=0.02, description="standard deviation of `init: normal`"
     )
 
 
@@ -63,23 +65,23 @@ class MoEConfig(Config):
     """A sparse mixture of experts in place of a feed-forward layer."""
 
     num_experts: Positive = Field(description="E: experts per layer")
-    top_k: Positive = Field(2, description="K: experts that a token visits")
+    top_k: Positive = Field(default=2, description="K: experts that a token visits")
     layers: Literal["all", "even", "first_half", "second_half"] | tuple[NonNegative, ...] = Field(
-        "all", description="layers that carry experts; a list gives their numbers from 0"
+        default="all", description="layers that carry experts; a list gives their numbers from 0"
     )
     router: RouterConfig = RouterConfig()
     dispatch: Literal["grouped", "dense"] = Field(
-        "grouped", description="grouped: sorted, dropless; dense: all experts on all tokens"
+        default="grouped", description="grouped: sorted, dropless; dense: all experts on all tokens"
     )
     exchange: Literal["auto", "gather", "all_to_all", "ragged"] = Field(
-        "auto",
+        default="auto",
         description="how tokens reach experts on other devices; gather: every device gets all "
         "tokens; all_to_all: every token travels to the devices of its experts in buffers of a "
         "fixed size; ragged (TPU): in buffers of the size that is needed; auto: gather or "
         "all_to_all, whichever moves fewer bytes",
     )
     capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
-        None,
+        default=None,
         description="an expert takes at most factor · T · top_k / num_experts slots of a row; "
         "slots beyond that are dropped and counted; null: nothing is dropped",
     )
@@ -145,20 +147,26 @@ class DecoderConfig(Config):
     num_heads: Positive = Field(description="N: heads of the queries")
     num_kv_heads: Positive = Field(description="heads of keys and values; divides num_heads")
     head_dim: Positive | None = Field(
-        None, description="H: width of a head; default: hidden_size / num_heads"
+        default=None, description="H: width of a head; default: hidden_size / num_heads"
     )
-    norm_eps: float = Field(1e-5, ge=0.0, description="added to the mean square in RMSNorm")
-    rope_theta: float = Field(10000.0, gt=0.0, description="base of the rotary frequencies")
+    norm_eps: float = Field(default=1e-5, ge=0.0, description="added to the mean square in RMSNorm")
+    rope_theta: float = Field(default=10000.0, gt=0.0, description="base of the rotary frequencies")
     rope_table_dtype: FloatType | Literal["float16_bfloat16"] = Field(
-        "float32",
+        default="float32",
         description="dtype that the cos and sin tables are rounded to; the released Uni-MoE audio "
         "model has float16, the released speech models round to float16 and then to bfloat16 "
         "(float16_bfloat16)",
     )
-    max_positions: Positive = Field(4096, description="longest stream that generation allows")
-    tie_embeddings: bool = Field(False, description="use the embedding as the output head")
-    remat: bool = Field(True, description="recompute each period of layers in the backward pass")
-    moe: MoEConfig | None = Field(None, description="experts in place of feed-forward layers")
+    max_positions: Positive = Field(
+        default=4096, description="longest stream that generation allows"
+    )
+    tie_embeddings: bool = Field(default=False, description="use the embedding as the output head")
+    remat: bool = Field(
+        default=True, description="recompute each period of layers in the backward pass"
+    )
+    moe: MoEConfig | None = Field(
+        default=None, description="experts in place of feed-forward layers"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -244,17 +252,19 @@ class ClipConfig(Config):
     patch_size: Positive
     norm_eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu"] = Field(
-        "quick_gelu", description="OpenAI's models have quick_gelu, most of LAION's gelu"
+        default="quick_gelu", description="OpenAI's models have quick_gelu, most of LAION's gelu"
     )
     select_layer: int = Field(
-        -2, description="hidden state that is read, as an index; -1 is the last one"
+        default=-2, description="hidden state that is read, as an index; -1 is the last one"
     )
     unread_layers: Literal["drop", "keep"] = Field(
-        "drop",
+        default="drop",
         description="what becomes of the layers after the selected hidden state; keep: the model "
         "has them, and their router statistics count, as in CuMo",
     )
-    moe: MoEConfig | None = Field(None, description="experts in place of the MLP of every layer")
+    moe: MoEConfig | None = Field(
+        default=None, description="experts in place of the MLP of every layer"
+    )
     remat: bool = False
 
     _heads = model_validator(mode="after")(heads_divide)
@@ -311,7 +321,7 @@ class WhisperConfig(Config):
     num_heads: Positive
     mel_bins: Positive = 80
     max_positions: Positive = Field(
-        1500, description="encoder states of a chunk: half its mel frames"
+        default=1500, description="encoder states of a chunk: half its mel frames"
     )
     norm_eps: float = 1e-5
     remat: bool = False
@@ -350,7 +360,7 @@ class MlpConnectorConfig(Config):
 
     kind: Literal["mlp"] = "mlp"
     depth: Positive = 2
-    moe: MoEConfig | None = Field(None, description="experts in place of the whole MLP")
+    moe: MoEConfig | None = Field(default=None, description="experts in place of the whole MLP")
 
     @model_validator(mode="after")
     def _experts_everywhere(self):
@@ -363,15 +373,17 @@ class QueryConnectorConfig(Config):
     """Learned queries attend to encoder states; `projector_depth` linear layers follow."""
 
     kind: Literal["whisper_decoder", "qformer"]
-    num_queries: Positive = Field(50, description="soft tokens per chunk")
+    num_queries: Positive = Field(default=50, description="soft tokens per chunk")
     hidden_size: Positive
     mlp_dim: Positive
     num_layers: Positive
     num_heads: Positive
-    norm_eps: float = Field(1e-5, description="BLIP-2's Q-Former uses 1e-12")
-    max_positions: Positive = Field(448, description="whisper_decoder: rows of the position table")
+    norm_eps: float = Field(default=1e-5, description="BLIP-2's Q-Former uses 1e-12")
+    max_positions: Positive = Field(
+        default=448, description="whisper_decoder: rows of the position table"
+    )
     cross_attention_every: Positive = Field(
-        2, description="qformer: layers 0, n, 2n … attend to the encoder"
+        default=2, description="qformer: layers 0, n, 2n … attend to the encoder"
     )
     projector_depth: Positive = 1
 

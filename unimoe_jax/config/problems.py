@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -35,7 +36,7 @@ def _key(error: Mapping, settings: RawSettings) -> Key:
 
 def problem_lines(error: ValidationError, settings: RawSettings) -> list[str]:
     """One line per wrong key."""
-    by_key: dict[Key, dict] = {}
+    by_key: dict[Key, Mapping[str, Any]] = {}
     for item in error.errors(include_url=False):
         by_key.setdefault(_key(item, settings), item)
     # A union reports one error per member, some of them deeper: keep the outermost one.

@@ -23,10 +23,10 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 class MeshConfig(Config):
     """Sizes of the mesh axes. One of them may be -1: it takes all devices that the others leave."""
 
-    data: AxisSize = Field(-1, description="copies of the model, each with other rows")
-    fsdp: AxisSize = Field(1, description="shards of parameters and optimizer state")
-    expert: AxisSize = Field(1, description="groups of experts")
-    tensor: AxisSize = Field(1, description="parts of heads and feed-forward layers")
+    data: AxisSize = Field(default=-1, description="copies of the model, each with other rows")
+    fsdp: AxisSize = Field(default=1, description="shards of parameters and optimizer state")
+    expert: AxisSize = Field(default=1, description="groups of experts")
+    tensor: AxisSize = Field(default=1, description="parts of heads and feed-forward layers")
     rules: dict[str, str | tuple[str, ...] | None] = Field(
         default_factory=dict,
         description="changes to the table from logical axes to mesh axes, parallel/sharding.py",
@@ -47,34 +47,40 @@ class MeshConfig(Config):
 class PrecisionConfig(Config):
     """Floating-point types."""
 
-    compute: FloatType = Field("bfloat16", description="of activations and products")
-    frozen: FloatType = Field("bfloat16", description="of parameters that do not train")
-    trained: FloatType = Field("float32", description="of parameters that train, and their moments")
+    compute: FloatType = Field(default="bfloat16", description="of activations and products")
+    frozen: FloatType = Field(default="bfloat16", description="of parameters that do not train")
+    trained: FloatType = Field(
+        default="float32", description="of parameters that train, and their moments"
+    )
 
 
 class CheckpointConfig(Config):
     """When the training state is saved."""
 
-    every: Positive = Field(1000, description="steps between two checkpoints")
-    keep: Positive = Field(2, description="checkpoints that are kept, the newest ones")
+    every: Positive = Field(default=1000, description="steps between two checkpoints")
+    keep: Positive = Field(default=2, description="checkpoints that are kept, the newest ones")
 
 
 class LogConfig(Config):
     """What is recorded while training."""
 
-    every: Positive = Field(10, description="steps between two records in metrics.jsonl")
-    plots: bool = Field(True, description="write report.html and plots at the end")
-    tensorboard: bool = Field(True, description="write TensorBoard events")
+    every: Positive = Field(default=10, description="steps between two records in metrics.jsonl")
+    plots: bool = Field(default=True, description="write report.html and plots at the end")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events")
 
 
 class RunConfig(Config):
     """A whole run. `configs/run/*.yaml` resolve to this."""
 
     name: Annotated[str, Field(min_length=1)] = Field(description="name of the run")
-    output: str = Field("runs/{name}", description="run directory; {name} stands for the name")
-    seed: Seed = Field(0, description="seed of parameters, dropout and the order of samples")
+    output: str = Field(
+        default="runs/{name}", description="run directory; {name} stands for the name"
+    )
+    seed: Seed = Field(
+        default=0, description="seed of parameters, dropout and the order of samples"
+    )
     tokenizer: str = Field(
-        "embedded",
+        default="embedded",
         description="folder with tokenizer.model, or a .model file; `embedded`: the tokenizer of "
         "the embedded data set",
     )

@@ -27,7 +27,7 @@ class Rule(Config):
     lr: Annotated[float, Field(gt=0)] | None = Field(
         description="learning-rate multiplier; null freezes"
     )
-    weight_decay: bool = Field(True, description="whether optim.weight_decay applies")
+    weight_decay: bool = Field(default=True, description="whether optim.weight_decay applies")
 
     _match = field_validator("match")(compiles)
 
@@ -40,15 +40,15 @@ class Take(Config):
 
     match: Regex = Field(description="regular expression over parameter paths")
     source: str | None = Field(
-        None, description="take the parameter as it is there; `fresh`: draw it at random"
+        default=None, description="take the parameter as it is there; `fresh`: draw it at random"
     )
     experts: tuple[str, ...] | None = Field(
-        None,
+        default=None,
         description="the dense feed-forward layers of these origins become expert 0, 1, … of "
         "every MoE layer",
     )
     upcycle: str | None = Field(
-        None,
+        default=None,
         description="the dense layer of this origin becomes every expert; the model must then "
         "equal the dense one at step 0",
     )
@@ -68,7 +68,9 @@ class Take(Config):
     @property
     def origins(self) -> tuple[str, ...]:
         """Every origin that the rule names."""
-        return self.experts or (self.source or self.upcycle,)
+        if self.experts:
+            return self.experts
+        return tuple(name for name in (self.source, self.upcycle) if name)
 
 
 class OptimConfig(Config):
@@ -77,24 +79,36 @@ class OptimConfig(Config):
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         description="rate after warm-up; rules multiply it"
     )
-    steps: Positive | None = Field(None, description="optimizer steps of the stage")
+    steps: Positive | None = Field(default=None, description="optimizer steps of the stage")
     epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="passes over the stage's data, instead of steps"
+        default=None, description="passes over the stage's data, instead of steps"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="course of the rate after warm-up"
+        default="cosine", description="course of the rate after warm-up"
     )
-    warmup_ratio: Fraction = Field(0.03, description="share of the steps with a rising rate")
-    final_ratio: Fraction = Field(0.0, description="rate at the end, relative to learning_rate")
-    b1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
-    b2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of Adam")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
+    warmup_ratio: Fraction = Field(
+        default=0.03, description="share of the steps with a rising rate"
+    )
+    final_ratio: Fraction = Field(
+        default=0.0, description="rate at the end, relative to learning_rate"
+    )
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    b2: float = Field(default=0.999, ge=0.0, lt=1.0, description="decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="added to the root of Adam"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="decoupled, as in AdamW"
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="largest norm of all gradients together; null: no clipping"
+        default=None, description="largest norm of all gradients together; null: no clipping"
     )
-    accumulate: Positive = Field(1, description="micro-batches of `rows` per optimizer step")
-    max_bad_steps: Positive = Field(10, description="stop after so many non-finite steps in a row")
+    accumulate: Positive = Field(
+        default=1, description="micro-batches of `rows` per optimizer step"
+    )
+    max_bad_steps: Positive = Field(
+        default=10, description="stop after so many non-finite steps in a row"
+    )
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -107,18 +121,19 @@ class RouterLossConfig(Config):
     """Coefficients of the losses of one module's routers."""
 
     balance: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of the balance loss, which is smallest if all experts get equal shares"
+        default=0.0,
+        description="of the balance loss, which is smallest if all experts get equal shares",
     )
     router_z: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of the z-loss, which keeps router logits small"
+        default=0.0, description="of the z-loss, which keeps router logits small"
     )
     balance_layers: Literal["mean", "sum"] = Field(
-        "mean",
+        default="mean",
         description="how the balance losses of layers are joined; CuMo: mean; Uni-MoE 8e: sum; the "
         "z-loss is always a mean",
     )
     gradient: Literal["real", "none"] = Field(
-        "real",
+        default="real",
         description="none: the losses are reported and have no gradient, as CuMo's Mixtral was "
         "trained",
     )
@@ -132,17 +147,22 @@ class ModalityLossConfig(Config):
     """
 
     experts: Annotated[float, Field(ge=0)] = Field(
-        0.0,
+        default=0.0,
         description="of the distance between a modality's routes and its experts, which are "
         "listed below",
     )
     kl: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="of 1 - KL divergence between the mean routes of pairs of modalities"
+        default=0.0,
+        description="of 1 - KL divergence between the mean routes of pairs of modalities",
     )
-    image_experts: tuple[NonNegative, ...] = Field((2, 3, 4, 6), description="experts of images")
-    video_experts: tuple[NonNegative, ...] = Field((2, 3, 4, 6), description="experts of videos")
+    image_experts: tuple[NonNegative, ...] = Field(
+        default=(2, 3, 4, 6), description="experts of images"
+    )
+    video_experts: tuple[NonNegative, ...] = Field(
+        default=(2, 3, 4, 6), description="experts of videos"
+    )
     audio_experts: tuple[NonNegative, ...] = Field(
-        (0, 4, 5, 7), description="experts of sounds, and of speech as well"
+        default=(0, 4, 5, 7), description="experts of sounds, and of speech as well"
     )
 
     def listed(self) -> dict[str, tuple[int, ...]]:
@@ -158,11 +178,15 @@ class ModalityLossConfig(Config):
 class AuxLossConfig(Config):
     """Router losses of every kind of module that may carry experts."""
 
-    encoder: RouterLossConfig = Field(RouterLossConfig(), description="of the vision encoder")
-    connector: RouterLossConfig = Field(RouterLossConfig(), description="of the vision connector")
-    decoder: RouterLossConfig = Field(RouterLossConfig(), description="of the decoder")
+    encoder: RouterLossConfig = Field(
+        default=RouterLossConfig(), description="of the vision encoder"
+    )
+    connector: RouterLossConfig = Field(
+        default=RouterLossConfig(), description="of the vision connector"
+    )
+    decoder: RouterLossConfig = Field(default=RouterLossConfig(), description="of the decoder")
     modality: ModalityLossConfig = Field(
-        ModalityLossConfig(), description="over modalities, in the decoder"
+        default=ModalityLossConfig(), description="over modalities, in the decoder"
     )
 
 
@@ -177,23 +201,31 @@ class StageConfig(Config):
     )
     train: tuple[Rule, ...] = Field(description="which parameters train")
     init: tuple[Take, ...] = Field(
-        (Take(match=".*", source="fresh"),), description="where parameters start"
+        default=(Take(match=".*", source="fresh"),), description="where parameters start"
     )
     optim: OptimConfig
     moe: bool | tuple[ModuleName, ...] = Field(
-        False,
+        default=False,
         description="build experts where the model has `moe`; true: in all modules; a list: in "
         "these modules; false: dense layers everywhere",
     )
-    lora: tuple[LoRARule, ...] = Field((), description="adapters of this stage")
-    aux: AuxLossConfig = Field(AuxLossConfig(), description="router losses")
+    lora: tuple[LoRARule, ...] = Field(default=(), description="adapters of this stage")
+    aux: AuxLossConfig = Field(default=AuxLossConfig(), description="router losses")
     leaves: Literal["all", "trained"] = Field(
-        "all", description="parameters that are written at the end"
+        default="all", description="parameters that are written at the end"
     )
-    merge_lora: bool = Field(False, description="add the adapters to their kernels at the end")
-    loader: LoaderConfig | None = Field(None, description="replaces data.loader in this stage")
-    evaluate: tuple[str, ...] = Field((), description="held-out sources, scored at start and end")
-    template: TemplateName | None = Field(None, description="replaces data.template in this stage")
+    merge_lora: bool = Field(
+        default=False, description="add the adapters to their kernels at the end"
+    )
+    loader: LoaderConfig | None = Field(
+        default=None, description="replaces data.loader in this stage"
+    )
+    evaluate: tuple[str, ...] = Field(
+        default=(), description="held-out sources, scored at start and end"
+    )
+    template: TemplateName | None = Field(
+        default=None, description="replaces data.template in this stage"
+    )
     aspect: Literal["square", "pad"] | None = Field(
-        None, description="replaces model.vision.aspect in this stage"
+        default=None, description="replaces model.vision.aspect in this stage"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import optax
 from unimoe_jax.config import OptimConfig
 from unimoe_jax.params.table import ParamInfo
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], jax.Array]
+"""Optimizer step (an int or an int array) -> learning rate."""
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Schedule:

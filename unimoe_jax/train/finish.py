@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from unimoe_jax.checkpoints.checksums import SUMS, CheckpointError
@@ -87,19 +88,24 @@ def finished_steps(layout: RunLayout, name: str) -> int | None:
     if not final.exists():
         return None
     try:
+        return _steps_of_result(final)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"stage {name} has finished, but its result is not whole: {error}; bring it back, or "
+            f"remove {final} to train the stage again from its last checkpoint"
+        ) from error
+
+
+def _steps_of_result(final: Path) -> int:
+    """How many steps the manifest counts. Raises CheckpointError if a sealed file is missing."""
+    try:
         steps = int(read_manifest(final)["steps"])
         sealed = json.loads((final / SUMS).read_text())
         lost = next((file for file in sealed if not (final / file).is_file()), None)
-        problem = lost and f"{final / lost}: missing"
-    except CheckpointError as error:
-        problem = str(error)
-    except (OSError, KeyError, TypeError, ValueError):
-        problem = f"{final}: {MANIFEST} or {SUMS} is missing or damaged"
-    if problem:
-        raise CheckpointError(
-            f"stage {name} has finished, but its result is not whole: {problem}; bring it back, or "
-            f"remove {final} to train the stage again from its last checkpoint"
-        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{final}: {MANIFEST} or {SUMS} is missing or damaged") from error
+    if lost:
+        raise CheckpointError(f"{final / lost}: missing")
     return steps
 
 

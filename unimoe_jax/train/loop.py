@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,6 @@ class StageRun:
         self.summary.restore_fields(start.position)
         # Count the time of earlier runs of this stage as well.
         self.started = started - self.summary.seconds
-        self.log: StageLog | None = None
         self.saved = start.step
         # (step, signature, metrics) of a step whose metrics have not been read yet.
         self.pending: tuple[int, Signature, dict[str, Any]] | None = None
@@ -110,7 +109,7 @@ class StageRun:
             self.summary.heldout_before = self.score()
             if self.summary.heldout_before is None:
                 return False
-        self.log = self.open_log()
+        self.log: StageLog = self.open_log()
         with self.log.writer:
             if not self.train():
                 return False
@@ -176,7 +175,7 @@ class StageRun:
         self._account()
         return True
 
-    def step(self, batches: Iterator[tuple[int, Signature, Any]]) -> None:
+    def step(self, batches: Generator[tuple[int, Signature, Any]]) -> None:
         """Take the next batch, start its step on the devices, and read the step before it."""
         waiting_since = time.monotonic()
         index, signature, batch = next(batches)
@@ -205,6 +204,7 @@ class StageRun:
 
     def score(self) -> dict[str, float] | None:
         """Exact match per held-out source; None if a stop signal came first."""
+        assert self.programs.heldout is not None
         return exact_match(
             self.params,
             self.programs.heldout,

@@ -45,8 +45,10 @@ def compile_stage(
     jobs: dict[tuple[str, Signature], Callable[[], jax.stages.Lowered]] = {}
     for name in pipeline.signatures:
         jobs["step", name] = lambda name=name: lower_step(stage, mesh, pipeline.spec(name))
-    for name in heldout.signatures if heldout else ():
-        jobs["score", name] = lambda name=name: lower_score(stage, mesh, heldout.spec(name))
+    if heldout:
+        for name in heldout.signatures:
+            spec = heldout.spec(name)
+            jobs["score", name] = lambda spec=spec: lower_score(stage, mesh, spec)
 
     def compiled(job: Callable[[], jax.stages.Lowered]) -> Any:
         # The current mesh is thread-local, so each worker thread sets it again.

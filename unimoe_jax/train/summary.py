@@ -62,12 +62,12 @@ def read_stage_summary(layout: StageLayout) -> dict | None:
     path = layout.summary
     if not path.exists():
         return None
+    remedy = "remove it to go on without this summary"
     try:
         summary = json.loads(path.read_text())
         missing = FIELDS - summary.keys()
-        problem = f"lacks {', '.join(sorted(missing))}" if missing else ""
     except (OSError, ValueError, AttributeError) as error:
-        problem = f"cannot be read ({error})"
-    if problem:
-        raise RunFolderError(f"{path}: {problem}; remove it to go on without this summary")
+        raise RunFolderError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if missing:
+        raise RunFolderError(f"{path}: lacks {', '.join(sorted(missing))}; {remedy}")
     return summary
