@@ -111,7 +111,12 @@ def test_outside_the_decoder():
             {"source": "a"},
             r"embedding' needs shape \(9, 2\), a .*\(3, 2\)",
         ),
-        ("embed/embedding", (3, 2), {"experts": ("a",)}, "makes experts, but matches what is none"),
+        (
+            "embed/embedding",
+            (3, 2),
+            {"experts": ("a",)},
+            "makes experts, but this is no parameter of experts",
+        ),
         (
             "decoder/run_0/block_0/mlp/down_proj/kernel",
             (5, 2, 4),
@@ -128,13 +133,13 @@ def test_outside_the_decoder():
             "vision/connector/moe/router/linear/kernel",
             (2, 4),
             {"upcycle": "a"},
-            "matches what is none",
+            "is no parameter of experts",
         ),
         (
             "decoder/run_0/block_0/mlp/up_proj/kernel",
             (5, 1, 2, 4),
             {"experts": ("a",)},
-            "matches what is none",
+            "is no parameter of experts",
         ),
         (
             "decoder/run_0/block_0/moe/experts/up_proj/kernel",

@@ -1,8 +1,8 @@
 """Checksums beside the files of a finished folder, checked before any of them is read.
 
-Orbax restores a flipped bit without an error. The sums are against accidents, so XXH3, which is
-fast, will do. Several processes write and check their shares side by side, in one folder that all
-of them see.
+Orbax restores a flipped bit without an error, so every finished folder carries a list of checksums.
+They guard against accidents and not against attackers, so the fast hash XXH3 is enough. Each of
+several processes hashes its share of the files, in one folder that all of them see.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ import xxhash
 from unimoe_jax.parallel.distributed import all_texts, is_writer, wait_for_all
 
 SUMS = "XXH3SUMS.json"
-UNSEALED = frozenset({"generation_config.json"})  # there to be edited
+# Users may edit these files, so they carry no checksum.
+UNSEALED = frozenset({"generation_config.json"})
 AGAIN = "take another copy of the checkpoint, or write it again"
 ORIGINAL = "copy this file again from the source, or import again"
 
 new_sum = xxhash.xxh3_128
-"""A running checksum as `seal` keeps them, with the interface of hashlib."""
+"""Starts a running checksum of the kind that `seal` stores, with the interface of hashlib."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or does not fit."""
+    """A checkpoint is missing, damaged, or does not fit."""
 
 
 def _names(folder: Path) -> set[str]:
+    """All files below `folder` that carry a checksum, relative to it."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)) for path in files} - {SUMS, *UNSEALED}
 
@@ -45,16 +47,19 @@ def _digest(file: Path) -> str:
 def _sums(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
     """Checksums of this process's share of `names`."""
     share = sorted(names)[jax.process_index() :: jax.process_count()]
-    # Hashing releases the interpreter: large checkpoints are read by several threads at a time.
+    # Hashing releases the interpreter lock, so several threads read a large checkpoint at a time.
     with ThreadPoolExecutor() as pool:
         sums = pool.map(lambda name: known.get(name) or _digest(folder / name), share)
         return dict(zip(share, sums, strict=True))
 
 
 def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write the checksums of every file under `folder`; `known` ones were taken while writing.
+    """Write the checksums of every file below `folder`.
 
-    All processes call it when the files are there; each sums up its share of them.
+    All processes call this when the files are complete; each of them hashes its share.
+
+    known: checksums that were computed while the files were written; these files are not read
+    again.
     """
     parts = all_texts("seal", json.dumps(_sums(folder, _names(folder), known)))
     if is_writer():
@@ -66,31 +71,32 @@ def seal(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare `folder` with its checksums; all processes call it, each reads its share.
+    """Compare `folder` with its checksums. All processes call this, and each reads its share.
 
-    Files that users put beside the parameters are none of its business; a file that nobody sealed
-    among the parameters is refused, since readers of arrays look at whatever lies there.
+    Users may put files of their own beside the parameters. A file among the parameters that has no
+    checksum is refused, because readers of arrays read every file that they find there.
 
     Raises:
-        CheckpointError: no checksums (the write was interrupted), or a file that differs; on all
-            processes when any of them finds it.
+        CheckpointError: there are no checksums because the write was interrupted, or a file
+        differs.
+            If one process finds a problem, all processes raise.
     """
     try:
-        found = _damage(folder)
-    except CheckpointError as error:  # the others wait for a word from this process
-        found = str(error)
-    found = next(filter(None, all_texts("verify", found)), None)
-    if found:
-        raise CheckpointError(found)
+        problem = _damage(folder)
+    except CheckpointError as error:
+        # Every process must reach all_texts() below, even with an error, or the others would hang.
+        problem = str(error)
+    problem = next(filter(None, all_texts("verify", problem)), None)
+    if problem:
+        raise CheckpointError(problem)
 
 
 def check_files(folder: Path, *names: str) -> None:
-    """Compare `names` with their checksums, or every sealed file beside the parameters.
-
-    They are small: a process reads them alone, before it parses them.
+    """Compare the files `names` with their checksums; without names, every sealed file beside the
+    parameters. These files are small, so each process checks them by itself before it parses them.
 
     Raises:
-        CheckpointError: no checksums, or a file that differs.
+        CheckpointError: there are no checksums, or a file differs.
     """
     expected = _expected(folder)
     for name in names or sorted(name for name in expected if "/" not in name):
@@ -100,20 +106,21 @@ def check_files(folder: Path, *names: str) -> None:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with this process's share of the files, or with their number; else empty."""
-    expected, there = _expected(folder), _names(folder)
-    places = {name.split("/")[0] for name in expected if "/" in name}
-    strange = {name for name in there - set(expected) if name.split("/")[0] in places}
+    """The first problem with this process's share of the files or with the list of files; or ""."""
+    expected, present = _expected(folder), _names(folder)
+    # Folders of parameters. A file in one of them that was not sealed would be read as an array.
+    folders = {name.split("/")[0] for name in expected if "/" in name}
+    strange = {name for name in present - set(expected) if name.split("/")[0] in folders}
     if strange:
         return f"{folder / min(strange)}: is no part of this checkpoint; remove it"
-    actual = _sums(folder, there & set(expected), {})
+    actual = _sums(folder, present & set(expected), {})
     wrong = {name for name, value in actual.items() if expected[name] != value}
-    wrong |= set(expected) - there
+    wrong |= set(expected) - present
     return _differs(folder, min(wrong)) if wrong else ""
 
 
 def _expected(folder: Path) -> dict[str, str]:
-    """{file: checksum} as it was sealed."""
+    """Checksums by file name, as they were sealed."""
     try:
         sums = json.loads((folder / SUMS).read_text())
     except FileNotFoundError:
@@ -122,10 +129,10 @@ def _expected(folder: Path) -> dict[str, str]:
         sums = None
     if not isinstance(sums, dict):
         raise CheckpointError(f"{folder / SUMS}: damaged, holds no list of checksums; {AGAIN}")
-    # Checkpoints of earlier versions list them.
-    return {name: value for name, value in sums.items() if name not in UNSEALED}
+    return sums
 
 
 def _differs(folder: Path, name: str) -> str:
-    what = f"{folder / name}: damaged or missing (its checksum differs)"
-    return f"{what}; {AGAIN if '/' in name else ORIGINAL}"
+    """The message about a file that differs from its checksum."""
+    remedy = AGAIN if "/" in name else ORIGINAL
+    return f"{folder / name}: damaged or missing (its checksum differs); {remedy}"

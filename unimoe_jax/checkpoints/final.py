@@ -1,12 +1,9 @@
-"""Checkpoints: training state with its data position, and what a finished stage leaves behind.
+"""What a finished stage leaves behind: `checkpoints/STAGE/final`.
 
-`checkpoints/STAGE/steps/N` holds the state (trained parameters, optimizer, step, seed) and a JSON
-with the data position. `checkpoints/STAGE/final` holds a stage's parameters as a flat dictionary
-and `manifest.json`: parents, what was trained, where every group of parameters came from. Frozen
-parameters are not repeated in every step: a resume takes them from where the stage took them.
-
-Every finished directory carries checksums (`integrity`). Where a stage starts from a result, each
-process reads only what its devices hold (`stage.read_start`).
+The folder holds the stage's parameters as a flat dictionary of arrays, `manifest.json` (parents,
+which parameters were trained, where every group of parameters came from) and checksums. A stage
+that starts from it reads on each process only the parts that its devices hold
+(`stages.initial_params`).
 """
 
 from __future__ import annotations
@@ -30,23 +27,24 @@ from unimoe_jax.checkpoints.steps import RESUME
 from unimoe_jax.parallel.distributed import is_writer, wait_for_all
 from unimoe_jax.runtime.files import raising_write_errors
 
-CHUNK_BYTES = 8 << 20  # of a stage's result: what a host reads at least, whatever it needs of it
-
-
-# ----------------------------------------------------------------------- training state
-
-
-# ------------------------------------------------------------------------- stage results
+CHUNK_BYTES = 8 << 20
+"""Size of a saved chunk. A host that needs any part of a chunk has to read all of it."""
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
-    """Stacks of layers and experts are cut into them, so that one can be read without the rest."""
+    """How a parameter is cut into chunks.
+
+    All axes but the last two stack layers and experts. They are cut into chunks of one entry, so
+    that one layer or one expert can be read without the others.
+    """
     axes = tuple(range(max(0, leaf.ndim - 2)))
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
 
 def save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write a finished stage beside its place, seal it, then rename: never half-written.
+    """Write a finished stage into a folder beside `folder`, seal it, then rename it.
+
+    So `folder` is complete whenever it exists.
 
     Raises:
         WriteError: no space, or no permission.
@@ -75,10 +73,10 @@ def _save_final(folder: Path, params: Mapping[str, Any], manifest: Mapping[str, 
 
 
 def open_array(folder: Path, path: str) -> ts.TensorStore:
-    """Parameter `path` of a finished stage or an import; what is read of it is read when asked for.
+    """Open the parameter `path` of a finished stage or an import; nothing of it is read yet.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: there is no such parameter.
     """
     base = folder.absolute() / "params"
     store: dict[str, Any] = {"driver": "file", "path": f"{base / path}/"}
@@ -91,15 +89,15 @@ def open_array(folder: Path, path: str) -> ts.TensorStore:
 
 
 def read_part(array: ts.TensorStore, index: ArrayIndex) -> np.ndarray:
-    """`array[index]`; the chunks that it touches are read."""
+    """Read `array[index]` from the chunks that it touches."""
     return np.asarray((array[index] if index else array).read().result())
 
 
 def open_source(name: str, folder: Path) -> ParamSource:
-    """A finished stage as a source of parameters, of which any part can be read.
+    """Open a finished stage as a source, from which any part of a parameter can be read.
 
     Raises:
-        CheckpointError: it is not there or not finished.
+        CheckpointError: it does not exist or is not finished.
     """
     manifest = read_manifest(folder)
     opened = cache(partial(open_array, folder))
@@ -112,7 +110,7 @@ def open_source(name: str, folder: Path) -> ParamSource:
 
 
 def load_final(folder: Path) -> dict[str, np.ndarray]:
-    """All parameters of a finished stage on the host, {path: array}, after checking the sums."""
+    """All parameters of a finished stage by path, read to the host after a check of the files."""
     source = open_source(folder.name, folder)
     source.check()
     with ThreadPoolExecutor() as pool:

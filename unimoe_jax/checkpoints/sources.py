@@ -20,15 +20,14 @@ ArrayIndex = tuple[int | slice, ...]
 
 @dataclass(frozen=True, eq=False)
 class ParamSource:
-    """Parameters to take from.
+    """Parameters that others may start from.
 
-    Attributes:
-        name: for messages.
-        shapes: path -> shape of everything there is.
-        load: (path, index) -> that part of the array; nothing else need be read.
-        moe_layers: which decoder layers carry experts there.
-        check: raises where the source is damaged. All processes call it, before anything is read:
-            they share the work.
+    name: for messages.
+    shapes: path -> shape of every parameter.
+    load: (path, index) -> that part of the array; nothing else is read.
+    moe_layers: which decoder layers of the source carry experts.
+    check: raises CheckpointError if the source is damaged. All processes call it before anything is
+        read, and share the work.
     """
 
     name: str
@@ -37,18 +36,18 @@ class ParamSource:
     moe_layers: tuple[bool, ...]
     check: Callable[[], None] = lambda: None
 
-    def find(self, member: LayerPart) -> tuple[str, tuple[int, ...]]:
-        """(path, leading index) of `member`.
+    def find(self, part: LayerPart) -> tuple[str, tuple[int, ...]]:
+        """(path, leading index) of `part`.
 
         Raises:
-            ParamError: the source lacks it.
+            ParamError: the source has no such parameter or layer.
         """
         try:
-            path, index = locate_part(member, self.moe_layers)
+            path, index = locate_part(part, self.moe_layers)
         except ParamError as error:
             raise ParamError(f"{self.name} {error}") from None
         if path not in self.shapes:
-            where = "" if member.module is None else f" ({member})"
+            where = "" if part.module is None else f" ({part})"
             raise ParamError(f"{self.name} has no {path!r}{where}")
         if index and index[0] >= self.shapes[path][0]:
             raise ParamError(
@@ -57,12 +56,13 @@ class ParamSource:
             )
         return path, index
 
-    def piece(self, member: LayerPart) -> Piece:
-        """`member` as a part of a parameter here. Raises ParamError as `find` does."""
-        return Piece(self, *self.find(member))
+    def piece(self, part: LayerPart) -> Piece:
+        """`part` as a piece of one of this source's parameters. Raises ParamError like `find`."""
+        path, index = self.find(part)
+        return Piece(self, path, index)
 
     def modules(self) -> set[ModuleName]:
-        """The modules that carry experts there."""
+        """The modules that carry experts in this source."""
         parts = [
             part
             for path, shape in self.shapes.items()
@@ -85,36 +85,41 @@ class Piece:
         return tuple(self.source.shapes[self.path][len(self.index) :])
 
     def read(self, inner: ArrayIndex) -> np.ndarray:
-        """A part of it."""
+        """Read a part of the piece."""
         return self.source.load(self.path, (*self.index, *inner))
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a parameter starts: `pieces` holds what lies at every index of its leading axes (of
-    layers, experts, both or none)."""
+    """Where a parameter starts.
+
+    pieces: the piece at every index of the leading axes, which are those of layers, of experts, of
+        both, or none.
+    """
 
     shape: tuple[int, ...]
     pieces: Mapping[tuple[int, ...], Piece]
 
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The part of the parameter at `index`, one slice per axis.
+        """Read the part of the parameter at `index`, one slice per axis.
 
-        Every place in a source is read once, however many entries start there.
+        A piece that several entries start from, such as an upcycled dense layer, is read once.
         """
-        ranges = [range(*at.indices(n)) for at, n in zip(index, self.shape, strict=True)]
-        lead = len(next(iter(self.pieces)))
-        part = np.empty([len(of) for of in ranges], dtype)
-        entries: dict[Piece, list[tuple[int, ...]]] = {}
-        for places in itertools.product(*map(enumerate, ranges[:lead])):
-            piece = self.pieces[tuple(entry for _, entry in places)]
-            entries.setdefault(piece, []).append(tuple(at for at, _ in places))
+        ranges = [range(*cut.indices(n)) for cut, n in zip(index, self.shape, strict=True)]
+        num_leading = len(next(iter(self.pieces)))
+        result = np.empty([len(entries) for entries in ranges], dtype)
+        # Piece -> the leading indices of `result` that it fills.
+        targets: dict[Piece, list[tuple[int, ...]]] = {}
+        for positions in itertools.product(*map(enumerate, ranges[:num_leading])):
+            piece = self.pieces[tuple(entry for _, entry in positions)]
+            targets.setdefault(piece, []).append(tuple(position for position, _ in positions))
 
         def fill(piece: Piece) -> None:
-            value = piece.read(index[lead:])
-            for at in entries[piece]:
-                part[at] = value
+            value = piece.read(index[num_leading:])
+            for target in targets[piece]:
+                result[target] = value
 
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(fill, entries))  # the list raises what a thread has raised
-        return part
+            # An error in a thread is raised here only because the results are consumed.
+            list(pool.map(fill, targets))
+        return result

@@ -1,4 +1,9 @@
-"""The training state of a stage, saved asynchronously every few steps."""
+"""The training state of a stage, saved asynchronously every few steps.
+
+`checkpoints/STAGE/steps/N` holds the state after N steps (trained parameters, optimizer, step,
+seed) and a JSON with the position in the data. Frozen parameters are not saved with every step: a
+resumed run takes them from where the stage took them.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +28,9 @@ class StepCheckpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder.absolute(), keep
-        # What a crash has left half-written goes. Orbax would also remove older steps before a new
-        # one is sealed: a crash between the two would leave none that can be used.
+        # Remove what a crash has left half-written. Orbax could remove old steps as well, but it
+        # would do so before a new step is sealed, and a crash between the two would leave no step
+        # that can be used. So _seal() removes old steps.
         options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "position")
@@ -33,10 +39,10 @@ class StepCheckpoints:
         self._sealing: Future | None = None
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Start writing; returns as soon as the state has been copied off the devices.
+        """Start writing; return as soon as the state has been copied off the devices.
 
         Raises:
-            WriteError: this step or the one before cannot be written.
+            WriteError: this step or the previous one cannot be written.
         """
         self.finish()
         items = ocp.args.Composite(
@@ -44,21 +50,23 @@ class StepCheckpoints:
         )
         with raising_write_errors(self.folder / str(step), RESUME):
             self._manager.save(step, args=items, force=True)
-        # As soon as it is written: a crash before the next save must not cost this one.
+        # Seal the step as soon as it is written, so that a crash before the next save does not
+        # make it useless.
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
+        """Wait for the step to be written, write its checksums, and remove old steps."""
         with raising_write_errors(self.folder / str(step), RESUME):
             self._manager.wait_until_finished()
             seal(self.folder / str(step))
         if is_writer():
             steps = sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
             for old in steps[: -self.keep]:
-                # What cannot be removed now is tried again after the next step.
+                # A step that cannot be removed now is removed after a later one.
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
     def finish(self) -> None:
-        """Wait until the write under way is complete and sealed. Raises WriteError."""
+        """Wait until the write in progress is complete and sealed. Raises WriteError."""
         if self._sealing is not None:
             self._sealing.result()
             self._sealing = None
@@ -66,11 +74,13 @@ class StepCheckpoints:
     def restore_latest(
         self, template: Any, announce: Callable[[str], None] = print
     ) -> tuple[int, Any, dict] | None:
-        """(step, state, position) of the newest sound checkpoint, or None when there is none.
+        """(step, state, position) of the newest sound checkpoint, or None if there is none.
 
-        `template` is a state of arrays or shape structs with shardings: the checkpoint may come
-        from another mesh. A damaged step is named and moved to `unusable`, beside the steps: its
-        place must be free when training comes to it again.
+        A damaged step is announced and moved to `unusable`, beside the steps, because its place
+        must be free when training comes to this step again.
+
+        template: a state of arrays or shape structs with shardings; the checkpoint may have been
+            saved on another mesh.
 
         Raises:
             CheckpointError: the newest sound step holds a state of another structure.
@@ -96,10 +106,10 @@ class StepCheckpoints:
         return None
 
     def _set_aside(self, step: int) -> str:
-        """Process 0 moves the step, the others wait for it. Returns what was done, for a message.
+        """Move a damaged step away; process 0 does so and the others wait. Returns a message part.
 
         Raises:
-            CheckpointError: it cannot be moved.
+            CheckpointError: the step cannot be moved.
         """
         source = self.folder / str(step)
         target = unusable_step(self.folder, step)
@@ -114,14 +124,15 @@ class StepCheckpoints:
                     "remove it"
                 ) from error
         wait_for_all("unusable step")
-        self._manager.reload()  # it remembers which steps there are
+        # Orbax caches the list of steps, so it has to read the folder again.
+        self._manager.reload()
         return f"moved to {target}"
 
     @staticmethod
     def newest(folder: Path) -> tuple[int, dict[str, tuple[int, ...]]] | None:
-        """(step, {path: shape} of what trained) of the newest step that says so, or None.
+        """(step, shapes of the trained parameters by path) of the newest readable step, or None.
 
-        Reads descriptions alone and changes nothing: for checks before a run is touched.
+        This reads only metadata and changes nothing, for checks before a run is touched.
         """
         steps = [int(path.name) for path in folder.glob("*") if _is_step(path)]
         for step in sorted(steps, reverse=True):
@@ -130,7 +141,7 @@ class StepCheckpoints:
                 trained = ocp.PyTreeCheckpointHandler().metadata(state).tree["trained"]
                 return step, {path: tuple(leaf.shape) for path, leaf in trained.items()}
             except (OSError, AttributeError, KeyError, TypeError, ValueError):
-                continue  # damaged: `restore_latest` will say so
+                continue  # The step is damaged; `restore_latest` will report it.
         return None
 
     def close(self) -> None:
@@ -143,10 +154,11 @@ class StepCheckpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # A write can be finished only together with all processes.
+        # Finishing a write needs all processes, so it is skipped if one of them is lost.
         if error is None or not lost_peer(error):
             self.close()
 
 
 def _is_step(path: Path) -> bool:
+    """Whether the folder is named by a number of steps."""
     return path.name.isdecimal()

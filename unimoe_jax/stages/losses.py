@@ -14,7 +14,10 @@ from unimoe_jax.nn.moe.layer import MoEAux
 
 
 def token_nll(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """−log p(target) at every position, float32 [B,T]. The target stands where it is predicted."""
+    """−log p(target) at every position, float32 [B,T].
+
+    target_BT: int32, the token that position t predicts, so it is shifted by one already.
+    """
     logits = logits_BTV.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return log_z - jnp.take_along_axis(logits, target_BT[..., None], axis=-1)[..., 0]
@@ -31,13 +34,16 @@ def cross_entropy(
 
 
 def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.Array) -> jax.Array:
-    """Σ value over the samples that hold each modality: text, image, video, speech, audio.
+    """Σ value over the samples that hold each modality, float32 [M], in the order of `MODALITY`.
 
-    A sample (segment) without media counts as text; one with two media counts for both.
+    A sample (segment) without media counts as text; a sample with two media counts for both. For
+    example, a row with the values 1 1 2 2, where the first two positions are a text sample and the
+    others a sample with an image, gives 2 for text and 4 for image.
     """
-    # Products with one-hot segments instead of scatters, which are slow everywhere. Accelerators
-    # round the factors of products unless asked not to. A sample takes two positions or more: one,
-    # and one that it predicts.
+    # Use one-hot matmuls instead of scatters, which are slow on CPUs, GPUs and TPUs. HIGHEST
+    # precision, because accelerators round the factors of a product otherwise, and the sums are
+    # reported. A sample has at least two positions, one that predicts and one that is predicted, so
+    # half the row length bounds the number of samples.
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     segment_BTS = jax.nn.one_hot(segment_BT - 1, max(segment_BT.shape[1] // 2, 1))
     present_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES).at[..., 0].set(0)
@@ -48,14 +54,16 @@ def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.A
 
 
 def router_losses(aux: Mapping[str, MoEAux], config: AuxLossConfig) -> jax.Array:
-    """Σ over modules of `module_router_loss`, with each module's own coefficients."""
+    """Σ over modules of `module_router_loss` with the coefficients of the module, float32."""
     parts = [module_router_loss(found, getattr(config, name)) for name, found in aux.items()]
     return sum(parts, jnp.float32(0))
 
 
 def module_router_loss(aux: MoEAux, config: RouterLossConfig) -> jax.Array:
-    """config.balance · balance, a mean (CuMo) or sum (Uni-MoE 8e, `aux_balance_loss_coef`) over
-    layers, + config.router_z · mean over layers of z.
+    """config.balance · balance + config.router_z · z of one module's routers, float32.
+
+    The z-loss is a mean over layers. The balance loss is a mean (CuMo) or a sum over layers
+    (`aux_balance_loss_coef` of Uni-MoE 8e).
     """
     over_layers = jnp.sum if config.balance_layers == "sum" else jnp.mean
     loss = config.balance * over_layers(aux.balance) + config.router_z * jnp.mean(aux.router_z)
@@ -78,9 +86,10 @@ MODALITY_LOSSES = ("experts", "kl")
 def modality_losses(
     aux: Mapping[str, MoEAux], modality_BT: jax.Array, config: ModalityLossConfig
 ) -> dict[str, jax.Array]:
-    """Those of `MODALITY_LOSSES` that have a coefficient, unscaled, over the decoder's routers.
+    """The losses of `MODALITY_LOSSES` that have a coefficient, not scaled by it, by name.
 
-    Both carry gradient into the routers (8e's own is lost in its gradient checkpointing).
+    They are computed on the decoder's routers, and have a gradient there. (In 8e's code the
+    gradient is lost in its gradient checkpointing.)
     """
     found = {}
     if config.experts:
@@ -92,6 +101,7 @@ def modality_losses(
 
 
 def _in_group(modality_BT: jax.Array, group: str) -> jax.Array:
+    """Which positions belong to a group of modalities, bool [B,T]."""
     return jnp.isin(modality_BT, jnp.asarray(MODALITY_GROUPS[group]))
 
 
@@ -100,8 +110,10 @@ def modality_expert_loss(
 ) -> jax.Array:
     """Σ over layers, rows and modalities of mean |softmax(logits) − target| · share of the row.
 
-    `experts` maps image, video, audio to the experts whose entries of the target are 1. Uni-MoE
-    8e's `aux_multimodal_loss`: the means are over tokens and experts, the share is tokens / T.
+    This is Uni-MoE 8e's `aux_multimodal_loss`. The means are over tokens and experts; the share of
+    a modality is its tokens / T.
+
+    experts: image, video and audio -> the experts whose entries of the target are 1.
     """
     probs = jax.nn.softmax(logits_LBTE.astype(jnp.float32), axis=-1)
     length, num_experts = probs.shape[2:]
@@ -116,8 +128,8 @@ def modality_expert_loss(
 def modality_kl_loss(logits_LBTE: jax.Array, modality_BT: jax.Array) -> jax.Array:
     """Σ over layers and rows of the mean over pairs of modalities of 1 − KL(b ‖ a) / E.
 
-    a and b are the modalities' mean router probabilities, soft-maxed once more; pairs that a row
-    lacks do not count. Uni-MoE 8e's `aux_kl_loss`.
+    This is Uni-MoE 8e's `aux_kl_loss`. a and b are the modalities' mean router probabilities after
+    another softmax. A pair counts only in rows that hold both modalities.
     """
     probs = jax.nn.softmax(logits_LBTE.astype(jnp.float32), axis=-1)
     log_mean, present = {}, {}

@@ -17,8 +17,11 @@ Schedule = Callable[[Any], jax.Array]
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Schedule:
-    """Multiplier-free learning rate at optimizer step n (from 0): linear warm-up from 0 over
-    ceil(warmup_ratio · steps), then the schedule down to final_ratio · learning_rate."""
+    """Learning rate at optimizer step n (from 0), before the multipliers of the rules.
+
+    It rises linearly from 0 over ceil(warmup_ratio · steps), then follows the schedule down to
+    final_ratio · learning_rate.
+    """
     peak, floor = config.learning_rate, config.final_ratio * config.learning_rate
     warmup = int(-(-config.warmup_ratio * steps // 1))
 
@@ -40,9 +43,9 @@ def learning_rate(config: OptimConfig, steps: int) -> Schedule:
 def make_optimizer(
     config: OptimConfig, schedule: Schedule, infos: Mapping[str, ParamInfo]
 ) -> optax.GradientTransformation:
-    """Clip, AdamW (arXiv 1711.05101), then the rule's multiplier for each parameter.
+    """Clip gradients, apply AdamW (arXiv 1711.05101), then the multiplier of each parameter's rule.
 
-    State exists for the trained parameters only: the caller passes only those.
+    The caller passes only trained parameters, so state exists for these only.
     """
     trained = {path: info for path, info in infos.items() if info.trained}
 
@@ -65,8 +68,10 @@ def make_optimizer(
 
 
 def steps_made(state: optax.OptState) -> jax.Array:
-    """Where the schedule stands in the state of such an optimizer: a step that was skipped does not
-    move it."""
+    """How many steps the schedule has made, read from the optimizer's state.
+
+    A step that was skipped because it was not finite does not count.
+    """
 
     def is_schedule(path, value) -> bool:
         del value

@@ -13,10 +13,11 @@ from unimoe_jax.params.paths import nest
 
 
 def make_score_step(model: UniMoE):
-    """`score(params, batch) -> (exact_BS, real_BS)`, bool per row and segment (segment s+1).
+    """Make `score(params, batch) -> (exact_BS, real_BS)`, bool for every row and sample.
 
-    A sample is exact when greedy decoding would answer it to the letter, see `TokenLoss`; real
-    when it has targets at all. S is half the row length: a sample takes two positions or more.
+    Sample s of a row is its segment s + 1. It is real if it has targets at all, and exact if
+    greedy decoding would give every target, see `TokenLoss`. S is half the row length, because a
+    sample has at least two positions.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
-"""One jitted, sharded train step for every stage, and the scoring step beside it.
+"""One jitted, sharded train step for every stage.
 
-Gradients and optimizer state exist for the trained parameters only: the split happens before the
-gradient is taken. A step with a non-finite loss or gradient leaves parameters and optimizer as they
-were and is counted.
+Gradients and optimizer state exist for the trained parameters only, because the parameters are
+split before the gradient is taken. A step whose loss or gradient is not finite changes neither
+parameters nor optimizer, and is counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from unimoe_jax.stages.optim import Schedule, steps_made
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `trained` is {path: float32}; `seed` uint32; `bad_steps` in a row."""
+    """What a step changes.
+
+    step: int32, steps done. trained: float32 by path. optimizer: its state.
+    seed: uint32, of dropout and of sampled experts.
+    bad_steps: int32, how many steps in a row were skipped because they were not finite.
+    """
 
     step: jax.Array
     trained: Flat
@@ -55,19 +60,19 @@ def make_train_step(
     accumulate: int,
     groups: int,
 ):
-    """`step(state, frozen, batch) -> (state, metrics)`, pure; the caller jits it.
+    """Make `step(state, frozen, batch) -> (state, metrics)`, a pure function that the caller jits.
 
-    The batch holds `accumulate` micro-batches: rows and pools are grouped by pool group, and within
-    a group by micro-batch. The loss is the mean over all target tokens of the whole batch, however
-    they fall into micro-batches; statistics and losses of routers are means over micro-batches,
-    each of which counts by what it routes (`routed`).
+    The batch holds `accumulate` micro-batches: rows and pools are grouped by pool group, and
+    within a group by micro-batch. The loss is the mean over all target tokens of the whole batch,
+    however they are spread over micro-batches. Statistics and losses of routers are means over
+    micro-batches, weighted by the number of tokens or images that a micro-batch routes (`routed`).
 
     Metrics: loss, aux, grad_norm, lr, tokens (positions that are not padding), targets,
     nll_by_modality and targets_by_modality (see `modality_sums`), bad (1 if the step was skipped),
-    bad_steps, and modality_experts, modality_kl where they have a coefficient.
-    With experts also balance, router_z, entropy [L], load [L, modalities, E]
-    and, where experts have a capacity, dropped (slots, in all layers) of the decoder's routers, and
-    those of other modules with their name in front, e.g. encoder_load.
+    bad_steps, and modality_experts and modality_kl if they have a coefficient. With experts also
+    balance, router_z, entropy [L], load [L, modalities, E] and, if experts have a capacity,
+    dropped (slots in all layers) of the decoder's routers; metrics of other modules have the
+    module's name in front, such as encoder_load.
     """
     grad_fn = jax.value_and_grad(partial(_micro_loss, model, aux_config, accumulate), has_aux=True)
 
@@ -75,11 +80,13 @@ def make_train_step(
         total = jnp.maximum(jnp.sum(batch.weight_BT), 1.0)
         all_routed = routed(model.config, batch)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        # One micro-batch needs no loop. Several are scanned over, and their metrics and gradients
+        # are sums of shares (see `_micro_loss`), so adding them up gives those of the whole batch.
         if accumulate == 1:
             (_, metrics), grads = grad_fn(state.trained, frozen, batch, total, all_routed, key)
         else:
 
-            def one(carry, item):
+            def add_micro_batch(carry, item):
                 micro, index = item
                 micro_key = jax.random.fold_in(key, index)
                 shared = (total, all_routed, micro_key)
@@ -92,7 +99,9 @@ def make_train_step(
             shapes = jax.eval_shape(grad_fn, state.trained, frozen, first, *shared)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             carry = (zeros[0][1], zeros[1])
-            (metrics, grads), _ = jax.lax.scan(one, carry, (micros, jnp.arange(accumulate)))
+            (metrics, grads), _ = jax.lax.scan(
+                add_micro_batch, carry, (micros, jnp.arange(accumulate))
+            )
         metrics |= {
             "lr": schedule(steps_made(state.optimizer)),
             "tokens": jnp.sum(batch.segment_BT > 0),
@@ -114,9 +123,9 @@ def _micro_loss(
     all_routed: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This micro-batch's share of the loss over `total` target tokens, and its metrics.
+    """This micro-batch's share of the loss over the whole batch, and its share of the metrics.
 
-    all_routed: `routed` of the whole batch.
+    total: target tokens of the whole batch. all_routed: `routed` of the whole batch.
     """
     rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
     out = model.apply({"params": nest({**frozen, **trained})}, batch, "loss", rngs=rngs)
@@ -137,15 +146,19 @@ def _micro_loss(
 
 
 def routed(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
-    """How much there is in a batch for the routers of each module, float32: the decoder's tokens;
-    the pictures that count, frames of videos among them, times a constant."""
+    """How much each module's routers have to route in a batch, float32, up to a constant factor.
+
+    The decoder routes tokens; the vision encoder and connector route images and frames of videos.
+    """
     found = {"decoder": jnp.sum(batch.segment_BT > 0)}
     if config.vision is not None:
         frames = config.vision.frames
         if config.vision.unused_images == "count":
             pools = (batch.image_GIHWC, 1), (batch.video_GIFHWC, frames)
             counts = [n * pool.shape[0] * pool.shape[1] for pool, n in pools if pool is not None]
-        else:  # each that is referred to has the same number of soft tokens
+        else:
+            # Every image that a token refers to has the same number of soft tokens, so the number
+            # of soft tokens is proportional to the number of images.
             kinds = (MODALITY["image"], 1), (MODALITY["video"], frames)
             counts = [n * jnp.sum(batch.modality_BT == kind) for kind, n in kinds]
         found |= dict.fromkeys(("encoder", "connector"), sum(counts))
@@ -153,7 +166,7 @@ def routed(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _times(moe: MoEAux, share: jax.Array) -> MoEAux:
-    """Router statistics that are means, times this micro-batch's share."""
+    """Scale the router statistics that are means by this micro-batch's share."""
     means = {name: share * getattr(moe, name) for name in ("balance", "router_z", "entropy")}
     return moe._replace(**means)
 
@@ -161,14 +174,14 @@ def _times(moe: MoEAux, share: jax.Array) -> MoEAux:
 def _update(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Flat, metrics: dict
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The optimizer's step, or none of it where loss or gradient is not finite."""
+    """Apply the optimizer, unless loss or gradient is not finite."""
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
     updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trained)
     new_trained = optax.apply_updates(state.trained, updates)
 
     def keep(new, old):
-        # where, not cond: the choice is elementwise and keeps donated buffers in place.
+        # An elementwise `where` reuses the donated buffers; `cond` would copy them.
         return jnp.where(good, new, old)
 
     bad_steps = jnp.where(good, 0, state.bad_steps + 1)
@@ -184,6 +197,7 @@ def _update(
 
 
 def _moe_metrics(aux: Mapping[str, MoEAux]) -> dict[str, jax.Array]:
+    """Router statistics of all modules as metrics."""
     metrics = {}
     for module, moe in aux.items():
         found = {
@@ -199,6 +213,10 @@ def _moe_metrics(aux: Mapping[str, MoEAux]) -> dict[str, jax.Array]:
 
 
 def _micro_batches(a: jax.Array, groups: int, accumulate: int) -> jax.Array:
-    """[groups·accumulate·n, …] -> [accumulate, groups·n, …]; every row stays on its device."""
+    """[groups·accumulate·n, …] -> [accumulate, groups·n, …].
+
+    With 2 groups (one per device), accumulate = 2 and n = 1, rows 0 1 | 2 3 become the
+    micro-batches (0, 2) and (1, 3), so every row stays on its device.
+    """
     a = a.reshape(groups, accumulate, -1, *a.shape[1:])
     return jnp.moveaxis(a, 1, 0).reshape(accumulate, -1, *a.shape[3:])

@@ -1,8 +1,8 @@
-"""An upcycled model equals the dense one at step 0, or the stage does not start.
+"""Compare an upcycled model with the dense model at step 0; a stage starts only if they agree.
 
-Every expert is a copy of the dense layer and the weights that combine experts sum to one, so the
-routers may choose as they like (arXiv 2405.05949, section 3.3). The comparison runs in float32 and
-without capacities: what is left of a difference is rounding, or a mistake in `init`.
+Every expert is a copy of the dense layer, and the weights that combine experts sum to one, so the
+outputs are equal whatever the routers choose (arXiv 2405.05949, section 3.3). The comparison runs
+in float32 and without capacities, so a difference is either rounding or a mistake in `init`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.parallel.placement import place
 from unimoe_jax.parallel.sharding import batch_sharding, data_shards, param_sharding, replicated
-from unimoe_jax.params.layer_parts import layer_parts
-from unimoe_jax.params.layer_parts import locate_part as place_of
+from unimoe_jax.params.layer_parts import LayerPart, layer_parts, locate_part
 from unimoe_jax.params.paths import Flat, ParamError, nest
 from unimoe_jax.params.table import declared
 from unimoe_jax.stages.initial_params import read_start
@@ -42,8 +41,12 @@ TEXT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared ("logits", or "soft tokens" where the decoder had experts before), the
-    largest difference and the largest value there, and what was upcycled from what."""
+    """The outcome of a comparison.
+
+    what: "logits", or "soft tokens" if the dense model has experts in its decoder.
+    difference, largest: the largest difference, and the largest value that was compared.
+    modules, sources: which modules were upcycled, and from which sources.
+    """
 
     what: str
     difference: float
@@ -53,7 +56,7 @@ class Comparison:
 
     @property
     def is_rounding(self) -> bool:
-        """False for NaN as well."""
+        """Whether the difference is no more than rounding; NaN is more."""
         return self.difference <= ROUNDING * self.largest
 
     def __str__(self) -> str:
@@ -67,17 +70,17 @@ class Comparison:
 def check_upcycled(
     stage: Stage, params: Flat, sources: Mapping[str, ParamSource], mesh: Mesh
 ) -> Comparison | None:
-    """Compare the model of `params` with the dense one that its experts were copied from.
+    """Compare the model of `params` with the dense model that its experts were copied from.
 
-    Must run inside `use_mesh`. None: the stage upcycles nothing.
+    Must run inside `use_mesh`. Returns None if the stage upcycles nothing.
 
     Raises:
-        ParamError: they differ by more than rounding.
+        ParamError: the models differ by more than rounding.
     """
     takes = _upcycled(stage)
     if not takes:
         return None
-    modules = {member.module for path in takes for _, member in _members(stage, path)}
+    modules = {part.module for path in takes for _, part in _parts(stage, path)}
     _check_complete(stage, takes, modules)
     dense_config = stage.settings.model.with_experts(
         stage.settings.model.experts().keys() - modules
@@ -102,26 +105,30 @@ def check_upcycled(
 
 
 def _upcycled(stage: Stage) -> dict[str, Take]:
+    """The upcycled parameters and their rules."""
     takes = {path: origin_of(path, stage.settings.config.init) for path in stage.infos}
     return {path: take for path, take in takes.items() if take.upcycle}
 
 
 def _check_complete(stage: Stage, takes: Mapping[str, Take], modules: set[ModuleName]) -> None:
+    """All parameters of a module's experts must be upcycled, or none of them."""
     for path in stage.infos.keys() - takes.keys():
-        _, member = _members(stage, path)[0]
-        if member.module in modules and member.expert is not None:
+        _, part = _parts(stage, path)[0]
+        if part.module in modules and part.expert is not None:
             raise ParamError(
                 f"init of stage {stage.settings.name}: {path!r} is not upcycled, other parameters "
-                f"of the {member.module}'s experts are; let one rule match them all"
+                f"of the {part.module}'s experts are; let one rule match them all"
             )
 
 
-def _members(stage: Stage, path: str):
+def _parts(stage: Stage, path: str) -> list[tuple[tuple[int, ...], LayerPart]]:
+    """The layers' parts of a parameter of the upcycled model."""
     kinds = stage.settings.model.decoder.moe_layers()
     return layer_parts(path, stage.infos[path].shape, kinds)
 
 
 def _shapes(model: ModelConfig) -> dict:
+    """(shape, logical axes) of every parameter of a model, by path."""
     return declared(UniMoE(model, LayerOptions()), full_batch(model))
 
 
@@ -135,11 +142,11 @@ def _dense_layers(
     sources: Mapping[str, ParamSource],
     mesh: Mesh,
 ) -> Flat:
-    """The dense layers in place of experts, as the upcycled ones were rounded, on the mesh."""
+    """The dense layers that the experts replace, on the mesh, in the dtype of the experts."""
     wanted = {
-        member.dense: (take, stage.infos[path].dtype)
+        part.dense: (take, stage.infos[path].dtype)
         for path, take in takes.items()
-        for _, member in _members(stage, path)
+        for _, part in _parts(stage, path)
     }
     kinds, layers = dense_config.decoder.moe_layers(), {}
     for path, (shape, axes) in _shapes(dense_config).items():
@@ -155,13 +162,13 @@ def _dense_layers(
 def _shared(
     stage: Stage, dense_config: ModelConfig, path: str, shape: tuple[int, ...], params: Flat
 ) -> jax.Array:
-    """A parameter that both models have, as the dense one stacks it."""
+    """A parameter that both models have, stacked as in the dense model."""
     kinds = stage.settings.model.decoder.moe_layers()
     parts = layer_parts(path, shape, dense_config.decoder.moe_layers())
-    places = [place_of(member, kinds) for _, member in parts]
-    if all(at == (path, index) for at, (index, _) in zip(places, parts, strict=True)):
+    places = [locate_part(part, kinds) for _, part in parts]
+    if all(place == (path, index) for place, (index, _) in zip(places, parts, strict=True)):
         return params[path]
-    return jnp.stack([params[own][index] for own, index in places])
+    return jnp.stack([params[stacked_path][index] for stacked_path, index in places])
 
 
 # -------------------------------------------------------------------------------- comparison
@@ -170,7 +177,7 @@ def _shared(
 def _compare(
     stage: Stage, dense_config: ModelConfig, params: Flat, dense_layers: Flat, batch: Batch
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{what: (largest difference, largest value)} between the two models on `batch`."""
+    """(largest difference, largest value) of the models' logits and soft tokens on `batch`."""
     dense = {
         path: _shared(stage, dense_config, path, shape, params)
         for path, (shape, _) in _shapes(dense_config).items()
@@ -185,7 +192,8 @@ def _compare(
 
 
 def _unlimited(model: ModelConfig) -> ModelConfig:
-    """Without capacities: what they drop is the layer's doing, whatever the experts are."""
+    """The model without capacities, because dropped slots would differ from the dense layer however
+    the experts start."""
 
     def part(config: Any) -> Any:
         return config.model_copy(update={"moe": config.moe and config.moe.unlimited})
@@ -198,6 +206,7 @@ def _unlimited(model: ModelConfig) -> ModelConfig:
 
 
 def _outputs(config: ModelConfig, params: Flat, batch: Batch) -> dict[str, jax.Array]:
+    """Logits and token stream of a model in float32."""
     options = LayerOptions(dtype=jnp.float32, lora=config.lora)
     model = UniMoE(_unlimited(config), options)
     out = model.apply({"params": nest(params)}, batch, rngs={"router": jax.random.key(0)})
@@ -205,7 +214,7 @@ def _outputs(config: ModelConfig, params: Flat, batch: Batch) -> dict[str, jax.A
 
 
 def probe(model: ModelConfig, shards: int, image: bool) -> Batch:
-    """One row of random ids per shard, with a random image in their midst if `image`."""
+    """A batch of one row of random ids per shard; with `image`, a random image is in the middle."""
     generator = np.random.default_rng(0)
     pools = {"image": 1} if image else {}
     soft = model.tokens_per_medium()["image"] if image else 0
