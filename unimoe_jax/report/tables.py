@@ -73,16 +73,17 @@ def router_table(stages: Stages) -> Table | None:
         return None
     head = [
         "stage",
-        "entropy at the start",
-        "entropy at the end",
-        "largest possible (ln E)",
-        "largest share of one expert",
+        "entropy at start",
+        "entropy at end",
+        "limit (ln E)",
+        "largest expert share",
         "dropped slots",
     ]
     note = (
-        "Entropy is in nats, averaged over the layers. The largest share is that of one expert in "
-        "one layer, over the last quarter of the stage. A token has one slot with each of its "
-        "experts in each layer; slots above an expert's capacity are dropped."
+        "Entropy is in nats, averaged over the layers; it reaches its limit when all E experts are "
+        "equally likely. The largest expert share is that of one expert in one layer, over the "
+        "last quarter of the stage. A token has one slot with each of its experts in each layer; "
+        "slots above an expert's capacity are dropped."
     )
     return Table(head, rows, note)
 
