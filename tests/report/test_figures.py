@@ -87,4 +87,4 @@ def test_dropped_slots_are_a_share_however_many_steps_a_record_covers(tmp_path):
     assert figure is not None
     axes = figure.axes[-1]
     assert axes.get_ylabel() == "dropped slots [%]"
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [30, 30])
+    np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), [30, 30])
