@@ -2,7 +2,7 @@
 
 checks         a check: name, result and remedy; the sections of the report
 requirements   which packages and versions the metadata of unimoe_jax ask for
-probe          a script that imports modules, or asks jax for its devices, in a process of its own
+probe          a script that imports modules, or asks jax for its devices, in a separate process
 probing        runs that script with a timeout, and says which module has ended it
 packages       python, required packages, optional parts, and packages that break transformers
 devices        backend, devices, and plugins whose devices jax has not found

@@ -82,7 +82,7 @@ def run_checks(output: str, cache: str | None, timeout: float) -> list[Check]:
     modules = []
     if metadata is not None:
         modules = [module_of(r) for r in required(metadata) if installed_version(r.name)]
-    # Modules that hang or crash must not end this process, so others import them, side by side.
+    # A module that hangs or crashes must not end this process, so other processes import them.
     with ThreadPoolExecutor() as pool:
         package_errors = pool.submit(import_errors, modules, timeout)
         torch_errors = pool.submit(import_errors, installed_torch_family(), timeout)

@@ -15,9 +15,9 @@ class Check:
     """One line of the report.
 
     Attributes:
-        section: heading under which the line stands.
-        name: of the thing that was checked.
-        value: its state, such as a version or an amount of memory.
+        section: heading above the line.
+        name: name of the thing that was checked.
+        value: the state of that thing, such as a version or an amount of memory.
         remedy: what to do; a failure and a warning always have one.
     """
 

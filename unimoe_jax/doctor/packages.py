@@ -75,7 +75,7 @@ def check_versions(metadata: Metadata, errors: Mapping[str, str | None]) -> list
 
 
 def check_without_metadata() -> list[Check]:
-    """The one failure of a package that neither is installed nor lies in a checkout."""
+    """The only check of versions that is possible if the package has no metadata: a failure."""
     remedy = f"install it with `pip install {PACKAGE}`, or `pip install -e .` in a checkout"
     value = f"{unimoe_jax.__version__}, without metadata, so no version can be checked"
     return [Check(VERSIONS, PACKAGE, "failure", value, remedy)]

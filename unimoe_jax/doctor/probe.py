@@ -1,4 +1,4 @@
-"""Runs in a process of its own, which may crash or hang without harm to the doctor.
+"""Runs in a separate process, which may crash or hang without harm to the doctor.
 
     python -P probe.py imports MODULE …
     python -P probe.py devices

@@ -79,9 +79,9 @@ def _from_setup_cfg(path: Path) -> Metadata | None:
 
 
 def parse(lines: Iterable[str]) -> list[Requirement]:
-    """Lines such as `torch>=2.10; extra == "convert"` -> requirements, without developers' ones.
+    """Read lines such as `torch>=2.10; extra == "convert"`; leave out what only developers need.
 
-    Of the markers after `;` only `extra` is read, because the package uses no other.
+    `extra` is the only marker after `;` that is read, because the package uses no other.
     """
     requirements = []
     for line in lines:
