@@ -1,4 +1,4 @@
-"""Chance levels, and the control of an evaluation: every question with the media of another."""
+"""Chance levels, and data in which every question has the media of another record."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from unimoe_jax.evaluate.controls import chance_levels, with_shuffled_media
 
 
 def shuffled(folder: Path, records: list[dict]) -> list[dict]:
+    """The records after their media were shuffled."""
     (folder / "in.json").write_text(json.dumps(records))
     (folder / "out").mkdir()
     data = with_shuffled_media(data_config(folder / "in.json"), ["all"], folder / "out")
@@ -22,7 +23,7 @@ def shuffled(folder: Path, records: list[dict]) -> list[dict]:
 
 
 def test_chance_is_read_as_the_loader_reads(tmp_path):
-    """A byte-order mark and records that are counted as bad spoil nothing."""
+    """A byte-order mark does not matter, and records that the loader counts as bad are left out."""
     odd = [
         {"conversations": [{"from": "human"}, {"from": "gpt"}]},
         {"conversations": "abc"},
@@ -38,8 +39,8 @@ def test_chance_is_read_as_the_loader_reads(tmp_path):
     assert chance_levels(data_config(file), ["all"]) == {"all": 0}
 
 
-def test_chance_of_many_questions_compares_few(tmp_path, monkeypatch):
-    """Each with each would be minutes for ten thousand that all differ."""
+def test_chance_levels_need_few_comparisons(tmp_path, monkeypatch):
+    """Comparing every question with every other would take minutes for ten thousand of them."""
     compared = []
 
     class Question(str):
@@ -56,8 +57,8 @@ def test_chance_of_many_questions_compares_few(tmp_path, monkeypatch):
     assert len(compared) < 10 * len(pairs)
 
 
-def test_nobody_keeps_its_own_media(tmp_path):
-    """Of as many files as its text has placeholders for; what has none stays as it is."""
+def test_no_record_keeps_its_media(tmp_path):
+    """A record gets as many files as its text has placeholders; one without media is unchanged."""
     pictures = [talk(f"<image> {n}", image=f"{n}.png") for n in range(4)]
     pairs = [talk(f"<image><image> {n}", image=[f"{n}.png", f"{n}x.png"]) for n in range(3)]
     voices = [talk("<audio>", voice=f"{n}.wav", voice_modality="audio") for n in range(2)]
@@ -74,13 +75,13 @@ def test_nobody_keeps_its_own_media(tmp_path):
         assert isinstance(after[kind], str) == isinstance(before[kind], str)
 
 
-def test_other_questions_about_the_same_picture_are_no_donors(tmp_path):
+def test_records_with_the_same_picture_are_no_donors(tmp_path):
     records = [talk(f"<image> {n}", image=f"{n % 3}.png") for n in range(9)]
     found = shuffled(tmp_path, records)
     assert all(a["image"] != b["image"] for a, b in zip(found, records, strict=True))
 
 
-def test_media_without_their_like_are_left_out(tmp_path, caplog):
+def test_records_without_a_donor_are_left_out(tmp_path, caplog):
     pictures = [talk(f"<image> {n}", image=f"{n}.png") for n in range(2)]
     alone = talk("<image> <audio>", image="a.png", voice="a.wav")
     found = shuffled(tmp_path, [*pictures, alone])
@@ -93,7 +94,7 @@ def test_media_without_their_like_are_left_out(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_scores_stand_below_what_they_are(shuffled, capsys):
+def test_scores_are_aligned_with_their_headings(shuffled, capsys):
     print_scores({"a": (1.0, 0.05), "long name": (0.5, 0.25)}, shuffled=shuffled)
     head, *rows = capsys.readouterr().out.splitlines()
     assert {len(row) for row in rows} == {len(head)}

@@ -41,6 +41,7 @@ from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.parallel.sharding import ShardingError, make_mesh, use_mesh
 from unimoe_jax.params.paths import ParamError
 from unimoe_jax.runtime.files import write_json_atomic
+from unimoe_jax.runtime.program import program_name
 
 PROGRAMS = ("train", "score", "prefill", "decode")
 EFFORT = {"quick": (-1.0, "O1"), "full": (0.0, "UNKNOWN")}
@@ -61,7 +62,7 @@ def set_effort(name: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m unimoe_jax.compile",
+        prog=program_name("compile"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,6 +3,7 @@
 base             the base class of all settings; number types, regular expressions, module names
 media            the one table of media: names, record keys, placeholders, pools, numbers
 errors           ConfigError, which every refused setting raises
+cache            the folder for files that are made once and used again
 modules          settings of experts, routers, adapters, decoder, encoders and connectors
 model            settings of a whole model: a decoder and a branch per medium
 data             settings of data sources, loader and template

@@ -14,11 +14,12 @@ from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError
 from unimoe_jax.convert.verifying import compare
 from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
+from unimoe_jax.runtime.program import program_name
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m unimoe_jax.convert", description=__doc__)
+    top = argparse.ArgumentParser(prog=program_name("convert"), description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     _import_arguments(
         commands.add_parser("import", help="PyTorch folders -> a checkpoint of this package")

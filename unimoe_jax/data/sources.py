@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from unimoe_jax.config import ConfigError, DataConfig, RunConfig, StageConfig
+from unimoe_jax.config import ConfigError, DataConfig, RunConfig, StageConfig, cache
 from unimoe_jax.data import embedded
 from unimoe_jax.data.tokenizer import Tokenizer
 
@@ -16,8 +15,7 @@ PREFIX = "embedded:"
 
 def cache_folder(data: DataConfig) -> Path:
     """Where generated data and indices lie: `data.cache`, else the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "unimoe_jax"
-    return Path(data.cache or home).expanduser()
+    return cache.cache_folder(data.cache)
 
 
 @contextlib.contextmanager

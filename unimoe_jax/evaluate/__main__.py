@@ -29,6 +29,7 @@ from unimoe_jax.evaluate.exact_match import SCORING_ERRORS, exact_match, is_scor
 from unimoe_jax.parallel import distributed
 from unimoe_jax.parallel.sharding import data_shards, make_mesh, use_mesh
 from unimoe_jax.runtime.memory import keep_freed_memory
+from unimoe_jax.runtime.program import program_name
 from unimoe_jax.stages.data import heldout_pipeline
 from unimoe_jax.stages.initial_params import read_params
 from unimoe_jax.stages.programs import lower_score
@@ -78,7 +79,7 @@ def score_stage(
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m unimoe_jax.evaluate",
+        prog=program_name("evaluate"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -34,6 +34,7 @@ from unimoe_jax.experts.opening import Opened, open_experts
 from unimoe_jax.experts.writing import write
 from unimoe_jax.params.paths import ParamError
 from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
+from unimoe_jax.runtime.program import program_name
 
 NAMED_LAYERS = ("all", "even", "first_half", "second_half")
 BAD_INPUT = (ConvertError, CheckpointError, ConfigError, ParamError, OSError)
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        prog="python -m unimoe_jax.experts", description=__doc__, formatter_class=raw
+        prog=program_name("experts"), description=__doc__, formatter_class=raw
     )
     commands = top.add_subparsers(dest="command", required=True)
 

@@ -41,6 +41,7 @@ from unimoe_jax.parallel.sharding import ShardingError
 from unimoe_jax.runtime.cpu import settle_cpu
 from unimoe_jax.runtime.memory import keep_freed_memory
 from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
+from unimoe_jax.runtime.program import program_name
 
 AXES = tuple(name for name in MeshConfig.model_fields if name != "rules")
 
@@ -57,7 +58,7 @@ class _AppendMedia(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
-        prog="python -m unimoe_jax.generate",
+        prog=program_name("generate"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

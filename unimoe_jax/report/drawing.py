@@ -1,22 +1,27 @@
-"""What all figures are drawn with: panels, curves, legends and one style.
+"""The parts that all figures share: one style, panels, curves and legends.
 
-One panel per stage, because stages differ in length and in what they train. Colours are those of
-Okabe and Ito (2008), which people with colour-vision deficiencies can tell apart.
+A figure has one panel per stage, because stages differ in length and in which parameters they
+train. The colours are those of Okabe and Ito (2008), which people with colour-vision deficiencies
+can tell apart. matplotlib is imported inside the functions, so that a run without plots needs none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unimoe_jax.metrics.series import Stages
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "savefig.dpi": 120,
     "figure.constrained_layout.use": True,
     "font.size": 10,
@@ -32,12 +37,27 @@ STYLE = {
     "legend.fontsize": 9,
     "figure.titleweight": "bold",
 }
+FEW_POINTS = 12
+"""A curve with at most this many points marks each of them."""
+MANY_POINTS = 40
+"""A curve with more points than this is smoothed, if it may be."""
 
 
-def panels(names: Sequence[str], draw: Callable, ylabel: str, *, log: bool = False, share=True):
-    """A figure with one panel per stage; `draw(axes, name)` fills it."""
+def panels(
+    names: Sequence[str],
+    draw: Callable[[Axes, str], None],
+    ylabel: str,
+    *,
+    log: bool = False,
+    share: bool = True,
+) -> Figure:
+    """A figure with one panel per stage, which `draw(axes, name)` fills.
+
+    `log` makes the y axis logarithmic; `share` gives all panels the same y axis.
+    """
     from matplotlib.figure import Figure
 
+    # Four panels form a square; other numbers come in rows of three.
     columns = 2 if len(names) == 4 else min(3, len(names))
     rows = math.ceil(len(names) / columns)
     width = 7.0 if columns == 1 else 1.0 + 3.8 * columns
@@ -60,58 +80,87 @@ def panels(names: Sequence[str], draw: Callable, ylabel: str, *, log: bool = Fal
     return figure
 
 
-def plain_ticks(axes) -> None:
-    """Numbers in full: matplotlib's common factor would sit on the panel's title."""
+def plain_ticks(axes: Axes) -> None:
+    """Write numbers in full: matplotlib would print a common factor on top of the panel's title."""
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
 
 
-def start_at_zero(figure) -> None:
-    """Once all panels are drawn: a shared axis stops growing with the data from here on."""
+def start_at_zero(figure: Figure) -> None:
+    """Let all y axes begin at zero.
+
+    Call this after all panels are drawn: a shared axis no longer grows with the data afterwards.
+    """
     for axes in figure.axes:
         axes.set_ylim(bottom=0)
 
 
 def smoothed(value: np.ndarray) -> np.ndarray:
-    """Moving mean over a twentieth of the points; symmetric, so it narrows towards the ends."""
+    """A moving mean over a twentieth of the points, [N] -> [N].
+
+    The window is symmetric, so it becomes narrower towards both ends, and the first and last point
+    keep their values.
+    """
     index = np.arange(len(value))
     half = np.minimum(max(1, len(value) // 40), np.minimum(index, index[::-1]))
+    # The sum of a window is the difference of two cumulative sums.
     total = np.concatenate([[0.0], np.cumsum(value)])
     return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
-def line(axes, step, value, colour: str, *, dash="-", label=None, smooth=False) -> None:
-    """A curve; with `smooth`, the points faint behind their moving mean. Crosses: not finite."""
+def line(
+    axes: Axes,
+    step: np.ndarray,
+    value: np.ndarray,
+    colour: Any,
+    *,
+    dash: str = "-",
+    label: str | None = None,
+    smooth: bool = False,
+) -> None:
+    """Draw a curve, and a cross at the bottom of the panel for every NaN or infinite value.
+
+    `smooth` draws the moving mean of a long curve, and its single points faintly behind it.
+    """
     finite = np.isfinite(value)
-    bad = step[~finite]
+    bad_steps = step[~finite]
     step, value = step[finite], value[finite]
-    marker = "o" if len(step) <= 12 else None
-    style = {"color": colour, "linestyle": dash, "linewidth": 1.8, "markersize": 3.5}
-    if smooth and len(step) > 40:
+    marker = "o" if len(step) <= FEW_POINTS else None
+    if smooth and len(step) > MANY_POINTS:
         axes.plot(step, value, color=colour, linewidth=0.8, alpha=0.25)
         value = smoothed(value)
-    axes.plot(step, value, marker=marker, label=label, **style)
-    if len(bad):
-        low = np.full(len(bad), 0.02)
+    axes.plot(
+        step,
+        value,
+        color=colour,
+        linestyle=dash,
+        linewidth=1.8,
+        marker=marker,
+        markersize=3.5,
+        label=label,
+    )
+    if len(bad_steps):
+        # x counts steps; y counts from 0 at the bottom of the panel to 1 at its top.
         frame = axes.get_xaxis_transform()
-        axes.plot(bad, low, "x", color=COLOURS[1], transform=frame, label="not finite")
+        height = np.full(len(bad_steps), 0.02)
+        axes.plot(bad_steps, height, "x", color=COLOURS[1], transform=frame, label="not finite")
 
 
-def legend(figure, columns: int = 6) -> None:
-    """One legend below the panels, every label once."""
+def legend(figure: Figure, columns: int = 6) -> None:
+    """Put one legend below the panels, in which every label occurs once."""
     labels: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     if labels:
-        count = min(columns, len(labels))
         figure.legend(
-            labels.values(),
-            labels.keys(),
+            list(labels.values()),
+            list(labels.keys()),
             loc="outside lower center",
-            ncols=count,
+            ncols=min(columns, len(labels)),
             handlelength=2.2,
         )
 
 
-def has(stages: Stages, name: str) -> list[str]:
-    return [stage for stage, records in stages.items() if any(r.get(name) for r in records)]
+def stages_with(stages: Stages, metric: str) -> list[str]:
+    """Names of the stages whose records hold `metric`."""
+    return [name for name, records in stages.items() if any(r.get(metric) for r in records)]

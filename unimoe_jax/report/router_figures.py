@@ -1,9 +1,10 @@
-"""Figures of routers: entropy, balance and z-loss, expert load; of one module at a time."""
+"""Figures of the routers of one module: losses, entropy, and the load of its experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,21 +17,39 @@ from unimoe_jax.metrics.series import (
     metric_name,
     series,
 )
-from unimoe_jax.report.drawing import COLOURS, has, legend, line, panels, plain_ticks, start_at_zero
+from unimoe_jax.report.drawing import (
+    COLOURS,
+    legend,
+    line,
+    panels,
+    plain_ticks,
+    stages_with,
+    start_at_zero,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 MODALITIES = ("text", *MEDIA)
 FEW_LAYERS = 6
+"""Up to this many layers have a colour and a legend entry each; more are shades of one scale."""
 FEW_CELLS = 160
+"""A heat map of up to this many cells shows its numbers."""
+GUIDE = {"color": "#666666", "dashes": (4, 3)}
 
 
-def entropy_figure(stages: Stages, module: str, layers: Mapping[str, Sequence[int]]):
-    """One curve per layer; `layers`: their numbers, by stage."""
+def entropy_figure(
+    stages: Stages, module: str, layers: Mapping[str, Sequence[int]]
+) -> Figure | None:
+    """One curve per layer. `layers` are the numbers of the layers, by stage."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     name = metric_name(module, "router_entropy")
-    names = has(stages, name)
+    names = stages_with(stages, name)
     if not names:
         return None
     indices = sorted({layer for stage in names for layer in layers[stage]})
@@ -46,8 +65,8 @@ def entropy_figure(stages: Stages, module: str, layers: Mapping[str, Sequence[in
             line(axes, step, entropy[:, column], colour, label=label, smooth=True)
         load = expert_load(stages[stage], module)
         if load is not None:
-            label = "all experts equally likely (ln E)"
-            axes.axhline(math.log(load.shape[-1]), color="#666666", dashes=(4, 3), label=label)
+            num_experts = load.shape[-1]
+            axes.axhline(math.log(num_experts), label="all experts equally likely (ln E)", **GUIDE)
 
     figure = panels(names, draw, "entropy [nats]")
     start_at_zero(figure)
@@ -57,66 +76,86 @@ def entropy_figure(stages: Stages, module: str, layers: Mapping[str, Sequence[in
     return figure
 
 
-def aux_figure(stages: Stages, module: str):
-    """Balance with its value for equal shares, z-loss, and dropped slots where there are any."""
+def aux_figure(stages: Stages, module: str) -> Figure | None:
+    """Balance loss, z-loss and dropped slots: one row for each that exists, a column per stage."""
     from matplotlib.figure import Figure
 
-    kinds = {"balance": "balance loss", "router_z": "router z-loss", "dropped": "dropped slots [%]"}
-    labels = {metric_name(module, kind): label for kind, label in kinds.items()}
-    rows = [name for name in labels if has(stages, name)]
-    names = [stage for stage in stages if any(stage in has(stages, row) for row in rows)]
-    if not rows:
+    labels = {
+        "balance": "balance loss",
+        "router_z": "router z-loss",
+        "dropped": "dropped slots [%]",
+    }
+    kinds = [kind for kind in labels if stages_with(stages, metric_name(module, kind))]
+    names = [
+        stage
+        for stage in stages
+        if any(stage in stages_with(stages, metric_name(module, kind)) for kind in kinds)
+    ]
+    if not kinds:
         return None
-    figure = Figure(figsize=(max(7.0, 1.0 + 3.8 * len(names)), 0.9 + 2.3 * len(rows)))
-    grid = figure.subplots(len(rows), len(names), sharex="col", sharey="row", squeeze=False)
-    for row, name in enumerate(rows):
+    figure = Figure(figsize=(max(7.0, 1.0 + 3.8 * len(names)), 0.9 + 2.3 * len(kinds)))
+    grid = figure.subplots(len(kinds), len(names), sharex="col", sharey="row", squeeze=False)
+    for row, kind in enumerate(kinds):
+        grid[row, 0].set_ylabel(labels[kind])
         for column, stage in enumerate(names):
             axes = grid[row, column]
             axes.locator_params(axis="x", nbins=6, integer=True)
             plain_ticks(axes)
-            if column == 0:
-                axes.set_ylabel(labels[name])
-            if row == 0:
-                axes.set_title(stage)
-            if row == len(rows) - 1:
-                axes.set_xlabel("step")
-            if name == metric_name(module, "dropped"):
-                step, share = dropped_share(stages[stage], module)
-                line(axes, step, 100 * share, COLOURS[row], smooth=True)
-            else:
-                line(axes, *series(stages[stage], name), COLOURS[row], smooth=True)
-            if name == metric_name(module, "balance"):
-                axes.axhline(1, color="#666666", dashes=(4, 3))
+            _draw_aux_curve(axes, stages[stage], module, kind, COLOURS[row])
+    for column, stage in enumerate(names):
+        grid[0, column].set_title(stage)
+        grid[-1, column].set_xlabel("step")
     legend(figure)
     return figure
 
 
-def load_figure(stage: str, load: np.ndarray, layers: Sequence[int]):
-    """Heat maps layer x expert, one for each modality that had tokens."""
+def _draw_aux_curve(
+    axes: Axes, records: Sequence[Mapping], module: str, kind: str, colour: str
+) -> None:
+    """Draw one metric of the routers: `balance`, `router_z` or `dropped`."""
+    if kind == "dropped":
+        step, share = dropped_share(records, module)
+        line(axes, step, 100 * share, colour, smooth=True)
+        return
+    step, value = series(records, metric_name(module, kind))
+    line(axes, step, value, colour, smooth=True)
+    if kind == "balance":
+        axes.axhline(1, **GUIDE)
+
+
+def load_figure(stage: str, load: np.ndarray, layers: Sequence[int]) -> Figure | None:
+    """Heat maps over layers and experts, one for each modality that had tokens.
+
+    `load` are counts of slots [layer, modality, expert]; `layers` are the numbers of the layers.
+    """
     from matplotlib.figure import Figure
 
     present = [m for m in range(load.shape[1]) if load[:, m].sum() > 0]
     if not present:
         return None
     num_layers, _, num_experts = load.shape
-    share = [row_shares(load[:, m]) for m in present]
-    top = max(2 / num_experts, max(np.nanmax(s) for s in share))
+    shares = [row_shares(load[:, m]) for m in present]
+    # All panels use one scale, which reaches to at least twice the equal share.
+    top = max(2 / num_experts, max(np.nanmax(share) for share in shares))
+
+    # The size follows the numbers of layers and experts.
     annotated = num_layers * num_experts <= FEW_CELLS
-    panel = max(1.8, 0.4 + (0.42 if annotated else 0.22) * num_experts)
-    size = (1.8 + panel * len(present), 1.7 + max(1.2, min(9.0, 0.42 * num_layers)))
-    figure = Figure(figsize=size)
+    panel_width = max(1.8, 0.4 + (0.42 if annotated else 0.22) * num_experts)
+    height = 1.7 + max(1.2, min(9.0, 0.42 * num_layers))
+    figure = Figure(figsize=(1.8 + panel_width * len(present), height))
     grid = figure.subplots(1, len(present), sharey=True, squeeze=False)[0]
-    for axes, modality, values in zip(grid, present, share, strict=True):
-        image = _heat_map(axes, values, top, annotated)
+    images = []
+    for axes, modality, share in zip(grid, present, shares, strict=True):
+        images.append(_heat_map(axes, share, top, annotated))
         axes.set_title(MODALITIES[modality])
         axes.set_xlabel("expert")
         axes.set_xticks(range(0, num_experts, max(1, num_experts // 8)))
-    every = max(1, math.ceil(num_layers / 16))
-    grid[0].set_yticks(
-        range(0, num_layers, every), [layers[i] for i in range(0, num_layers, every)]
-    )
+
+    # The y axis and the colour bar belong to all panels. At most 16 layers are labelled.
+    labelled = range(0, num_layers, max(1, math.ceil(num_layers / 16)))
+    grid[0].set_yticks(labelled, [layers[row] for row in labelled])
     grid[0].set_ylabel("layer")
-    bar = figure.colorbar(image, ax=list(grid), pad=0.02, aspect=max(8, 3 * size[1]))
+    bar = figure.colorbar(images[-1], ax=list(grid), pad=0.02, aspect=max(8, 3 * height))
     bar.set_label("share of the layer's slots [%]")
     bar.outline.set_visible(False)
     figure.suptitle(f"{stage}: equal shares would be {100 / num_experts:.3g} %", x=0.01, ha="left")
@@ -124,13 +163,19 @@ def load_figure(stage: str, load: np.ndarray, layers: Sequence[int]):
 
 
 def row_shares(count: np.ndarray) -> np.ndarray:
-    """Counts [layer, expert] -> shares of each row; NaN in rows without tokens."""
+    """Counts [layer, expert] -> shares of each row; NaN in rows without tokens.
+
+    [[1, 3], [0, 0]] becomes [[0.25, 0.75], [NaN, NaN]].
+    """
     total = count.sum(axis=1, keepdims=True)
     return np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0)
 
 
-def _heat_map(axes, share: np.ndarray, top: float, annotated: bool):
-    """Shares [layer, expert] in per cent: white where equal, purple below, orange above."""
+def _heat_map(axes: Axes, share: np.ndarray, top: float, annotated: bool) -> AxesImage:
+    """Draw shares [layer, expert] in per cent: white if equal, purple below, orange above.
+
+    Rows without tokens are grey. `annotated` writes the number into every cell.
+    """
     import matplotlib
     from matplotlib.colors import TwoSlopeNorm
 
@@ -143,14 +188,8 @@ def _heat_map(axes, share: np.ndarray, top: float, annotated: bool):
     if annotated:
         for (row, column), value in np.ndenumerate(share):
             if np.isfinite(value):
+                # White digits on the dark ends of the scale, black ones in its light middle.
                 colour = "black" if abs(norm(value * 100) - 0.5) < 0.33 else "white"
-                axes.text(
-                    column,
-                    row,
-                    f"{value * 100:.0f}",
-                    ha="center",
-                    va="center",
-                    color=colour,
-                    size=9,
-                )
+                text = f"{value * 100:.0f}"
+                axes.text(column, row, text, ha="center", va="center", color=colour, size=9)
     return image

@@ -33,6 +33,7 @@ from unimoe_jax.evaluate.exact_match import SCORING_ERRORS
 from unimoe_jax.parallel import distributed
 from unimoe_jax.runtime.files import WriteError
 from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
+from unimoe_jax.runtime.program import program_name
 from unimoe_jax.train.dry_run import dry_run
 from unimoe_jax.train.loop import TrainingStopped
 from unimoe_jax.train.preflight import check_stage_name
@@ -50,7 +51,7 @@ DATA_ERRORS = (FileNotFoundError, ValueError)
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `--help` lists every setting with its default."""
     parser = argparse.ArgumentParser(
-        prog="python -m unimoe_jax.train",
+        prog=program_name("train"),
         description=__doc__,
         epilog="settings (override with key=value, e.g. stages.tune.optim.steps=50)\n\n"
         + settings_help(),

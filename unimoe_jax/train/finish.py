@@ -21,7 +21,7 @@ from unimoe_jax.metrics.records import read_metrics
 from unimoe_jax.metrics.router_trends import as_json, router_trends
 from unimoe_jax.metrics.series import by_stage
 from unimoe_jax.params.paths import Flat
-from unimoe_jax.report.console import result_block
+from unimoe_jax.report.console import print_result_block
 from unimoe_jax.report.page import write_report
 from unimoe_jax.runtime.files import write_json_atomic
 from unimoe_jax.stages.final_params import results
@@ -147,7 +147,7 @@ def finish(context: RunContext, seconds: float | None) -> None:
     write_json_atomic(layout.summary, summary)
     if config.log.plots and recorded:
         write_report(layout.folder)
-    print(result_block(summary, layout.folder))
+    print_result_block(summary, layout.folder)
 
 
 def _finished_summaries(config: RunConfig, layout: RunLayout) -> dict[str, dict[str, Any]]:
