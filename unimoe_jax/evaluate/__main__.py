@@ -73,6 +73,7 @@ def score_stage(
             for name in pipeline.signatures
         }
         accuracy = exact_match(params, pipeline, compiled, mesh)
+    assert accuracy is not None  # None would mean that a stop signal came; none is asked for here.
     return {source: (share, chance[source]) for source, share in accuracy.items()}
 
 

@@ -39,7 +39,7 @@ def stage_steps(settings: StageSettings, pipeline: Pipeline) -> int:
         ConfigError: `epochs` is less than one step, so the stage would change nothing.
     """
     optim = settings.config.optim
-    steps = optim.steps or pipeline.steps(optim.epochs)
+    steps = optim.steps or pipeline.steps(optim.epochs or 0)
     if not steps:
         raise ConfigError(
             f"stages.{settings.name}.optim.epochs = {optim.epochs:g}: less than one step; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ def make_score_step(model: UniMoE):
 
     def score(params: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         rngs = {"router": jax.random.key(0)}
-        exact_BT = model.apply({"params": nest(params)}, batch, "exact", rngs=rngs).loss.exact_BT
+        output: Any = model.apply({"params": nest(params)}, batch, "exact", rngs=rngs)
+        exact_BT = output.loss.exact_BT
         segment_BTS = jax.nn.one_hot(batch.segment_BT - 1, batch.segment_BT.shape[1] // 2)
         targets_BS = jnp.einsum("bt,bts->bs", batch.weight_BT, segment_BTS)
         wrong_BS = jnp.einsum("bt,bts->bs", 1.0 - exact_BT, segment_BTS)

@@ -128,7 +128,7 @@ def _micro_loss(
     total: target tokens of the whole batch. all_routed: `routed` of the whole batch.
     """
     rngs = {"dropout": jax.random.fold_in(key, 0), "router": jax.random.fold_in(key, 1)}
-    out = model.apply({"params": nest({**frozen, **trained})}, batch, "loss", rngs=rngs)
+    out: Any = model.apply({"params": nest({**frozen, **trained})}, batch, "loss", rngs=rngs)
     ce = out.loss.total / total
     here = routed(model.config, batch)
     share = {name: here[name] / jnp.maximum(all_routed[name], 1.0) for name in out.aux}

@@ -209,7 +209,7 @@ def _outputs(config: ModelConfig, params: Flat, batch: Batch) -> dict[str, jax.A
     """Logits and token stream of a model in float32."""
     options = LayerOptions(dtype=jnp.float32, lora=config.lora)
     model = UniMoE(_unlimited(config), options)
-    out = model.apply({"params": nest(params)}, batch, rngs={"router": jax.random.key(0)})
+    out: Any = model.apply({"params": nest(params)}, batch, rngs={"router": jax.random.key(0)})
     return {"logits": out.logits_BTV, "soft tokens": out.stream_BTD}
 
 
