@@ -1,7 +1,8 @@
 """Linear layers with exact GELU in between (LLaVA's `mlp{depth}x_gelu`, arXiv 2310.03744).
 
-Parameters: `fc1 … fc{depth}`, each `kernel [in, out]`, `bias [out]`; with experts
-`moe/router/linear/kernel [in, E]` and `moe/experts/fc1 …`, each with a leading experts axis.
+Parameters without experts: `fc1 … fc{depth}`, each with `kernel [in, out]` and `bias [out]`. With
+experts: `moe/router/linear/kernel [in, E]` and `moe/experts/fc1 …`, each with a leading experts
+axis.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from unimoe_jax.nn.moe.layer import ImageRows, MoE, MoEAux
 
 
 class MlpConnector(nn.Module):
-    """[..., any width] -> [..., features]; all hidden layers have `features` units."""
+    """Map [..., any width] to [..., features]; all hidden layers have `features` units."""
 
     depth: int
     features: int
@@ -28,6 +29,8 @@ class MlpConnector(nn.Module):
         for layer in range(self.depth):
             if layer:
                 x = gelu(x)
+            # Alternate the logical axes, so that the outputs that one layer cuts over devices are
+            # the inputs that the next layer cuts.
             axes = ("embed", "mlp") if layer % 2 == 0 else ("mlp", "embed")
             x = Linear(
                 self.features, self.options, use_bias=True, axes=axes, name=f"fc{layer + 1}"
@@ -36,7 +39,7 @@ class MlpConnector(nn.Module):
 
 
 class MoEConnector(nn.Module):
-    """Experts of `MlpConnector`'s form in its place (arXiv 2405.05949, section 3.2)."""
+    """Experts that each have the form of `MlpConnector` (arXiv 2405.05949, section 3.2)."""
 
     config: MlpConnectorConfig
     features: int
@@ -44,8 +47,19 @@ class MoEConnector(nn.Module):
 
     @nn.compact
     def __call__(self, x_BPD: jax.Array, rows: ImageRows) -> tuple[jax.Array, MoEAux]:
-        """[B,P,any width] -> ([B,P,features], router statistics over the rows, layers axis 1)."""
+        """Route the tokens of each image to experts.
+
+        Args:
+            x_BPD: encoder states [B,P,any width].
+            rows: the modality and weight of each of the B images in the router statistics.
+
+        Returns:
+            Soft tokens [B,P,features], and the router statistics with a leading layers axis of
+            length 1, as for the modules that have several layers.
+        """
+        assert self.config.moe is not None
         form = MlpForm((self.features,) * self.config.depth, gelu)
         layer = MoE(self.config.moe, form, self.options, name="moe")
-        y_BPD, aux = layer(x_BPD, *rows.tokens(x_BPD.shape[1]), rows.weight_B)
+        modality_BP, valid_BP = rows.tokens(x_BPD.shape[1])
+        y_BPD, aux = layer(x_BPD, modality_BP, valid_BP, rows.weight_B)
         return y_BPD, jax.tree.map(lambda a: a[None], aux)

@@ -1,8 +1,9 @@
-"""Learned queries read an encoder; what they found goes to the decoder as soft tokens.
+"""Learned queries read the states of an encoder and become soft tokens of the decoder.
 
-Two kinds of reader. `whisper_decoder`: Whisper's text decoder (arXiv 2212.04356) with queries in
-place of word embeddings, causal among themselves. `qformer`: BLIP-2's Q-Former (arXiv 2301.12597,
-section 3.1) without text, bidirectional. Both see all encoder states, padding too, as released.
+There are two kinds of reader. `whisper_decoder` is Whisper's text decoder (arXiv 2212.04356) with
+queries in place of word embeddings; a query sees itself and the queries before it. `qformer` is
+BLIP-2's Q-Former (arXiv 2301.12597, section 3.1) without text; all queries see each other. Both
+read all encoder states, including those of padding, as in the released models.
 
 Parameters, with Q queries, D = `hidden_size`, De the encoder's width, L layers:
 
@@ -18,15 +19,16 @@ Parameters, with Q queries, D = `hidden_size`, De the encoder's width, L layers:
     layers/mlp/{fc1,fc2}/{kernel,bias}   [L,D,F] [L,F], [L,F,D] [L,D]
     final_norm/{scale,bias}              [D]
 
-    qformer: layers of one kind are stacked in periods; `qformer_places` says where layer l lies
+    qformer: layers are stacked in periods; `qformer_places` gives the path and index of layer l
     query_norm/{scale,bias}              [D]
     run_{r}/block_{b}/attention/{q,k,v,o}_proj/{kernel,bias}   [repeats, D, D], [repeats, D]
-    run_{r}/block_{b}/cross_attention/…  in layers 0, n, 2n …; k_proj and v_proj read De
+    run_{r}/block_{b}/cross_attention/…  in layers 0, n, 2n …; k_proj and v_proj have De inputs
     run_{r}/block_{b}/{attention_norm,cross_attention_norm,mlp_norm}/{scale,bias}
     run_{r}/block_{b}/mlp/{fc1,fc2}/{kernel,bias}
 
-The originals start the queries at zero on top of a trained reader. Here they start at normal(0.02),
-because identical queries in an untrained, bidirectional reader would stay identical for ever.
+The originals start the queries at zero on top of a trained reader. Here the queries start at
+normal(0.02), because identical queries of an untrained, bidirectional reader would always get the
+same gradients and never become different.
 """
 
 from __future__ import annotations
@@ -48,18 +50,18 @@ query_init = nn.initializers.normal(0.02)
 
 
 def cross_layers(config: QueryConnectorConfig) -> tuple[bool, ...]:
-    """One flag per Q-Former layer: does it read the encoder?"""
-    every = config.cross_attention_every
-    return tuple(layer % every == 0 for layer in range(config.num_layers))
+    """One flag per Q-Former layer: True if the layer reads the encoder."""
+    interval = config.cross_attention_every
+    return tuple(layer % interval == 0 for layer in range(config.num_layers))
 
 
 def qformer_places(config: QueryConnectorConfig) -> tuple[Place, ...]:
-    """Where the parameters of each Q-Former layer lie: `place.prefix`, index `place.index`."""
+    """The path prefix and the index in the stack of each Q-Former layer's parameters."""
     return where_is(cross_layers(config))
 
 
 class ReaderBlock(nn.Module):
-    """Whisper decoder block: pre-LayerNorm causal self-attention, cross-attention, mlp."""
+    """Whisper's decoder block: norms before causal self-attention, cross-attention and MLP."""
 
     config: QueryConnectorConfig
     options: LayerOptions
@@ -70,10 +72,12 @@ class ReaderBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         config, options, eps = self.config, self.options, self.config.norm_eps
         heads, queries = config.num_heads, x_BQD.shape[1]
+        # A query sees itself and the queries before it.
         causal_1QQ = jnp.tril(jnp.ones((1, queries, queries), bool))
         h_BQD = LayerNorm(eps, options, name="attention_norm")(x_BQD)
         attention = MultiHeadAttention(heads, options, key_bias=False, name="attention")
         x_BQD = x_BQD + attention(h_BQD, mask_BTS=causal_1QQ)
+        # All queries read all states of the encoder.
         h_BQD = LayerNorm(eps, options, name="cross_attention_norm")(x_BQD)
         cross = MultiHeadAttention(heads, options, key_bias=False, name="cross_attention")
         x_BQD = x_BQD + cross(h_BQD, states_BSD)
@@ -82,7 +86,11 @@ class ReaderBlock(nn.Module):
 
 
 class QFormerBlock(nn.Module):
-    """BERT's post-LayerNorm block, with cross-attention in between if `cross`. No dropout."""
+    """BERT's post-LayerNorm block without dropout.
+
+    Attributes:
+        cross: whether cross-attention to the encoder stands between self-attention and MLP.
+    """
 
     config: QueryConnectorConfig
     options: LayerOptions
@@ -102,7 +110,11 @@ class QFormerBlock(nn.Module):
 
 
 class QFormerPeriod(nn.Module):
-    """The layers of one period, `cross` saying for each whether it reads the encoder."""
+    """The layers of one period of the layer pattern.
+
+    Attributes:
+        cross: one flag per layer of the period: True if the layer reads the encoder.
+    """
 
     config: QueryConnectorConfig
     options: LayerOptions
@@ -119,7 +131,7 @@ class QFormerPeriod(nn.Module):
 
 
 class QueryConnector(nn.Module):
-    """Encoder states [B,S,De] -> soft tokens [B, num_queries, features] in the compute dtype."""
+    """Map encoder states [B,S,De] to soft tokens [B,Q,features] in the compute dtype."""
 
     config: QueryConnectorConfig
     features: int
@@ -130,10 +142,12 @@ class QueryConnector(nn.Module):
         config, options = self.config, self.options
         shape = (config.num_queries, config.hidden_size)
         queries_QD = declare(self, "queries", query_init, shape, (None, "embed"))
+        # Every entry of the batch starts from the same queries.
         x_BQD = jnp.broadcast_to(
             queries_QD.astype(options.dtype)[None], (states_BSD.shape[0], *shape)
         )
         x_BQD = shard(x_BQD, "batch", None, None)
+        # Let them read the encoder, then map the result to the decoder's width.
         if config.kind == "whisper_decoder":
             x_BQD = self.whisper_decoder(x_BQD, states_BSD)
         else:
@@ -142,7 +156,7 @@ class QueryConnector(nn.Module):
         return project(x_BQD)
 
     def whisper_decoder(self, x_BQD: jax.Array, states_BSD: jax.Array) -> jax.Array:
-        """Read `states_BSD` causally; final LayerNorm included."""
+        """Run Whisper's decoder over the queries, including its final LayerNorm: [B,Q,D]."""
         config, options = self.config, self.options
         shape = (config.max_positions, config.hidden_size)
         position_TD = declare(self, "position_embedding", query_init, shape, (None, "embed"))
@@ -154,7 +168,7 @@ class QueryConnector(nn.Module):
         return LayerNorm(config.norm_eps, options, name="final_norm")(x_BQD)
 
     def qformer(self, x_BQD: jax.Array, states_BSD: jax.Array) -> jax.Array:
-        """Read `states_BSD` bidirectionally; the queries are normalised first."""
+        """Normalise the queries and run the Q-Former over them: [B,Q,D]."""
         config, options = self.config, self.options
         x_BQD = LayerNorm(config.norm_eps, options, name="query_norm")(x_BQD)
         for number, run in enumerate(layer_runs(cross_layers(config))):

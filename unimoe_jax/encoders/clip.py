@@ -14,9 +14,10 @@ Parameters, with p the patch size, P patches and L' = `config.used_layers`:
     [L',E,D,F] and so on
     unread_layers/…                          the same for the layers after the selected hidden state
 
-Released checkpoints hold more: `post_layernorm`, which no released multimodal model reads, and
-unless `config.unread_layers` keeps them, the layers after the selected one. Kept ones do nothing
-but add their routers' statistics: a program that does not ask for those does not run them.
+Released checkpoints hold two things more. `post_layernorm` is left out because no released
+multimodal model reads it. The layers after the selected hidden state are left out unless
+`config.unread_layers` is `keep`. Kept layers contribute nothing but their routers' statistics, so
+the compiler removes them from a program that does not use these statistics.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 class ClipBlock(nn.Module):
     """Pre-LayerNorm block: x += attention(norm(x)); x += mlp or experts(norm(x)).
 
-    read: whether anything but its router's statistics is read.
+    Attributes:
+        read: False if only the router's statistics of this block are used, and not its output.
     """
 
     config: ClipConfig
@@ -65,7 +67,9 @@ class ClipBlock(nn.Module):
         form = MlpForm((config.mlp_dim, config.hidden_size), activation)
         moe = MoE(config.moe, form, options, name="moe")
         h_BTD, aux = moe(h_BTD, *rows.tokens(h_BTD.shape[1]), rows.weight_B)
-        if not self.read:  # a scan would hand the experts a gradient of zero, and they would use it
+        # Stop the gradient of a block whose output is not read. Inside a scan its experts would get
+        # an explicit gradient of zero, and their backward pass would run for nothing.
+        if not self.read:
             h_BTD = jax.lax.stop_gradient(h_BTD)
         return x_BTD + h_BTD, aux
 
@@ -83,11 +87,13 @@ class ClipEncoder(nn.Module):
 
         Args:
             image_BHWC: float [B, image_size, image_size, 3].
-            rows: for router statistics; None: images that all count the same.
+            rows: the modality and weight of each image in the router statistics; None: all images
+                count the same.
 
         Returns:
-            [B,P,D] in the compute dtype, patches in row-major order; statistics of the experts'
-            routers with a leading layers axis, unread layers last, or None.
+            The patch states [B,P,D] in the compute dtype, in row-major order, and the statistics of
+            the experts' routers with a leading layers axis, unread layers last (None without
+            experts).
 
         Raises:
             ValueError: the images do not have the configured size.
@@ -99,13 +105,14 @@ class ClipEncoder(nn.Module):
     def hidden_state(
         self, image_BHWC: jax.Array, rows: ImageRows | None = None
     ) -> tuple[jax.Array, MoEAux | None]:
-        """As the call, but [B,1+P,D]: the class token comes first."""
+        """Do the same as the call, but return [B,1+P,D] with the class token first."""
         config, options = self.config, self.options
         side, patch, width = config.image_size, config.patch_size, config.hidden_size
         if image_BHWC.shape[1:] != (side, side, 3):
             raise ValueError(
                 f"images {image_BHWC.shape[1:]}, but the encoder takes {side}x{side}x3"
             )
+        # Embed the patches; pixels beyond the last whole patch are dropped, as in a convolution.
         used = side // patch * patch
         patches_BPC = rearrange(
             image_BHWC[:, :used, :used],
@@ -116,6 +123,7 @@ class ClipEncoder(nn.Module):
         embed = Linear(width, options, axes=(None, "embed"), name="patch_embedding")
         x_BPD = embed(patches_BPC)
 
+        # Put the class token in front and add the positions.
         class_D = declare(self, "class_embedding", embedding_init, (width,), ("embed",))
         shape = (1 + config.num_patches, width)
         position_TD = declare(self, "position_embedding", embedding_init, shape, (None, "embed"))
@@ -133,19 +141,21 @@ class ClipEncoder(nn.Module):
             rows = ImageRows(
                 jnp.full(images, MODALITY["image"], jnp.int32), jnp.ones(images, jnp.float32)
             )
-        x_BTD, read = self.stack(x_BTD, rows, "layers", config.used_layers)
-        _, unread = self.stack(x_BTD, rows, "unread_layers", config.kept_unread)
-        found = [aux for aux in (read, unread) if aux is not None]
-        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *found) if found else None
+        # The unread layers continue from the selected state, and only their statistics are kept.
+        x_BTD, used_aux = self.stack(x_BTD, rows, "layers", config.used_layers)
+        _, unread_aux = self.stack(x_BTD, rows, "unread_layers", config.kept_unread)
+        present = [aux for aux in (used_aux, unread_aux) if aux is not None]
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *present) if present else None
         return x_BTD, joined
 
     def stack(
         self, x_BTD: jax.Array, rows: ImageRows, name: str, length: int
     ) -> tuple[jax.Array, MoEAux | None]:
-        """`length` layers under `name`, and their routers' statistics."""
+        """Run `length` layers declared under `name`: (hidden states, their routers' statistics)."""
         if not length:
             return x_BTD, None
-        # Of several unread layers all but the last are read by the next.
+        # A layer's output is read by the next layer, so only a single unread layer is not read.
+        # With several of them the scan runs the same block for all, the last one included.
         read = name == "layers" or length > 1
         fields = {"config": self.config, "options": self.options, "read": read}
         return scan_layers(ClipBlock, length, self.config.remat, name, **fields)(x_BTD, None, rows)

@@ -4,7 +4,7 @@ Parameters, with M mel bins, S = `max_positions` and L layers:
 
     conv1/{kernel [3·M, D], bias [D]}    rows ordered (tap, input channel)
     conv2/{kernel [3·D, D], bias [D]}    the same; stride 2
-    position_embedding     [S, D]        sinusoids at first
+    position_embedding     [S, D]        initialised with sinusoids
     layers/attention_norm/{scale,bias}                       [L, D]
     layers/attention/{q,v,o}_proj/{kernel [L,D,D], bias [L,D]}
     layers/attention/k_proj/kernel       [L,D,D]             no bias
@@ -34,19 +34,24 @@ CONV_TAPS = 3
 
 
 def sinusoids(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """[S,D] table of sin | cos with wavelengths from 2π to 2π·10000; `key` is not used."""
+    """Initialise positions [S,D] with sines in the first half of D and cosines in the second.
+
+    Wavelengths grow from 2π to 2π·10000. `key` is unused; it makes this function an initialiser.
+    """
     length, width = shape
     half = width // 2
     rate = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half))
     angle = jnp.arange(length)[:, None] * rate[None]
     table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
+    # An odd width leaves one column, which is zero.
     return jnp.pad(table, ((0, 0), (0, width - 2 * half))).astype(dtype)
 
 
 def windows(x_BTC: jax.Array, stride: int) -> jax.Array:
-    """Neighbourhoods (t−1, t, t+1), zero beyond the ends, of every `stride`-th t: [B, ⌈T/s⌉, 3·C].
+    """Concatenate the inputs at t−1, t and t+1 for every `stride`-th t: [B, ⌈T/stride⌉, 3·C].
 
-    A convolution of three taps is a matrix product with these.
+    Inputs beyond the ends are zero. A matrix product with the result is a convolution with three
+    taps. Example: one channel (1, 2, 3) with stride 2 gives the rows (0, 1, 2) and (2, 3, 0).
     """
     length = x_BTC.shape[1]
     padded = jnp.pad(x_BTC, ((0, 0), (1, 1), (0, 0)))
@@ -55,7 +60,7 @@ def windows(x_BTC: jax.Array, stride: int) -> jax.Array:
 
 
 class WhisperBlock(nn.Module):
-    """Pre-LayerNorm block with full self-attention; keys have no bias."""
+    """Pre-LayerNorm block with self-attention to all positions; keys have no bias."""
 
     config: WhisperConfig
     options: LayerOptions
@@ -71,7 +76,7 @@ class WhisperBlock(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """Log-mel chunks to the states after the final LayerNorm. Padding is not masked."""
+    """Map log-mel chunks to the states after the final LayerNorm. Padding is not masked."""
 
     config: WhisperConfig
     options: LayerOptions
@@ -92,8 +97,12 @@ class WhisperEncoder(nn.Module):
         config, options = self.config, self.options
         expected = (config.mel_bins, 2 * config.max_positions)
         if log_mel_BMF.shape[1:] != expected:
-            raise ValueError(f"log-mel {log_mel_BMF.shape[1:]}, but the encoder takes {expected}")
+            raise ValueError(
+                f"log-mel chunks of {log_mel_BMF.shape[1:]} mel bins and frames, but the encoder "
+                f"takes {expected}"
+            )
 
+        # Two convolutions; the second one halves the number of frames.
         def conv(x_BTC: jax.Array, stride: int, name: str) -> jax.Array:
             linear = Linear(
                 config.hidden_size, options, use_bias=True, axes=(None, "embed"), name=name
@@ -102,6 +111,7 @@ class WhisperEncoder(nn.Module):
 
         x_BFD = conv(log_mel_BMF.astype(options.dtype).swapaxes(1, 2), 1, "conv1")
         x_BTD = conv(x_BFD, 2, "conv2")
+        # Positions, then the layers.
         shape = (config.max_positions, config.hidden_size)
         position_TD = declare(self, "position_embedding", sinusoids, shape, (None, "embed"))
         x_BTD = shard(x_BTD + position_TD.astype(options.dtype)[None], "batch", None, None)
