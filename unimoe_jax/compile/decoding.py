@@ -16,7 +16,12 @@ from unimoe_jax.generate.engine.buckets import prompt_bucket, ring_bucket, rows_
 from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
 from unimoe_jax.generate.engine.program_cache import ProgramCache
 from unimoe_jax.models.declare import full_batch
-from unimoe_jax.models.inference_decoder import InferenceDecoder, Weights, inference_weights
+from unimoe_jax.models.inference_decoder import (
+    InferenceDecoder,
+    Weights,
+    held_dtype,
+    inference_weights,
+)
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.parallel.sharding import data_shards, param_sharding
@@ -80,9 +85,8 @@ def _weights(model: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
     axes = {path: info[1] for path, info in infos.items()}
 
     def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        keep = "/router/" in path or path.endswith("/scale")
         sharding = param_sharding(mesh, path, value.shape, names)
-        return jax.ShapeDtypeStruct(value.shape, np.float32 if keep else dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(value.shape, held_dtype(path, dtype), sharding=sharding)
 
     return inference_weights(model.decoder, params, axes, "stacked", place)
 

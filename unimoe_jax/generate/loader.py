@@ -22,7 +22,12 @@ from unimoe_jax.generate.generation_config import generation_settings
 from unimoe_jax.generate.media_encoder import MediaEncoder
 from unimoe_jax.generate.model import Model
 from unimoe_jax.models.declare import full_batch
-from unimoe_jax.models.inference_decoder import ExpertLayout, InferenceDecoder, inference_weights
+from unimoe_jax.models.inference_decoder import (
+    ExpertLayout,
+    InferenceDecoder,
+    held_dtype,
+    inference_weights,
+)
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.parallel.sharding import make_mesh, param_sharding, use_mesh
@@ -99,9 +104,7 @@ def _build(
     with use_mesh(mesh, mesh_config.rules):
 
         def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
-            # Routers compute in float32 and scales are small: they keep what they were saved in.
-            keep = "/router/" in path or path.endswith("/scale")
-            value = np.asarray(value, np.float32 if keep else dtype)
+            value = np.asarray(value, held_dtype(path, dtype))
             return jax.device_put(value, param_sharding(mesh, path, value.shape, names))
 
         weights = inference_weights(config.decoder, params, axes, layout, place)

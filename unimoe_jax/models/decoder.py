@@ -1,7 +1,8 @@
-"""LLaMA-shaped decoder whose feed-forward layers may be mixtures of experts.
+"""LLaMA-shaped decoder whose feed-forward layers may be mixtures of experts, as it is trained.
 
 Parameters: `run_{r}/block_{b}/{attention_norm, attention/{q,k,v,o}_proj, mlp_norm, mlp | moe}` with
-a leading layers axis (see nn/stack.py), and `final_norm`.
+a leading layers axis (see nn/stack.py), and `final_norm`. Generation uses `inference_decoder` with
+the same parameters.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from unimoe_jax.parallel.sharding import shard
 
 
 class Context(NamedTuple):
-    """What every layer shares: rotary tables, who sees whom, modality, validity, and which
-    positions are read after the last layer (None: all)."""
+    """The inputs that all layers share.
+
+    cos, sin: rotary tables.
+    seen: which keys each query sees, in the form that the attention program of the platform takes.
+    modality_BT: int32, see `config.media.MODALITY`. valid_BT: bool, False for padding.
+    read_BT: bool, positions whose hidden states are read after the last layer; None: all.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -64,9 +70,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed-forward or experts(norm(x)).
+    """Pre-norm block: x += attention(norm(x)); x += feed-forward or experts(norm(x)).
 
-    Experts leave out positions where `wanted_BT` is False.
+    wanted_BT: bool, False for positions whose result nobody reads: experts leave them out.
     """
 
     config: DecoderConfig
@@ -83,6 +89,7 @@ class Block(nn.Module):
         h = RMSNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
         aux = None
         if self.is_moe:
+            assert config.moe is not None
             moe = MoE(config.moe, SwiGLUForm(config.mlp_dim), options, name="moe")
             h, aux = moe(h, context.modality_BT, context.valid_BT, wanted_BT=wanted_BT)
         else:
@@ -91,15 +98,19 @@ class Block(nn.Module):
 
 
 class LayerOutput(NamedTuple):
-    """Per layer: router statistics (MoE only), and when asked for, the residual stream after it."""
+    """Router statistics of a layer with experts, and the stream after the layer if it is kept."""
 
     aux: MoEAux | None
     hidden: jax.Array | None
 
 
 class Period(nn.Module):
-    """One period of the layer pattern: what a run scans over, with the word whether it is the last
-    of the decoder. No position is read after that one's last block but those of the context."""
+    """The blocks of one period of the layer pattern; a run of layers is a scan over its periods.
+
+    Attributes:
+        period: one flag per block: True if the block has experts.
+        keep: see `Decoder`.
+    """
 
     config: DecoderConfig
     period: tuple[bool, ...]
@@ -107,19 +118,30 @@ class Period(nn.Module):
     keep: frozenset[str]
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, last: jax.Array, context: Context):
+    def __call__(
+        self, x_BTD: jax.Array, last: jax.Array, context: Context
+    ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
+        """Run the blocks in order. last: bool scalar, True in the last period of the decoder."""
         outputs, read_BT = [], context.read_BT
         for number, is_moe in enumerate(self.period):
             block = Block(self.config, is_moe, self.options, name=f"block_{number}")
-            ends = read_BT is not None and number + 1 == len(self.period)
-            x_BTD, aux = block(x_BTD, context, read_BT | ~last if ends else None)
+            # After the decoder's last block, only the positions in `read_BT` are used. The same
+            # program runs in the earlier periods of the scan, where all positions are wanted.
+            wanted_BT = None
+            if read_BT is not None and number + 1 == len(self.period):
+                wanted_BT = read_BT | ~last
+            x_BTD, aux = block(x_BTD, context, wanted_BT)
             outputs.append(LayerOutput(aux, x_BTD if "hidden" in self.keep else None))
         return x_BTD, tuple(outputs)
 
 
 class DecoderOutput(NamedTuple):
-    """hidden_BTD after the final norm; aux stacked over MoE layers in layer order (or None);
-    layers: hidden states stacked per run and block, for inspection."""
+    """The result of the decoder.
+
+    hidden_BTD: hidden states after the final norm, in the compute dtype.
+    aux: router statistics, stacked over the layers with experts in layer order, or None.
+    layers: for inspection, a `LayerOutput` per run and block, stacked over the repeats of the run.
+    """
 
     hidden_BTD: jax.Array
     aux: MoEAux | None
@@ -127,15 +149,16 @@ class DecoderOutput(NamedTuple):
 
 
 def causal_mask(segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
-    """[B,T,T] True where a query sees a key: same segment, not later."""
+    """bool [B,T,T]: True where query t sees key s, which is in the same segment and not later."""
     same = segment_BT[:, :, None] == segment_BT[:, None, :]
     return same & (position_BT[:, :, None] >= position_BT[:, None, :])
 
 
 class Decoder(nn.Module):
-    """Embedded token stream -> hidden states. Embedding and head belong to the model.
+    """Map the embedded token stream to hidden states. Embedding and head belong to the model.
 
-    `keep` may hold "hidden": what `DecoderOutput.layers` carries per layer.
+    Attributes:
+        keep: with "hidden", `DecoderOutput.layers` holds the stream after every layer.
     """
 
     config: DecoderConfig
@@ -153,16 +176,31 @@ class Decoder(nn.Module):
         read_BT: jax.Array | None = None,
         segment_BT: jax.Array | None = None,
     ) -> DecoderOutput:
-        """read_BT: bool, positions whose hidden states will be read; the last layer's experts leave
-        out the others. None: all. segment_BT: given if the mask is that of causal attention within
-        segments and nothing else, for platforms that have a kernel for it."""
+        """Run all layers and the final norm.
+
+        Args:
+            x_BTD: embedded stream in the compute dtype.
+            position_BT: int32, positions for the rotary tables.
+            mask_BTS: bool, True where query t sees key s.
+            modality_BT: int32, see `config.media.MODALITY`.
+            valid_BT: bool, False for padding, which goes to no expert and into no statistics.
+            read_BT: bool, positions whose hidden states will be read. The experts of the last layer
+                leave out the others. None: all positions.
+            segment_BT: int32, to be passed only if `mask_BTS` is exactly causal attention within
+                these segments; platforms with a kernel for it use the segments, not the mask.
+        """
+        # Prepare what all layers share.
         config = self.config
         cos, sin = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
-        kernel = segment_BT is not None and suits(self.options.attention, "causal", x_BTD.shape[1])
-        seen = Segments(segment_BT) if kernel else tiles_of(mask_BTS, valid_BT)
+        if segment_BT is not None and suits(self.options.attention, "causal", x_BTD.shape[1]):
+            seen = Segments(segment_BT)
+        else:
+            seen = tiles_of(mask_BTS, valid_BT)
         context = Context(cos, sin, seen, modality_BT, valid_BT, read_BT)
+
+        # Scan over every run of layers.
         aux, layers, runs = [], [], layer_runs(config.moe_layers())
         for number, run in enumerate(runs):
             stack = scan_layers(
@@ -175,14 +213,16 @@ class Decoder(nn.Module):
                 options=self.options,
                 keep=self.keep,
             )
+            # One flag per repeat: True in the last repeat of the last run.
             last = (jnp.arange(run.repeats) == run.repeats - 1) & (number + 1 == len(runs))
             x_BTD, outputs = stack(x_BTD, last, context)
             layers.append(outputs)
             moe = [output.aux for output in outputs if output.aux is not None]
             if moe:
-                # [repeats, blocks, …] -> layer order
+                # Stack the blocks of a period and flatten [repeats, blocks, …] to layer order.
                 stacked = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *moe)
                 aux.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked))
+
         joined = jax.tree.map(lambda *a: jnp.concatenate(a), *aux) if aux else None
         hidden = RMSNorm(config.norm_eps, self.options, name="final_norm")(x_BTD)
         return DecoderOutput(hidden, joined, tuple(layers))

@@ -1,19 +1,22 @@
 """The decoder as generation holds it: one set of arrays per layer, kernels [out, in].
 
-A pure function of weights that `serve` makes of the parameters of a trained `UniMoE`. Both phases
-run it: prefill over whole prompts, and decoding with one token per sequence against a cache.
-Activations are feature-major, x_DX with X = B·T tokens. Experts are separate arrays on one device
-that wants them so (nn/moe/decode.py), else stacked and handed to `moe_ffn`, which knows meshes.
+`inference_weights` makes the weights from the parameters of a trained `UniMoE`, and
+`InferenceDecoder` is a pure function of them. It has two phases: prefill runs over whole prompts,
+and decoding feeds one token per sequence and reads the rest from a cache. Activations are
+feature-major, x_DX with X = B·T tokens. With the layout "separate", which needs a single device,
+every expert is a separate array (nn/moe/decode.py). With the layout "stacked", experts are run by
+`moe_ffn`, which can shard them over a mesh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from unimoe_jax.config import AttentionProgram, DecoderConfig, MoEConfig
@@ -30,18 +33,24 @@ from unimoe_jax.nn.moe.dispatch import moe_ffn
 from unimoe_jax.nn.moe.experts import SwiGLUExpert
 from unimoe_jax.nn.moe.layer import Router
 from unimoe_jax.nn.moe.router import Routing
-from unimoe_jax.nn.stack import where_is
+from unimoe_jax.nn.stack import Place, where_is
 from unimoe_jax.parallel.sharding import check_divides, shard, spec_for
 from unimoe_jax.params.paths import nest
 
 ExpertLayout = Literal["separate", "stacked"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Placement = Callable[[str, Any, tuple[str | None, ...]], jax.Array]
+"""(path, host array, logical axes) -> the array on the devices."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, KVCache]]
+"""(q, k, v, layer number) -> (attention output [B,T,N,H], the layer's cache)."""
 
 
 class Layer(NamedTuple):
-    """Weights of one layer. router: parameters of `Router`, None in a dense layer, whose
-    feed-forward is then the only expert. experts: `Expert`s, or {projection: kernel [E,in,out]}."""
+    """Weights of one layer; kernels are [out, in].
+
+    router: parameters of `Router`; None in a dense layer, whose feed-forward is the only expert.
+    experts: a tuple of `Expert`s, or stacked {projection: {"kernel": [E,in,out]}}.
+    """
 
     attention_norm: jax.Array
     q: jax.Array
@@ -54,7 +63,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """embedding, head [V,D] (one array where they are tied); final_norm [D]."""
+    """Weights of the decoder: embedding and head [V,D], the same array if tied; final_norm [D]."""
 
     embedding: jax.Array
     layers: tuple[Layer, ...]
@@ -63,8 +72,12 @@ class Weights(NamedTuple):
 
 
 class Step(NamedTuple):
-    """logits_BV float32 of the last token of every sequence; one cache per layer; expert_LBTK int32
-    choices of the MoE layers in layer order, E = none."""
+    """The result of prefill or of one step of decoding.
+
+    logits_BV: float32 logits after the last token of every sequence.
+    caches: keys and values, one cache per layer.
+    expert_LBTK: int32 choices of the layers with experts, in layer order; E means no expert.
+    """
 
     logits_BV: jax.Array
     caches: tuple[KVCache, ...]
@@ -74,6 +87,16 @@ class Step(NamedTuple):
 # ------------------------------------------------------------------------------------ weights
 
 
+def held_dtype(path: str, dtype: Any) -> np.dtype:
+    """The dtype in which the parameter at `path` is held if kernels are held in `dtype`.
+
+    Routers keep float32, in which they compute by default, and so do the scales of norms, which are
+    small. All other parameters are held in `dtype`.
+    """
+    keeps_float32 = "/router/" in path or path.endswith("/scale")
+    return jnp.dtype(jnp.float32 if keeps_float32 else dtype)
+
+
 def inference_weights(
     config: DecoderConfig,
     params: Mapping[str, Any],
@@ -81,63 +104,98 @@ def inference_weights(
     layout: ExpertLayout,
     place: Placement,
 ) -> Weights:
-    """Parameters of a model without adapters, {path: host array}, as `Weights`.
+    """Make `Weights` from the parameters of a model without adapters.
 
-    axes: logical axes of every parameter. place: (path, array, logical axes) -> array on the
-    devices in the dtype it is to have; called once per array, so that a large model never lies on
-    the host twice.
+    Args:
+        params: {path: host array}, layers and experts stacked.
+        axes: {path: logical axes of the parameter}.
+        layout: whether every expert is a separate array or all experts of a layer are stacked.
+        place: puts an array on the devices in the dtype it is held in. It is called once per array
+            of the result, so that the host never holds a second copy of a large model.
 
     Raises:
-        ShardingError: the mesh in force cuts heads that it does not divide, or rows and heads of
-            the cache over the same axis.
+        ShardingError: the number of key heads is not divisible by the devices over which the mesh
+            in force shards them, or the cache's rows and heads are sharded over the same axis.
     """
-    # A kernel may be cut within a head, the cache is cut between them.
+    # The KV cache is sharded by whole heads, so num_kv_heads must be divisible. A kernel could also
+    # be split inside a head.
     check_divides("model.decoder.num_kv_heads", config.num_kv_heads, "kv_heads")
     spec_for(("batch", "kv_heads", None, None), "the cache of keys and values")
 
-    def whole(path: str, transposed: bool = False) -> jax.Array:
-        value, names = params[path], axes[path]
-        return place(path, value.T, names[::-1]) if transposed else place(path, value, names)
+    reader = _Reader(params, axes, place)
+    layers = tuple(
+        _layer(reader, where, config.moe if is_moe else None, layout)
+        for where, is_moe in zip(where_is(config.moe_layers()), config.moe_layers(), strict=True)
+    )
+    embedding = reader.read("embed/embedding")
+    head = embedding if config.tie_embeddings else reader.read("lm_head/kernel", transposed=True)
+    return Weights(embedding, layers, reader.read("decoder/final_norm/scale"), head)
 
-    def layer(where: Any, is_moe: bool) -> Layer:
-        def part(name: str, index: tuple[int, ...] = (), transposed: bool = False) -> jax.Array:
-            path = f"decoder/{where.prefix}/{name}"
-            value = params[path][(where.index, *index)]
-            names = axes[path][1 + len(index) :]
-            if transposed:
-                value, names = value.T, names[::-1]
-            return place(path, value, names)
 
-        def expert(prefix: str, index: tuple[int, ...] = ()) -> Expert:
-            return Expert(*(part(f"{prefix}/{name}/kernel", index, True) for name in PROJECTIONS))
+@dataclass(frozen=True)
+class _Reader:
+    """Reads parameters, or parts of them, and places them on the devices."""
 
-        router, experts = None, (expert("mlp"),) if not is_moe else None
-        if is_moe:
-            prefix = f"decoder/{where.prefix}/moe/"
-            inside = [p.removeprefix(prefix) for p in params if p.startswith(prefix + "router/")]
-            router = nest({p.removeprefix("router/"): part(f"moe/{p}") for p in inside})
-            if layout == "separate":
-                numbers = range(config.moe.num_experts)
-                experts = tuple(expert("moe/experts", (number,)) for number in numbers)
-            else:
-                kernels = {name: part(f"moe/experts/{name}/kernel") for name in PROJECTIONS}
-                experts = {name: {"kernel": kernel} for name, kernel in kernels.items()}
-        projections = [part(f"attention/{n}_proj/kernel", transposed=True) for n in "qkvo"]
-        norms = [part(f"{name}/scale") for name in ("attention_norm", "mlp_norm")]
-        return Layer(norms[0], *projections, norms[1], router, experts)
+    params: Mapping[str, Any]
+    axes: Mapping[str, tuple[str | None, ...]]
+    place: Placement
 
-    kinds = config.moe_layers()
-    layers = tuple(layer(where, kind) for where, kind in zip(where_is(kinds), kinds, strict=True))
-    embedding = whole("embed/embedding")
-    head = embedding if config.tie_embeddings else whole("lm_head/kernel", transposed=True)
-    return Weights(embedding, layers, whole("decoder/final_norm/scale"), head)
+    def read(
+        self, path: str, index: tuple[int, ...] = (), *, transposed: bool = False
+    ) -> jax.Array:
+        """The parameter at `path`, or its part at the leading `index`."""
+        value, names = self.params[path], self.axes[path]
+        if index:
+            value, names = value[index], names[len(index) :]
+        if transposed:
+            value, names = value.T, names[::-1]
+        return self.place(path, value, names)
+
+
+def _layer(reader: _Reader, where: Place, moe: MoEConfig | None, layout: ExpertLayout) -> Layer:
+    """Weights of the layer whose parameters are at `where`; moe: None for a dense layer."""
+    prefix = f"decoder/{where.prefix}"
+
+    def part(name: str, index: tuple[int, ...] = (), *, transposed: bool = False) -> jax.Array:
+        return reader.read(f"{prefix}/{name}", (where.index, *index), transposed=transposed)
+
+    def expert(name: str, index: tuple[int, ...] = ()) -> Expert:
+        gate, up, down = (
+            part(f"{name}/{projection}/kernel", index, transposed=True)
+            for projection in PROJECTIONS
+        )
+        return Expert(gate, up, down)
+
+    # The feed-forward layer: one expert, or a router and experts in the wanted layout.
+    router = None
+    if moe is None:
+        experts = (expert("mlp"),)
+    else:
+        start = f"{prefix}/moe/router/"
+        names = [path.removeprefix(start) for path in reader.params if path.startswith(start)]
+        router = nest({name: part(f"moe/router/{name}") for name in names})
+        if layout == "separate":
+            experts = tuple(expert("moe/experts", (n,)) for n in range(moe.num_experts))
+        else:
+            kernels = {name: part(f"moe/experts/{name}/kernel") for name in PROJECTIONS}
+            experts = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    return Layer(
+        attention_norm=part("attention_norm/scale"),
+        q=part("attention/q_proj/kernel", transposed=True),
+        k=part("attention/k_proj/kernel", transposed=True),
+        v=part("attention/v_proj/kernel", transposed=True),
+        o=part("attention/o_proj/kernel", transposed=True),
+        mlp_norm=part("mlp_norm/scale"),
+        router=router,
+        experts=experts,
+    )
 
 
 # ------------------------------------------------------------------------------------ forward
 
 
 def rms_norm(x_DX: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """`RMSNorm` along the first axis, in the dtype of x."""
+    """`nn.norm.RMSNorm` along the first axis: the mean in float32, the result in the dtype of x."""
     x = x_DX.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=0, keepdims=True) + eps)
     return x.astype(x_DX.dtype) * scale_D[:, None].astype(x_DX.dtype)
@@ -145,8 +203,11 @@ def rms_norm(x_DX: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 @dataclass(frozen=True)
 class InferenceDecoder:
-    """Prefill and one step of decoding; `dtype`: computations and cache; `attention`: of the
-    model's configuration."""
+    """Prefill and one step of decoding.
+
+    dtype: the dtype of computations and of the cache.
+    attention: the attention program of the model's settings.
+    """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
@@ -161,29 +222,39 @@ class InferenceDecoder:
         soft_GSD: jax.Array,
         length_B: jax.Array,
     ) -> Step:
-        """Prompts, padded on the right; arguments as in `Batch`, soft_GSD as in `token_stream`.
+        """Run over whole prompts, which are padded on the right.
 
-        length_B: int32 positions in use. Each of the caches has T slots, in order.
+        Args:
+            token_id_BT, modality_BT, slot_BT: int32, as in `Batch`.
+            soft_GSD: the soft-token table, as in `token_stream`.
+            length_B: int32, the number of positions of each prompt without padding.
+
+        Returns:
+            Logits after the last position of each prompt, and caches with T slots in order.
         """
+        # Embed the prompts and put the soft tokens in.
         batch, length = token_id_BT.shape
         text_BTD = weights.embedding[token_id_BT].astype(self.dtype)
         x_DX = rearrange(token_stream(text_BTD, soft_GSD, slot_BT), "b t d -> d (b t)")
-        at_BT = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-        valid_BT = at_BT < length_B[:, None]
+        position_BT = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+        valid_BT = position_BT < length_B[:, None]
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer):
             del layer
-            # Padding comes after every token: what is causal does not see it.
+            # Padding comes after all tokens of the prompt, so the causal mask hides it from them.
             if suits(self.attention, "causal", length):
                 whole_BT = jnp.zeros((batch, length), jnp.int32)
                 y = attend_segments(q_BTNH, k_BTKH, v_BTKH, whole_BT, scale=self.scale)
             else:
-                mask_BTS = at_BT[:1, :, None] >= at_BT[:1, None, :]
+                mask_BTS = position_BT[:1, :, None] >= position_BT[:1, None, :]
                 y = attend(q_BTNH, k_BTKH, v_BTKH, scale=self.scale, mask_BTS=mask_BTS)
             k, v = rearrange(k_BTKH, "b t k h -> b k h t"), rearrange(v_BTKH, "b t k h -> b k t h")
             return y, KVCache(k, v)
 
-        x_DX, caches, experts = self._layers(weights, x_DX, at_BT, modality_BT, valid_BT, attention)
+        # Run the layers, then compute the logits of each prompt's last position only.
+        x_DX, caches, experts = self._layers(
+            weights, x_DX, position_BT, modality_BT, valid_BT, attention
+        )
         last_X = jnp.arange(batch) * length + length_B - 1
         return Step(self._logits(weights, x_DX[:, last_X]), caches, experts)
 
@@ -197,57 +268,81 @@ class InferenceDecoder:
     ) -> Step:
         """Feed one text token per sequence.
 
-        cursor: int32, where the ring is written. length_B: int32 tokens cached before this one.
+        Args:
+            token_B: int32 token ids.
+            cursor: int32 scalar, the slot of the ring to which keys and values are written.
+            length_B: int32, the number of tokens in the cache before this one.
         """
         x_DX = weights.embedding[token_B].astype(self.dtype).T
-        seen_BS = decode_attention.visible(cursor, length_B + 1, caches[0].slots)
+        visible_BS = decode_attention.visible(cursor, length_B + 1, caches[0].slots)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer):
-            # Written first and read afterwards, so that the cache is changed in place.
+            # Write before reading, so that XLA can update the cache in place.
             cache = decode_attention.write(caches[layer], k_BTKH[:, 0], v_BTKH[:, 0], cursor)
-            y = decode_attention.attend_one(q_BTNH[:, 0], cache, seen_BS, scale=self.scale)
+            y = decode_attention.attend_one(q_BTNH[:, 0], cache, visible_BS, scale=self.scale)
             return y[:, None], cache
 
+        # A decoded token is text (modality 0), and none is padding.
         text_BT = jnp.zeros((len(token_B), 1), jnp.int32)
-        x_DX, new, experts = self._layers(
+        x_DX, new_caches, experts = self._layers(
             weights, x_DX, length_B[:, None], text_BT, text_BT == 0, attention
         )
-        return Step(self._logits(weights, x_DX), new, experts)
+        return Step(self._logits(weights, x_DX), new_caches, experts)
 
     @property
     def scale(self) -> float:
+        """The factor of attention scores, 1/√H."""
         return self.config.head_size**-0.5
 
     @property
     def moe(self) -> MoEConfig:
-        """Routing without chance: the best experts, none drawn (8e's sample_second)."""
+        """Routing without chance: the best experts are used, and none is drawn (sample_second)."""
+        assert self.config.moe is not None
         return self.config.moe.answering
 
-    def _layers(self, weights, x_DX, position_BT, modality_BT, valid_BT, attention):
-        config, caches, chosen = self.config, [], []
+    def _layers(
+        self,
+        weights: Weights,
+        x_DX: jax.Array,
+        position_BT: jax.Array,
+        modality_BT: jax.Array,
+        valid_BT: jax.Array,
+        attention: Attend,
+    ) -> tuple[jax.Array, tuple[KVCache, ...], jax.Array]:
+        """Run all layers: (x_DX, one cache per layer, expert choices [L,B,T,K])."""
+        config, caches, choices = self.config, [], []
         rope = rope_tables(
             position_BT, config.head_size, config.rope_theta, config.rope_table_dtype
         )
         for number, layer in enumerate(weights.layers):
+            # x += attention(norm(x))
             x_DX = shard(x_DX, None, "batch")
             h = rms_norm(x_DX, layer.attention_norm, config.norm_eps)
             q, k, v = self._projected(layer, h, rope, position_BT.shape)
             y, cache = attention(q, k, v, number)
             y = rearrange(y, "b t n h -> (n h) (b t)")
             x_DX = x_DX + product(layer.o, y).astype(self.dtype)
+            # x += feed-forward or experts(norm(x))
             h = rms_norm(x_DX, layer.mlp_norm, config.norm_eps)
             y, routing = self._feed_forward(layer, h, modality_BT, valid_BT)
             x_DX = x_DX + y
             caches.append(cache)
             if routing is not None:
-                chosen.append(routing.expert_XK.reshape(*valid_BT.shape, -1))
+                choices.append(routing.expert_XK.reshape(*valid_BT.shape, -1))
         empty = jnp.zeros((0, *valid_BT.shape, 1), jnp.int32)
-        return x_DX, tuple(caches), jnp.stack(chosen) if chosen else empty
+        return x_DX, tuple(caches), jnp.stack(choices) if choices else empty
 
-    def _projected(self, layer: Layer, h_DX, rope, shape):
+    def _projected(
+        self,
+        layer: Layer,
+        h_DX: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        shape: tuple[int, ...],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B,T,N,H], k and v [B,T,K,H]; q and k are rotated. shape: (B, T)."""
         batch, length = shape
 
-        def heads(w, number: int) -> jax.Array:
+        def heads(w: jax.Array, number: int) -> jax.Array:
             y = product(w, h_DX).astype(self.dtype)
             return rearrange(y, "(n h) (b t) -> b t n h", n=number, b=batch, t=length)
 
@@ -256,33 +351,36 @@ class InferenceDecoder:
         k = apply_rope(heads(layer.k, config.num_kv_heads), *rope)
         return q, k, heads(layer.v, config.num_kv_heads)
 
-    def _feed_forward(self, layer: Layer, h_DX, modality_BT, valid_BT):
+    def _feed_forward(
+        self, layer: Layer, h_DX: jax.Array, modality_BT: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, Routing | None]:
+        """The feed-forward layer or the experts: (y_DX, routing or None for a dense layer)."""
         if layer.router is None:
             return swiglu(layer.experts[0], h_DX), None
+        # Choose experts.
         batch, length = valid_BT.shape
         h_BTD = rearrange(h_DX, "d (b t) -> b t d", b=batch)
-        routing: Routing = Router(self.moe, LayerOptions(self.dtype)).apply(
-            {"params": layer.router}, h_BTD, modality_BT, valid_BT
-        )
+        router = Router(self.moe, LayerOptions(self.dtype))
+        variables = {"params": layer.router}
+        routing = cast(Routing, router.apply(variables, h_BTD, modality_BT, valid_BT))
+        # Apply them, each as a separate array or all stacked.
         if isinstance(layer.experts, tuple):
-            return (
-                decode_experts.apply(layer.experts, h_DX, routing.expert_XK, routing.weight_XK),
-                routing,
-            )
-        lead = (batch, length, -1)
+            y_DX = decode_experts.apply(layer.experts, h_DX, routing.expert_XK, routing.weight_XK)
+            return y_DX, routing
         y_BTD = moe_ffn(
             SwiGLUExpert(self.dtype),
             layer.experts,
             h_BTD,
-            routing.expert_XK.reshape(lead),
-            routing.weight_XK.reshape(lead),
+            routing.expert_XK.reshape(batch, length, -1),
+            routing.weight_XK.reshape(batch, length, -1),
             jnp.uint32(0),
-            self.config.moe.dispatch,
-            self.config.moe.exchange,
+            self.moe.dispatch,
+            self.moe.exchange,
         )
         return rearrange(y_BTD, "b t d -> d (b t)"), routing
 
     def _logits(self, weights: Weights, x_DB: jax.Array) -> jax.Array:
+        """Logits [B,V] in float32 of the hidden states x_DB before the final norm."""
         hidden = rms_norm(x_DB, weights.final_norm, self.config.norm_eps)
-        # Rounded to the compute dtype, as the head of the whole model is.
+        # Round to the compute dtype first, because the head of the trained model does so.
         return product(weights.head, hidden).astype(self.dtype).astype(jnp.float32).T

@@ -1,7 +1,7 @@
 """The multimodal model: encoders and connectors make soft tokens, the decoder reads the stream.
 
 Parameters: `{vision,speech,audio}/{encoder,connector}`, `embed`, `decoder`, `lm_head`. Only the
-pools that a batch holds are encoded: an encoder that is not needed is not in the compiled program.
+pools that a batch holds are encoded, so a program contains no encoder that its batches do not need.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unimoe_jax.parallel.sharding import shard
 
 
 class Embedding(nn.Module):
-    """The table [V,D] in the compute dtype."""
+    """Declares the table of token embeddings and returns it, [V,D] in the compute dtype."""
 
     vocab_size: int
     width: int
@@ -40,12 +40,19 @@ class Embedding(nn.Module):
 
 
 Wanted = Literal["logits", "loss", "exact"]
+"""What `UniMoE` computes from the hidden states, see there."""
 
 
 class Output(NamedTuple):
-    """logits_BTV float32, or None; aux: router statistics of `encoder`, `connector` and `decoder`,
-    as far as they carry experts and ran; the stream that the decoder read, what came of it, and the
-    loss of the batch's targets, where that was wanted instead of logits."""
+    """The result of the model.
+
+    logits_BTV: float32, or None if a loss was wanted.
+    aux: router statistics of those of `encoder`, `connector` and `decoder` that have experts and
+        were run.
+    stream_BTD: the stream that the decoder read, in the compute dtype.
+    decoder: the result of the decoder.
+    loss: the loss of the batch's targets, or None if logits were wanted.
+    """
 
     logits_BTV: jax.Array | None
     aux: dict[str, MoEAux]
@@ -57,8 +64,12 @@ class Output(NamedTuple):
 class UniMoE(nn.Module):
     """`model.apply({"params": params}, batch, want)` -> Output. See ModelConfig.
 
-    want: "logits"; "loss" of the batch's targets, for which no logits of the whole batch are made;
-    "exact", the same and which targets are the most likely tokens.
+    want: "logits": logits of all positions. "loss": the loss of the batch's targets, computed in
+        blocks, so that the logits of the whole batch are never in memory. "exact": the loss, and
+        which targets are the most likely tokens.
+
+    Attributes:
+        keep: with "hidden", `Output.decoder.layers` holds the stream after every layer.
     """
 
     config: ModelConfig
@@ -67,25 +78,28 @@ class UniMoE(nn.Module):
 
     @property
     def layer_options(self) -> LayerOptions:
+        """The options of all layers, with the attention program of the model's settings."""
         return replace(self.options, attention=self.config.attention)
 
     @nn.compact
     def __call__(self, batch: Batch, want: Wanted = "logits") -> Output:
         config, options = self.config, self.layer_options
         width = config.decoder.hidden_size
+        # Embed the text and put the soft tokens of media into the stream.
         embedding_VD = Embedding(config.decoder.vocab_size, width, options, name="embed")()
         text_BTD = embedding_VD[batch.token_id_BT]
         soft_GSD, aux = self.encode(batch)
         stream = token_stream(text_BTD, soft_GSD, batch.slot_BT)
         stream = shard(stream, "batch", "tokens", None)
+        # For a loss, only the hidden states of positions with a target are read.
         decoded = Decoder(config.decoder, options, self.keep, name="decoder")(
             stream,
-            batch.position_BT,
-            causal_mask(batch.segment_BT, batch.position_BT),
-            batch.modality_BT,
-            batch.segment_BT > 0,
-            None if want == "logits" else batch.weight_BT > 0,
-            batch.segment_BT,
+            position_BT=batch.position_BT,
+            mask_BTS=causal_mask(batch.segment_BT, batch.position_BT),
+            modality_BT=batch.modality_BT,
+            valid_BT=batch.segment_BT > 0,
+            read_BT=None if want == "logits" else batch.weight_BT > 0,
+            segment_BT=batch.segment_BT,
         )
         if decoded.aux is not None:
             aux["decoder"] = decoded.aux
@@ -97,7 +111,7 @@ class UniMoE(nn.Module):
         return Output(logits, aux, stream, decoded, loss)
 
     def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-        """[B,T,V] float32."""
+        """Logits [B,T,V] in float32 under the head, or under the embedding if the two are tied."""
         decoder = self.config.decoder
         if decoder.tie_embeddings:
             logits = jnp.einsum("btd,vd->btv", hidden_BTD, embedding_VD)
@@ -110,7 +124,7 @@ class UniMoE(nn.Module):
     def loss(
         self, hidden_BTD: jax.Array, embedding_VD: jax.Array, batch: Batch, *, exact: bool
     ) -> TokenLoss:
-        """Of the batch's targets under the same head."""
+        """The loss of the batch's targets under the same head. exact: see `TokenLoss.exact_BT`."""
         decoder, options = self.config.decoder, self.options
         if decoder.tie_embeddings:
             head, weights, seed = tied_head(embedding_VD, options)
@@ -120,32 +134,45 @@ class UniMoE(nn.Module):
             head, weights, seed = declared(hidden_BTD.shape[-1])
         return token_loss(head, weights, hidden_BTD, batch.target_BT, batch.weight_BT, seed, exact)
 
-    def soft_tokens(self, batch: Batch) -> jax.Array | None:
-        """The soft-token table [G,S,D] of each shard: image, video, speech, audio; or None."""
-        return self.encode(batch)[0]
-
     def encode(self, batch: Batch) -> tuple[jax.Array | None, dict[str, MoEAux]]:
-        """`soft_tokens`, and the router statistics of what made them."""
+        """Run the branches of the pools that the batch holds.
+
+        Returns:
+            The soft-token table [G,S,D] of each data shard (image, video, speech and audio, in this
+            order) or None without media, and the router statistics of the vision branch.
+        """
         config, width, options = self.config, self.config.decoder.hidden_size, self.layer_options
         tables: list[jax.Array] = []
         aux: dict[str, MoEAux] = {}
         if batch.image_GIHWC is not None or batch.video_GIFHWC is not None:
+            assert config.vision is not None
             vision = Vision(config.vision, width, options, name="vision")
             tables, aux = vision(self.pictures(batch))
         if batch.speech_GJMF is not None:
+            assert config.speech is not None
             speech = Speech(config.speech, width, options, name="speech")
             tables.append(speech(batch.speech_GJMF))
         if batch.audio_GJFM is not None:
+            assert config.audio is not None
             audio = Audio(config.audio, width, options, name="audio")
             tables.append(audio(batch.audio_GJFM, batch.audio_length_GJ))
         return jnp.concatenate(tables, axis=1) if tables else None, aux
 
     def pictures(self, batch: Batch) -> Pictures:
-        """The batch's images and videos, and which of them its tokens refer to."""
+        """The batch's images and videos, and which of them its tokens refer to.
+
+        Example: two images of 4 soft tokens each have the slots 0..3 and 4..7 of the table. If the
+        slots of a shard's rows contain 4 but not 0, only the second image is used.
+        """
+        assert self.config.vision is not None
         image, video, size = batch.image_GIHWC, batch.video_GIFHWC, self.config.vision.num_tokens
         images = 0 if image is None else image.shape[1]
 
         def used(pool: jax.Array | None, start: int) -> jax.Array | None:
+            """bool [G,I]: True for entries whose first soft token is in a row of their shard.
+
+            start: the slot of the pool's first soft token.
+            """
             if pool is None:
                 return None
             first_I = start + size * jnp.arange(pool.shape[1])
