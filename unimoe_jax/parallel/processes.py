@@ -1,5 +1,11 @@
-"""How a process finds the others: from flags, from the environment, a Kubernetes JobSet, SLURM or a
-Cloud TPU pod. `distributed` joins what is found here.
+"""Find the other processes of a program, from the first of these sources that names them:
+
+    flags, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    a Kubernetes JobSet
+    SLURM, under `srun`
+    a Cloud TPU pod
+
+`distributed` joins the processes that are found here.
 """
 
 from __future__ import annotations
@@ -10,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PORT = 8476
+"""The port of process 0 in a JobSet."""
 CLUSTERS = ("auto", "slurm", "tpu", "jobset", "none")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-"""What jax reads of a task that `srun` has started."""
+"""Variables of a task under `srun` that jax reads."""
 
 
 class DistributedError(RuntimeError):
-    """Processes that do not find each other, or do not agree."""
+    """Raised if processes do not find each other, or do not agree."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,10 @@ class Processes:
     """How this process joins the others.
 
     Attributes:
-        method: who says so: `flags` (or environment), `jobset`, `slurm` or `tpu`.
-        coordinator: HOST:PORT of process 0; None where jax finds it (slurm, tpu).
-        count, index: processes, and which this is; None where jax finds them.
+        method: the source: `flags` (or environment), `jobset`, `slurm` or `tpu`.
+        coordinator: HOST:PORT of process 0; None if jax finds it (slurm, tpu).
+        count: the number of processes; None if jax finds it.
+        index: the number of this process, from 0; None if jax finds it.
     """
 
     method: str
@@ -36,13 +44,18 @@ class Processes:
 
 
 def find_processes(args: argparse.Namespace, env: Mapping[str, str]) -> Processes | None:
-    """How this process joins others, or None if it is alone.
+    """How this process joins the others, or None if it is the only one.
+
+    Args:
+        args: the flags of `distributed.add_arguments`.
+        env: environment variables.
 
     Raises:
-        DistributedError: settings that are incomplete or contradict each other.
+        DistributedError: settings are incomplete or contradict each other.
     """
     cluster = args.cluster
-    if cluster not in CLUSTERS:  # argparse takes any default
+    # The default of --cluster is the variable, and argparse does not check defaults.
+    if cluster not in CLUSTERS:
         raise DistributedError(f"UNIMOE_CLUSTER={cluster!r}: allowed: {', '.join(CLUSTERS)}")
     if cluster == "none":
         return None
@@ -53,82 +66,122 @@ def find_processes(args: argparse.Namespace, env: Mapping[str, str]) -> Processe
         return _jobset(env)
     if cluster == "slurm" or (cluster == "auto" and _under_srun(env)):
         return _slurm(env)
-    # A pod on Kubernetes names its workers; one made by gcloud does not: there, say --cluster tpu.
+    # A TPU pod on Kubernetes lists its workers in this variable. A pod made by gcloud does not, so
+    # it needs --cluster tpu.
     if cluster == "tpu" or (cluster == "auto" and "," in env.get("TPU_WORKER_HOSTNAMES", "")):
         return Processes("tpu")
     return None
 
 
 def _explicit(args: argparse.Namespace, env: Mapping[str, str]) -> Processes | None:
-    given = {
-        "--coordinator (JAX_COORDINATOR_ADDRESS)": args.coordinator
-        or env.get("JAX_COORDINATOR_ADDRESS"),
-        "--processes (JAX_NUM_PROCESSES)": _number(args.processes, "JAX_NUM_PROCESSES", env),
-        "--process (JAX_PROCESS_ID)": _number(args.process, "JAX_PROCESS_ID", env),
+    """Processes named by flags or by jax's variables; None if none of the three values is set.
+
+    Raises:
+        DistributedError: only some of the three values are set, or a value is wrong.
+    """
+    coordinator = args.coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+    count = _number(args.processes, "JAX_NUM_PROCESSES", env)
+    index = _number(args.process, "JAX_PROCESS_ID", env)
+    values = {
+        "--coordinator (JAX_COORDINATOR_ADDRESS)": coordinator,
+        "--processes (JAX_NUM_PROCESSES)": count,
+        "--process (JAX_PROCESS_ID)": index,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    missing = [name for name, value in values.items() if value is None]
+    if len(missing) == len(values):
         return None
-    if missing:
-        raise DistributedError(f"several processes: {' and '.join(missing)} not given")
-    coordinator, count, index = given.values()
-    return _checked(Processes("flags", coordinator, count, index))
+    if coordinator is None or count is None or index is None:
+        raise DistributedError(
+            f"several processes need all of {', '.join(values)}; {' and '.join(missing)} not given"
+        )
+    return _checked("flags", coordinator, count, index)
 
 
 def _number(flag: int | None, name: str, env: Mapping[str, str]) -> int | None:
+    """The value of a flag, else of the variable `name`; None if neither is set.
+
+    Raises:
+        DistributedError: the variable is not a number.
+    """
     if flag is not None or name not in env:
         return flag
     if not env[name].isdigit():
-        raise DistributedError(f"{name}={env[name]!r}: not a number")
+        raise DistributedError(f"{name}={env[name]!r}: not a number; set it to 0, 1, 2, …")
     return int(env[name])
 
 
 def _jobset(env: Mapping[str, str]) -> Processes:
-    """Pods of a JobSet with one replicated job, whose first pod is process 0."""
+    """Processes that are the pods of a JobSet with one replicated job; its first pod is process 0.
+
+    Raises:
+        DistributedError: a variable that launch/k8s_jobset.yaml sets is missing or wrong.
+    """
     wanted = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "PROCESSES", "JOB_COMPLETION_INDEX")
     missing = [name for name in wanted if not env.get(name)]
     if missing:
         raise DistributedError(f"JobSet: {', '.join(missing)} not set; see launch/k8s_jobset.yaml")
     name, job = env["JOBSET_NAME"], env["REPLICATED_JOB_NAME"]
-    count, index = (_number(None, name, env) for name in wanted[2:])
-    return _checked(Processes("jobset", f"{name}-{job}-0-0.{name}:{PORT}", count, index))
+    count = _number(None, "PROCESSES", env)
+    index = _number(None, "JOB_COMPLETION_INDEX", env)
+    assert count is not None and index is not None
+    # Kubernetes resolves this name to pod 0 of replica 0 of the job.
+    return _checked("jobset", f"{name}-{job}-0-0.{name}:{PORT}", count, index)
 
 
-def _checked(found: Processes) -> Processes:
-    host, _, port = found.coordinator.rpartition(":")
+def _checked(method: str, coordinator: str, count: int, index: int) -> Processes:
+    """These processes.
+
+    Raises:
+        DistributedError: the coordinator is not HOST:PORT, or there is no such process.
+    """
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise DistributedError(
-            f"coordinator {found.coordinator!r}: not HOST:PORT with a port from 1 to 65535"
+            f"coordinator {coordinator!r}: not HOST:PORT with a port from 1 to 65535"
         )
-    if not 0 <= found.index < found.count:
-        raise DistributedError(f"process {found.index} of {found.count}: counted from 0")
-    return found
+    if not 0 <= index < count:
+        raise DistributedError(
+            f"process {index} of {count}: processes are counted from 0 to {count - 1}"
+        )
+    return Processes(method, coordinator, count, index)
 
 
 def _under_srun(env: Mapping[str, str]) -> bool:
-    # A batch script without srun has the job's variables, but not those of a step.
+    """Whether `srun` has started this process as one of several tasks."""
+    # A batch script without srun has the job's variables, but not the variables of a step.
     tasks = _number(None, "SLURM_STEP_NUM_TASKS", env)
     return "SLURM_STEP_NODELIST" in env and (tasks or 1) > 1
 
 
 def _slurm(env: Mapping[str, str]) -> Processes:
+    """Processes that are the tasks of `srun`; jax reads the details from its variables.
+
+    Raises:
+        DistributedError: a variable that jax reads is missing or not a number.
+    """
     missing = [name for name in SLURM if name not in env]
     if missing:
         raise DistributedError(f"SLURM: {', '.join(missing)} not set; start with srun")
+    # The number of tasks, and the number of this task in the job and on its host.
     for name in SLURM[2:]:
         _number(None, name, env)
     return Processes("slurm")
 
 
 def check_port(coordinator: str) -> None:
-    """Process 0 must be able to listen there; jax would crash."""
+    """Check that process 0 can listen on the coordinator's port; jax would crash if it cannot.
+
+    Raises:
+        DistributedError: the port is in use or not allowed.
+    """
     port = int(coordinator.rpartition(":")[2])
     with socket.socket() as probe:
+        # A port that another program has just released counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             raise DistributedError(
                 f"coordinator {coordinator!r}: process 0 cannot listen on that port "
-                f"({error.strerror}); take another one, on all processes"
+                f"({error.strerror}); give another port to all processes"
             ) from error

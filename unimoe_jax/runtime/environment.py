@@ -1,4 +1,4 @@
-"""env.json: versions, devices and git commit."""
+"""Versions, devices and git commit, which a run records in env.json beside its settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Packages whose versions are recorded, if they are installed.
 PACKAGES = (
     *("unimoe-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
     *("transformers", "tokenizers", "safetensors", "pydantic", "PyYAML", "rich", "matplotlib"),
@@ -19,8 +20,9 @@ XLA_SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_M
 
 
 def env_info() -> dict[str, Any]:
-    """For env.json: versions, platform, devices, git commit, command line, XLA settings."""
-    import jax  # here, so that a report can be written without it
+    """Versions, platform, devices, git commit, command line and XLA settings, for env.json."""
+    # Imported here, so that programs without computations, such as reports, start without jax.
+    import jax
 
     devices = jax.devices()
     kinds = {d.device_kind: 0 for d in devices}
@@ -41,6 +43,7 @@ def env_info() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -48,12 +51,14 @@ def _version(name: str) -> str | None:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout that tracks `folder`, with `+changes`; None outside of one.
+    """The commit of the git checkout that tracks `folder`, or None if no checkout tracks it.
 
-    A package installed somewhere below an unrelated checkout is not tracked by it: None.
+    "+changes" is appended if tracked files in `folder` differ from the commit. A package that is
+    installed somewhere below an unrelated checkout is not tracked by it, so the result is None.
     """
 
     def git(*arguments: str) -> str | None:
+        """What the git command prints, or None if it fails."""
         try:
             done = subprocess.run(
                 ["git", "-C", os.fspath(folder), *arguments],
@@ -61,7 +66,8 @@ def git_commit(folder: Path) -> str | None:
                 text=True,
                 timeout=20,
             )
-        except (OSError, subprocess.TimeoutExpired):  # no git on this machine
+        except (OSError, subprocess.TimeoutExpired):
+            # There is no git on this machine, or it does not answer.
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and report write errors in one line."""
+"""Write files completely or not at all, and report write errors in one line."""
 
 from __future__ import annotations
 
@@ -14,35 +14,45 @@ from typing import Any
 import numpy as np
 
 _TENSORSTORE = re.compile(r"([^:\[]*)\[os[ _]error", re.IGNORECASE)
+"""Finds the reason in TensorStore's report of an error of the operating system."""
 
 
 class WriteError(RuntimeError):
-    """Something that cannot be written; the message says where and why."""
+    """Raised for a file or folder that cannot be written; the message says where and why."""
 
 
 @contextlib.contextmanager
 def raising_write_errors(what: Path, then: str = "") -> Iterator[None]:
-    """What goes wrong while `what` is written is a WriteError; faults of programs stay as they are.
-    `then` ends its message.
+    """Turn errors of the operating system while `what` is written into a WriteError.
+
+    Other exceptions pass through. `then` is appended to the message.
 
     Raises:
-        WriteError: as the operating system says.
+        WriteError: with the reason that the operating system gives.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        found = _TENSORSTORE.search(str(error))  # it raises ValueError
-        if found is None and not isinstance(error, OSError):
+        # TensorStore, which writes checkpoints, raises a ValueError for an error of the system.
+        match = _TENSORSTORE.search(str(error))
+        if match:
+            reason = match[1].strip()
+        elif isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
             raise
-        reason = found[1].strip() if found else error.strerror or str(error)
-        if isinstance(error, OSError) and error.filename:  # maybe a source that cannot be read
+        # The file may be another one than `what`, for example a source that cannot be read.
+        if isinstance(error, OSError) and error.filename:
             reason += f": {error.filename}"
         raise WriteError(f"{what}: cannot be written ({reason}){then}") from error
 
 
 @contextlib.contextmanager
 def with_filename(path: Path | str) -> Iterator[None]:
-    """An OSError names `path` where it names nothing, as those of an open file do."""
+    """Let every OSError name a file: `path`, if the error names none.
+
+    Python's errors while an open file is written or closed do not name the file.
+    """
     try:
         yield
     except OSError as error:
@@ -51,7 +61,13 @@ def with_filename(path: Path | str) -> Iterator[None]:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with arrays as lists, NaN and infinities as strings. TypeError for anything odd."""
+    """Convert `value` for JSON: arrays become lists, NaN and infinities become strings.
+
+    The strings are "nan", "inf" and "-inf", which `float()` reads back.
+
+    Raises:
+        TypeError: the value, or one inside it, has no form in JSON.
+    """
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Mapping):
@@ -64,7 +80,9 @@ def jsonable(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if hasattr(value, "__array__"):  # numpy and jax arrays and scalars, bfloat16 too
+    if hasattr(value, "__array__"):
+        # Arrays and scalars of numpy and jax. Types such as bfloat16 are no numbers to Python, so
+        # they are converted to float first.
         array = np.asarray(value)
         return jsonable(
             array.tolist() if array.dtype.kind in "biuf" else array.astype(float).tolist()
@@ -73,12 +91,15 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as JSON to `path`; readers see the old file or the new one, never half."""
+    """Write `value` as JSON to `path`; readers see the old file or the new one, never a part."""
     write_text_atomic(Path(path), json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 beside `path`, syncs it to disk and renames it to `path`."""
+    """Write `text` as UTF-8 to a file beside `path`, sync it to disk and rename it to `path`.
+
+    The process id is in the temporary name, so two processes do not write the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -11,13 +11,17 @@ READER_GONE = 141
 
 
 def exit_quietly_on_closed_pipe(body: Callable[[], int]) -> int:
-    """The exit code of `body`; `READER_GONE`, in silence, if nobody reads standard output any more.
-    What else `body` raises goes on."""
+    """The exit code of `body`, or `READER_GONE` if the reader of standard output has gone.
+
+    A closed pipe prints no error. Every other exception of `body` is passed on.
+    """
     try:
         code = body()
-        sys.stdout.flush()  # what nobody reads shows here, not when the interpreter ends
+        # Flush here, so that a closed pipe raises here and not when the interpreter ends.
+        sys.stdout.flush()
     except BrokenPipeError:
-        # What is still to be written would be complained of when the interpreter ends.
+        # Redirect stdout to /dev/null; otherwise Python prints a BrokenPipeError when it flushes
+        # the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     return code
