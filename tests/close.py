@@ -1,4 +1,4 @@
-"""Comparison of trees of arrays by relative norm."""
+"""Compare trees of arrays by the relative norm of their differences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def relative_error(actual: Any, expected: Any, floor: float = 0.0) -> float:
-    """‖actual − expected‖ / max(‖expected‖, floor) in float64; absolute where that is 0."""
+    """‖actual − expected‖ / max(‖expected‖, floor) in float64; ‖actual‖ if the divisor is 0."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     norm = max(float(np.linalg.norm(expected)), floor)
@@ -17,7 +17,10 @@ def relative_error(actual: Any, expected: Any, floor: float = 0.0) -> float:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float, floor: float = 0.0) -> None:
-    """Every leaf agrees within `tolerance`; the message names the leaves that do not."""
+    """Assert that the relative error of every leaf is at most `tolerance`.
+
+    The message names the leaves whose error is larger.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     errors = jax.tree.map(lambda a, e: relative_error(a, e, floor), actual, expected)
     bad = {

@@ -1,15 +1,16 @@
-"""One setting for all tests: CPU with eight virtual devices, exact matmuls, no silent promotion."""
+"""Settings of all tests: a CPU with eight virtual devices, exact matmuls, no silent promotion."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Read when jax starts its backend. Most of the tests' time is compilation, so it optimises little.
+# jax reads these flags when it starts its backend. Most of the tests' time is compilation, so XLA
+# optimises little.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-_given = os.environ.get("XLA_FLAGS")
+_user_flags = os.environ.get("XLA_FLAGS")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {_given or ''}".strip()
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {_user_flags or ''}".strip()
 
 import jax
 import pytest
@@ -17,12 +18,13 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The backend starts here; programs that tests start get the flags that were given, not these.
+# Start the backend now and restore the user's flags, so that programs that tests start do not
+# inherit the flags of the tests.
 jax.devices()
-if _given is None:
+if _user_flags is None:
     del os.environ["XLA_FLAGS"]
 else:
-    os.environ["XLA_FLAGS"] = _given
+    os.environ["XLA_FLAGS"] = _user_flags
 
 
 def pytest_addoption(parser):
@@ -33,8 +35,9 @@ def pytest_addoption(parser):
     )
 
 
-# Long files of few tests. Were they to come last, as pytest-xdist likes it, one worker would
-# wait for the other's; with `--no-loadscope-reorder` files are run in the order of the collection.
+# Slow files with few tests. pytest-xdist would run them last, and the other workers would wait for
+# the worker that runs the last one. With `--no-loadscope-reorder` files run in the order of
+# collection, so these files are put first.
 LONG = ("tiny_layouts", "tiny_run", "cumo_tiny", "multihost", "sharded_start", "layouts", "launch")
 
 
@@ -45,19 +48,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def update_golden(request) -> bool:
-    """Whether recorded tables are to be rewritten."""
+    """Whether to rewrite recorded tables instead of comparing with them."""
     return request.config.getoption("--update-golden")
 
 
 @pytest.fixture(scope="session")
-def devices() -> list[jax.Device]:
-    """Eight devices."""
-    found = jax.devices()
-    assert len(found) >= 8, f"{len(found)} devices, eight are needed"
-    return found[:8]
+def devices() -> list:
+    """Eight virtual devices."""
+    devices = jax.devices()
+    assert len(devices) >= 8, f"{len(devices)} devices, but the tests need eight"
+    return devices[:8]
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """One embedded data set and one compilation cache for all runs of the session."""
+    """A cache folder for all runs of the session: one embedded data set, compiled programs."""
     return tmp_path_factory.mktemp("cache")

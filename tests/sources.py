@@ -1,4 +1,4 @@
-"""Sources of parameters that lie in memory, and whole parameters that start from them."""
+"""Sources of parameters in memory, and parameters that start from such sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unimoe_jax.config import Take
 def array_source(
     name: str, arrays: Mapping[str, np.ndarray], kinds: tuple[bool, ...]
 ) -> ParamSource:
-    """A source of `arrays`; `kinds`: which decoder layers carry experts."""
+    """A source that reads `arrays`. kinds: one flag per decoder layer: True if it has experts."""
     shapes = {path: array.shape for path, array in arrays.items()}
     return ParamSource(name, shapes, lambda path, index: arrays[path][index], kinds)
 
@@ -26,6 +26,6 @@ def gather(
     sources: Mapping[str, ParamSource],
     kinds: tuple[bool, ...],
 ) -> np.ndarray:
-    """All of a parameter at its start, in float32."""
+    """The whole parameter `path` at its start under the rule `take`, in float32."""
     start = start_of(path, shape, take, sources, kinds)
     return start.read((slice(None),) * len(shape), np.dtype(np.float32))

@@ -1,4 +1,4 @@
-"""Query connectors: shapes, who sees whom, stacking, low precision."""
+"""Query connectors: shapes, which query sees which, stacking, low precision."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_shape_and_low_precision(connector):
     np.testing.assert_allclose(out.astype(jnp.float32), soft, atol=0.1)
 
 
-def test_queries_see_earlier_ones_or_all(connector):
-    """Whisper's decoder is causal, the Q-Former is not."""
+def test_queries_see_earlier_queries_or_all_queries(connector):
+    """Whisper's decoder is causal, and the Q-Former is not."""
     module, variables, states = connector
 
     def outputs(queries):
@@ -84,7 +84,7 @@ def test_qformer_reads_the_encoder_in_every_second_layer():
 
 
 def test_released_qformer_is_one_scan_of_six_pairs():
-    """99.24 M parameters, counted on the original, without queries and projector."""
+    """The original has 99.24 M parameters without queries and projector."""
     sizes = dict(hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12)
     params = shapes(QueryConnectorConfig(kind="qformer", **sizes), 4096, 768)
     assert {name for name in params if name.startswith("run_")} == {"run_0"}
@@ -98,7 +98,7 @@ def test_more_queries_than_positions_are_refused():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_mlp_connector_is_linear_and_gelu_in_turn(depth: int):
+def test_mlp_connector_has_gelu_between_linear_layers(depth: int):
     module = MlpConnector(depth, 6, LayerOptions())
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
     variables = nn.unbox(module.init(jax.random.key(1), x))

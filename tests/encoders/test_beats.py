@@ -39,12 +39,11 @@ CONFIG = BeatsConfig(
     num_buckets=16,
     max_distance=40,
 )
-SAMPLES = 3300  # 18 frames of a 25 ms window every 10 ms
-FRAMES = 18
+SAMPLES, FRAMES = 3300, 18  # a chunk of about 0.2 s
 
 
 def test_no_projection_between_equal_widths():
-    """The original has no post_extract_proj then, and its checkpoint no such tensor."""
+    """The original then has no layer post_extract_proj, so the conversion must not expect one."""
     config = CONFIG.model_copy(update={"embed_size": CONFIG.hidden_size})
     fbank, length = jnp.zeros((1, FRAMES, config.mel_bins)), jnp.array([SAMPLES])
     shapes = jax.eval_shape(
@@ -67,11 +66,14 @@ def test_visible_tokens_of_a_30_s_chunk(samples: int, tokens: int):
 
 
 @pytest.mark.parametrize("num_samples,num_frames,num_tokens", [(32_000, 198, 96), (3300, 18, 8)])
-def test_visible_tokens_share_out_samples(num_samples: int, num_frames: int, num_tokens: int):
-    """Two rounds of: drop the remainder, cut into equal shares, masked if all of it is."""
+def test_visible_tokens_equal_two_rounds_of_grouping(
+    num_samples: int, num_frames: int, num_tokens: int
+):
+    """The original groups samples to frames and frames to tokens, as `coarser` does."""
 
     def coarser(masked: np.ndarray, parts: int) -> np.ndarray:
-        return masked[: len(masked) - len(masked) % parts].reshape(parts, -1).all(axis=1)
+        """Drop the remainder and cut into equal parts; a part is masked if all of it is."""
+        return np.all(masked[: len(masked) - len(masked) % parts].reshape(parts, -1), axis=1)
 
     lengths = np.linspace(1, num_samples, 40).astype(int)
     visible = visible_tokens(jnp.asarray(lengths), num_samples, num_frames, num_tokens)
@@ -85,13 +87,13 @@ def test_more_tokens_than_frames_are_refused():
         visible_tokens(jnp.array([5]), 1600, 8, 9)
 
 
-def test_buckets():
+def test_buckets_of_all_offsets_of_a_30_s_chunk():
     offset = np.arange(-1495, 1496)
     bucket = relative_buckets(offset, 320, 800)
     for o, b in zip(offset, bucket, strict=True):
         n = abs(o)
-        log = 80 + math.floor(80 * math.log(max(n, 1) / 80) / math.log(10))
-        assert b == (160 if o > 0 else 0) + (n if n < 80 else min(159, log))
+        logarithmic = 80 + math.floor(80 * math.log(max(n, 1) / 80) / math.log(10))
+        assert b == (160 if o > 0 else 0) + (n if n < 80 else min(159, logarithmic))
 
 
 def test_relative_bias_is_the_bucket_of_key_minus_query():
@@ -128,7 +130,7 @@ def encoder():
     length = jnp.array([1500, SAMPLES])
     init = partial(module.init, num_samples=SAMPLES)
     variables = nn.unbox(jax.eval_shape(init, jax.random.key(1), fbank, length))
-    # All parameters random, norms and biases too, so that none is idle.
+    # Make all parameters random, norms and biases too, so that each has an effect.
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), variables)
     return module, variables, fbank, length
@@ -147,7 +149,7 @@ def gradients(module: BeatsEncoder, variables, fbank: jax.Array, length: jax.Arr
 
 @pytest.mark.parametrize(("taps", "groups"), [(6, 2), (5, 1)])
 def test_gradients_of_the_grouped_convolution(taps: int, groups: int):
-    """They are those of the same sum, written out tap by tap."""
+    """The gradients equal those of the same sum, written out tap by tap."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 9, 4)), rng.standard_normal((taps, 4 // groups, 4))
 
@@ -156,23 +158,25 @@ def test_gradients_of_the_grouped_convolution(taps: int, groups: int):
         x_BTGI = padded.reshape(2, -1, groups, 4 // groups)
         w_KIGO = w.reshape(taps, 4 // groups, groups, -1)
         terms = [jnp.einsum("btgi,igo->btgo", x_BTGI[:, k : k + 9], w_KIGO[k]) for k in range(taps)]
-        return sum(terms).reshape(2, 9, 4)
+        return jnp.sum(jnp.stack(terms), axis=0).reshape(2, 9, 4)
 
     def both(x, w):
-        out, pull = jax.vjp(lambda x, w: grouped_conv(x, w, groups), x, w)
-        right, right_pull = jax.vjp(written_out, x, w)
-        return (out, *pull(jnp.sin(right))), (right, *right_pull(jnp.sin(right)))
+        out, gradients = jax.vjp(lambda x, w: grouped_conv(x, w, groups), x, w)
+        expected_out, expected_gradients = jax.vjp(written_out, x, w)
+        cotangent = jnp.sin(expected_out)
+        return (out, *gradients(cotangent)), (expected_out, *expected_gradients(cotangent))
 
-    assert_close(*jax.jit(both)(x.astype("f4"), w.astype("f4")), 1e-6)
+    actual, expected = jax.jit(both)(x.astype("f4"), w.astype("f4"))
+    assert_close(actual, expected, 1e-6)
 
 
-def test_padding_reaches_nothing(encoder):
-    """1500 samples = 9 of 18 frames begin before their end = 5 of 8 tokens, in patches 0..2."""
+def test_padding_changes_no_token(encoder):
+    """Of 18 frames, 9 begin within 1500 samples, so 5 of 8 tokens in the patches 0..2 are valid."""
     module, variables, fbank, length = encoder
     visible = visible_tokens(length, SAMPLES, FRAMES, 8)
     assert int(visible[0].sum()) == 5
 
-    # Time patch 3 of row 0 holds only masked tokens; frames 16.. are beyond the last whole patch.
+    # In row 0, time patch 3 holds only masked tokens. Frames 16 and 17 are beyond the last patch.
     _, slope = gradients(module, variables, fbank, length)
     touched = np.abs(np.asarray(slope)).max(axis=2) > 0
     np.testing.assert_array_equal(touched[0], np.arange(FRAMES) < 12)
@@ -181,12 +185,12 @@ def test_padding_reaches_nothing(encoder):
     assert np.abs(slope[0, 8:12, :4]).max() > 0 and np.abs(slope[0, 8:12, 4:]).max() == 0
 
 
-def test_gradients_are_finite_and_complete(encoder):
+def test_every_parameter_gets_a_finite_gradient(encoder):
     module, variables, fbank, length = encoder
     by_parameter, _ = gradients(module, variables, fbank, length)
     for path, grad in jax.tree.leaves_with_path(by_parameter):
         assert np.isfinite(grad).all(), path
-        # A key bias shifts all scores of a query alike, which softmax does not see.
+        # A bias of the keys adds the same number to all scores of a query, so softmax cancels it.
         assert np.abs(grad).max() > 0 or "k_proj" in jax.tree_util.keystr(path), path
 
 
@@ -202,7 +206,7 @@ def test_bfloat16_and_rows_without_samples_stay_finite(encoder):
 
 
 def test_released_size_has_90_million_parameters():
-    """90.31 M, counted on the original with its AS2M configuration."""
+    """The original has 90.31 M parameters with its AS2M configuration."""
     config = BeatsConfig(hidden_size=768, embed_size=512, mlp_dim=3072, num_layers=12, num_heads=12)
     module = BeatsEncoder(config, LayerOptions())
     params = jax.eval_shape(

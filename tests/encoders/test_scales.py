@@ -1,4 +1,4 @@
-"""Views of an image at several scales, and their features put together again."""
+"""The views of an image at several scales, and how their features are merged."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ RNG = np.random.default_rng(0)
 
 
 def test_bicubic_weights_of_factor_three():
-    """The taps that follow from a = -0.75 at the three positions between samples."""
+    """The weights that a = -0.75 gives at the three output positions of a sample."""
     matrix = scales.bicubic_matrix(7, 3)
     before = np.array([-1 / 18, 10 / 27, 43 / 54, -1 / 9])
     np.testing.assert_allclose(matrix[9, 1:5], before, atol=1e-7)
-    np.testing.assert_array_equal(matrix[10], np.eye(7)[3])  # the middle one is a copy
+    np.testing.assert_array_equal(matrix[10], np.eye(7)[3])  # the middle position is a sample
     np.testing.assert_allclose(matrix[11, 2:6], before[::-1], atol=1e-7)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
 
 
-def test_the_border_is_repeated():
+def test_border_samples_are_repeated():
     line = np.concatenate([[5.0] * 4, RNG.standard_normal(3)])
     inside = scales.bicubic_matrix(7, 2) @ line
     np.testing.assert_allclose((scales.bicubic_matrix(4, 2) @ line[3:])[0], inside[6], rtol=1e-6)
@@ -45,8 +45,8 @@ def test_enlarging_agrees_with_torch(factor: int):
         )
 
 
-def test_merge_averages_squares_of_the_whole_picture():
-    """A picture whose features are their own place: means of squares are places again."""
+def test_merge_averages_squares_of_the_whole_image():
+    """The features of a patch are its row and column, so the mean of a square is its centre."""
     grid, factor = 2, 3
     side = grid * factor
     place = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
@@ -59,7 +59,7 @@ def test_merge_averages_squares_of_the_whole_picture():
     np.testing.assert_allclose(merged[0, :, 2:], [[1, 1], [1, 4], [4, 1], [4, 4]])
 
 
-def test_weights_of_views():
+def test_every_scale_has_the_same_weight():
     weights = scales.view_weights((1, 3))
     assert scales.num_views((1, 3)) == len(weights) == 10
     np.testing.assert_allclose([weights[0], weights[1:].sum()], [0.5, 0.5], rtol=1e-6)

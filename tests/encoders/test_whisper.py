@@ -35,7 +35,7 @@ def test_shapes_parameters_and_low_precision():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_windows_are_a_convolution(stride: int):
+def test_a_product_with_windows_is_a_convolution(stride: int):
     x = jax.random.normal(jax.random.key(0), (1, 7, 2))
     kernel = jax.random.normal(jax.random.key(1), (3, 2, 4))
     expected = jax.lax.conv_general_dilated(

@@ -1,4 +1,4 @@
-"""The decoder: who sees whom, packing, placements of experts."""
+"""The decoder: which position sees which, packing, placements of experts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def stream(seed: int = 0, rows: int = 1) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Experts in layers 0 and 2, a dense layer between."""
+    """A decoder with experts in layers 0 and 2 and a dense layer in between, and its parameters."""
     return build()
 
 
@@ -73,7 +73,7 @@ def test_packed_segments_equal_separate_rows(mixed):
         assert relative_error(part, separate[:size]) < 2e-6, f"segment {number}"
 
 
-def test_padding_reaches_nothing(mixed):
+def test_padding_changes_nothing(mixed):
     decoder, params = mixed
     x, changed = stream(), stream()
     changed[0, -1] = 50.0
@@ -83,11 +83,11 @@ def test_padding_reaches_nothing(mixed):
         a, b = (getattr(out.aux, name) for out in (before, after))
         np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=name)
     assert before.aux.load_ME.sum() == 2 * 2 * 7  # layers · top_k · tokens
-    assert (before.aux.expert_BTK[:, 0, -1] == 4).all()
+    assert (before.aux.expert_BTK[:, 0, -1] == 4).all()  # the padding has no expert
 
 
-def test_who_sees_whom():
-    """Gradients reach the same segment's earlier tokens, all of them, and nothing else."""
+def test_a_position_sees_all_earlier_positions_of_its_segment():
+    """Gradients reach exactly the position itself and the earlier ones of the same segment."""
     decoder, params = build(moe=DENSE_DISPATCH)
 
     def outputs(x):
@@ -140,11 +140,14 @@ def test_scans_equal_a_loop_over_layers(layers, num_layers: int):
 
 
 def test_equal_experts_are_a_dense_layer(mixed):
-    """Every expert a copy of one dense layer: weights sum to one, so the model is the dense one."""
+    """With experts that are copies of a dense layer, the model equals the dense one.
+
+    The weights of a token's experts sum to one.
+    """
     sparse, sparse_params = mixed
     dense, dense_params = build(moe=None)
-    there = {f"decoder/{path}": np.asarray(leaf) for path, leaf in dense_params.items()}
-    sources = {"dense": array_source("dense", there, (False,) * 3)}
+    dense_arrays = {f"decoder/{path}": np.asarray(leaf) for path, leaf in dense_params.items()}
+    sources = {"dense": array_source("dense", dense_arrays, (False,) * 3)}
     copies = Take(match=".*/moe/experts/.*", experts=("dense",) * MOE.num_experts)
     params = {}
     for path, leaf in sparse_params.items():
@@ -157,24 +160,25 @@ def test_equal_experts_are_a_dense_layer(mixed):
         )
     args = (stream(), SEGMENTS, POSITIONS)
     actual, expected = run(sparse, params, *args), run(dense, dense_params, *args)
-    # Not at the padding, which goes to no expert.
+    # Leave the padding out, because it goes to no expert.
     assert relative_error(actual.hidden_BTD[:, :-1], expected.hidden_BTD[:, :-1]) < 5e-6
     assert expected.aux is None
 
 
 def test_remat_changes_nothing(mixed):
     decoder, params = mixed
-    again = Decoder(decoder_config(remat=True), OPTIONS)
+    with_remat = Decoder(decoder_config(remat=True), OPTIONS)
 
-    def loss(params, x, which):
-        return jnp.sum(jnp.sin(run(which, params, x, SEGMENTS, POSITIONS).hidden_BTD))
+    def loss(params, x, decoder):
+        return jnp.sum(jnp.sin(run(decoder, params, x, SEGMENTS, POSITIONS).hidden_BTD))
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=2)
-    assert_close(gradient(params, stream(), again), gradient(params, stream(), decoder), 1e-5)
+    expected = gradient(params, stream(), decoder)
+    assert_close(gradient(params, stream(), with_remat), expected, 1e-5)
 
 
-def test_the_kernel_of_a_platform_changes_nothing(monkeypatch):
-    """What TPUs run, step by step, beside tiles: hidden states and gradients of the stream."""
+def test_the_kernel_of_tpus_changes_nothing(monkeypatch):
+    """The kernel, interpreted step by step, gives the tiles' hidden states and gradients."""
     decoder, params = build(num_layers=2)
     weight = np.random.default_rng(1).standard_normal((1, LENGTH, WIDTH), np.float32)
     weight[SEGMENTS == 0] = 0
@@ -197,9 +201,10 @@ def test_the_kernel_of_a_platform_changes_nothing(monkeypatch):
 
     monkeypatch.setattr("unimoe_jax.models.decoder.suits", lambda setting, *size: setting == "auto")
     monkeypatch.setattr("unimoe_jax.models.decoder.attend_segments", attend_here)
-    asked = Decoder(decoder.config, replace(OPTIONS, attention="xla"))
-    assert_close(gradient(asked, stream()), tiles, 0)
+    without_kernel = Decoder(decoder.config, replace(OPTIONS, attention="xla"))
+    assert_close(gradient(without_kernel, stream()), tiles, 0)
     assert not calls
+    # Trace the decoder again, this time with the kernel.
     jax.clear_caches()
     assert_close(gradient(decoder, stream()), tiles, 1e-5)
     assert calls

@@ -1,4 +1,4 @@
-"""The gather of soft tokens: by shard, differentiable."""
+"""The gather of soft tokens: every row reads the table of its data shard; gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLOTS = np.array([[-1, 0, 1, -1, -1], [5, -1, -1, -1, 4], [-1, 0, 1, 2, -1], [-1
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_rows_read_their_own_shard(shards: int):
+def test_rows_read_the_table_of_their_shard(shards: int):
     soft = RNG.standard_normal((shards, SOFT, WIDTH), np.float32)
     out = token_stream(TEXT, jnp.asarray(soft), SLOTS)
     for b, t in np.ndindex(ROWS, LENGTH):
@@ -26,7 +26,7 @@ def test_rows_read_their_own_shard(shards: int):
 
 
 def test_gradient_reaches_each_used_soft_token_once():
-    """Two shards; d(sum)/d(soft) counts the uses of each soft token."""
+    """The gradient of the sum with respect to a soft token counts how often it is used."""
     soft = jnp.zeros((2, SOFT, WIDTH))
     text, table = jax.grad(lambda t, s: jnp.sum(token_stream(t, s, SLOTS)), argnums=(0, 1))(
         jnp.asarray(TEXT), soft
@@ -44,6 +44,6 @@ def test_without_soft_tokens_the_text_stays():
     assert token_stream(TEXT, None, np.full((ROWS, LENGTH), -1)) is TEXT
 
 
-def test_text_decides_the_dtype():
+def test_the_stream_has_the_dtype_of_the_text():
     soft = jnp.ones((1, SOFT, WIDTH), jnp.float32)
     assert token_stream(jnp.asarray(TEXT, jnp.bfloat16), soft, SLOTS).dtype == jnp.bfloat16

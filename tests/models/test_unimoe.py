@@ -1,4 +1,4 @@
-"""The whole model: pools, their order in the table, unused entries, tied embeddings."""
+"""The whole model: the order of pools in the table, unused entries, tied embeddings, losses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def full():
     return (*build(CONFIG, batch), batch)
 
 
-def test_stream_holds_the_table_in_pool_order(full):
+def test_stream_holds_soft_tokens_in_the_order_of_the_pools(full):
     model, params, batch = full
     count, tree = sum(SOFT_TOKENS.values()), nest(params)
     width, options = CONFIG.decoder.hidden_size, model.options
@@ -70,7 +70,7 @@ def test_stream_holds_the_table_in_pool_order(full):
     assert out.logits_BTV.dtype == jnp.float32
 
 
-def test_a_video_of_one_picture_is_that_picture(full):
+def test_a_video_of_equal_frames_has_the_tokens_of_the_frame(full):
     model, params, batch = full
     module = Vision(CONFIG.vision, CONFIG.decoder.hidden_size, model.options)
     frames = np.repeat(batch.image_GIHWC[:, :, None], CONFIG.vision.frames, axis=2)
@@ -87,16 +87,16 @@ def test_a_video_of_one_picture_is_that_picture(full):
 def test_text_needs_no_encoder(full):
     model, params, _batch = full
     text = make_batch(CONFIG, 2, LENGTH, 1)
-    own = {
+    needed = {
         path: leaf for path, leaf in params.items() if path.startswith(("embed", "decoder", "lm"))
     }
     np.testing.assert_array_equal(
-        run(model, own, text).logits_BTV, run(model, params, text).logits_BTV
+        run(model, needed, text).logits_BTV, run(model, params, text).logits_BTV
     )
 
 
-def test_unused_entries_reach_nothing(full):
-    """A pool entry without a position that refers to it: no effect, no gradient."""
+def test_unused_entries_have_no_effect(full):
+    """A pool entry to which no position refers has no gradient."""
     model, params, batch = full
     slots = np.where(batch.slot_BT >= SOFT_TOKENS["image"], -1, batch.slot_BT)
     others = dict.fromkeys(("video_GIFHWC", "audio_GJFM", "audio_length_GJ"))
@@ -125,33 +125,38 @@ def test_tied_embeddings():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_loss_needs_no_logits(tied):
-    """With `want="loss"` the same loss and gradients as from the logits, and the same statistics of
-    the routers, though the last layer's experts leave out positions without target."""
+def test_the_loss_equals_that_of_the_logits(tied):
+    """`want="loss"` gives the loss, gradients and router statistics that the logits give.
+
+    The experts of the last layer leave out the positions without a target.
+    """
     config = model_config(decoder=decoder_config(tie_embeddings=tied))
     batch = make_batch(config, 2, LENGTH, 1)
     weight = np.array(batch.weight_BT) * (np.arange(LENGTH) % 3 > 0)
     batch = batch._replace(weight_BT=weight)
     model, params = build(config, batch)
 
-    def of_logits(params):
+    def loss_of_logits(params):
         out = model.apply({"params": nest(params)}, batch)
         loss = cross_entropy(out.logits_BTV, batch.target_BT, weight)[0]
         return loss + router_losses(out.aux, AUX), out
 
-    def without(params):
+    def loss_without_logits(params):
         out = model.apply({"params": nest(params)}, batch, "loss")
         return out.loss.total + router_losses(out.aux, AUX), out
 
-    (expected, full), gradients = jax.jit(jax.value_and_grad(of_logits, has_aux=True))(params)
-    (loss, out), actual = jax.jit(jax.value_and_grad(without, has_aux=True))(params)
+    def value_and_gradients(loss):
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (expected, full), gradients = value_and_gradients(loss_of_logits)
+    (loss, out), actual = value_and_gradients(loss_without_logits)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for path, gradient in gradients.items():
         assert relative_error(actual[path], gradient) < 1e-5, path
-    for ours, theirs in zip(out.aux["decoder"], full.aux["decoder"], strict=True):
-        if theirs is not None:
-            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for statistic, right in zip(out.aux["decoder"], full.aux["decoder"], strict=True):
+        if right is not None:
+            np.testing.assert_allclose(statistic, right, atol=1e-6)
     assert out.logits_BTV is None
     same = np.abs(out.decoder.hidden_BTD - full.decoder.hidden_BTD).max(-1) < 1e-5
-    # Padding visits no expert either way.
+    # The hidden states agree where there is a target, and at padding, which goes to no expert.
     np.testing.assert_array_equal(same, (weight > 0) | (batch.segment_BT == 0))

@@ -1,4 +1,4 @@
-"""Experts in vision encoder and connector: statistics per image and scale, unused images, mesh."""
+"""Experts in the vision encoder and connector: statistics, unused images, expert parallelism."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def model_config(**changes) -> ModelConfig:
 
 
 def batch_of(images: int, used: tuple[int, ...], shards: int = 1, video: bool = False) -> Batch:
-    """`images` pool entries per shard; rows refer to those in `used`, the last one first."""
+    """A batch with `images` pool entries per shard; rows refer to the entries `used`, reversed."""
     config = model_config()
     batch = make_batch(config, shards, 20, shards)._replace(image_GIHWC=None, video_GIFHWC=None)
     rng = np.random.default_rng(1)
     pixels = rng.standard_normal((shards, images, 8, 8, 3)).astype(np.float32)
     slots, modality = batch.slot_BT.copy(), batch.modality_BT.copy()
-    for place, image in enumerate(reversed(used)):
-        at = slice(place * PATCHES, (place + 1) * PATCHES)
-        slots[:, at] = np.arange(PATCHES) + image * PATCHES
-        modality[:, at] = 2 if video else 1
+    for number, image in enumerate(reversed(used)):
+        positions = slice(number * PATCHES, (number + 1) * PATCHES)
+        slots[:, positions] = np.arange(PATCHES) + image * PATCHES
+        modality[:, positions] = 2 if video else 1
     batch = batch._replace(slot_BT=slots, modality_BT=modality)
     if video:
         return batch._replace(video_GIFHWC=np.stack([pixels, -pixels], axis=2))
@@ -82,8 +82,8 @@ def run(batch: Batch, **changes):
     return apply(UniMoE(model_config(**changes), LayerOptions()), params(), batch)
 
 
-def test_statistics_are_of_each_image_and_each_scale():
-    """Means over scales of means over tiles and images; the layer nobody reads counts as well."""
+def test_encoder_statistics_are_means_over_images_and_scales():
+    """Tiles and images are averaged first, then scales. The unread layer counts as well."""
     aux = run(batch_of(2, (0, 1))).aux["encoder"]
     logits = np.asarray(aux.logits_BTE, np.float64).reshape(LAYERS, 2, VIEWS, TOKENS, EXPERTS)
     assert aux.balance.shape == (LAYERS,)
@@ -95,11 +95,11 @@ def test_statistics_are_of_each_image_and_each_scale():
     squared = np.log(np.exp(logits).sum(-1)) ** 2
     by_scale = squared[:, :, 0].mean((1, 2)), squared[:, :, 1:].mean((1, 2, 3))
     np.testing.assert_allclose(aux.router_z, np.mean(by_scale, axis=0), rtol=1e-5)
-    # Tokens of an image and of its tiles are counted alike.
+    # In the load, tokens of an image and tokens of its tiles count the same.
     np.testing.assert_array_equal(aux.load_ME.sum((1, 2)), [2 * 2 * VIEWS * TOKENS] * LAYERS)
 
 
-def test_connector_statistics_are_of_each_image():
+def test_connector_statistics_are_means_over_images():
     aux = run(batch_of(2, (0, 1))).aux["connector"]
     logits = np.asarray(aux.logits_BTE[0], np.float64)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -109,7 +109,7 @@ def test_connector_statistics_are_of_each_image():
 
 
 def test_images_that_no_token_refers_to():
-    """They go to no expert and count nowhere, unless that is asked for."""
+    """They go to no expert and count nowhere, unless the settings count unused images."""
     one = batch_of(2, (1,))
     alone = one._replace(
         image_GIHWC=one.image_GIHWC[:, 1:], slot_BT=np.where(one.slot_BT < 0, -1, one.slot_BT - 4)
@@ -117,10 +117,9 @@ def test_images_that_no_token_refers_to():
     skipped, expected, counted = run(one), run(alone), run(one, unused_images="count")
     np.testing.assert_allclose(skipped.logits_BTV, expected.logits_BTV, rtol=1e-5, atol=1e-5)
     for name in ("encoder", "connector"):
-        for found, right in zip(
-            skipped.aux[name][:4], expected.aux[name][:4], strict=True
-        ):  # balance, z, entropy, load
-            np.testing.assert_allclose(found, right, rtol=1e-5)
+        # The first four statistics are balance, router_z, entropy and load_ME.
+        for actual, right in zip(skipped.aux[name][:4], expected.aux[name][:4], strict=True):
+            np.testing.assert_allclose(actual, right, rtol=1e-5)
         assert counted.aux[name].load_ME.sum() == 2 * skipped.aux[name].load_ME.sum()
         assert abs(counted.aux[name].balance - skipped.aux[name].balance).max() > 1e-4
 
@@ -132,8 +131,8 @@ def test_frames_count_as_video():
         np.testing.assert_array_equal(load_M, [0, 0, 2 * tokens, 0, 0])
 
 
-def test_upcycled_equals_dense():
-    """Experts that are all the dense layer change nothing, whatever the routers say."""
+def test_equal_experts_are_a_dense_layer():
+    """Experts that are copies of a dense layer change nothing, whatever the routers choose."""
     flat, dense = dict(params()), {}
     for path in [path for path in flat if path.startswith("vision") and "/moe/" in path]:
         if "/router/" in path:
@@ -152,7 +151,7 @@ def test_upcycled_equals_dense():
 
 
 def test_expert_parallelism_in_all_modules():
-    """Loss, statistics and gradients on a mesh that cuts batch and experts equal one device's."""
+    """Loss, statistics and gradients with sharded batch and experts equal those of one device."""
     model, shards = UniMoE(model_config(), LayerOptions()), 8
     batch = batch_of(1, (0,), shards)
 
@@ -166,24 +165,24 @@ def test_expert_parallelism_in_all_modules():
     mesh = make_mesh(MeshConfig(data=2, expert=4), jax.devices()[:8])
 
     with use_mesh(mesh):
-        cut = jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim)), batch)
+        sharded = jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh, a.ndim)), batch)
         placed = {
             path: jax.device_put(params()[path], param_sharding(mesh, path, *shape_and_axes))
             for path, shape_and_axes in declared(model, batch).items()
         }
         experts = [leaf for path, leaf in placed.items() if "/moe/experts/" in path]
         assert all("expert" in str(leaf.sharding.spec) for leaf in experts)
-        found = jax.jit(step)(placed, cut)
-    ((value, aux), grads), ((right, right_aux), right_grads) = found, expected
+        actual = jax.jit(step)(placed, sharded)
+    ((value, aux), grads), ((right, right_aux), right_grads) = actual, expected
     np.testing.assert_allclose(value, right, rtol=1e-5)
     for name in right_aux:
         np.testing.assert_allclose(aux[name], right_aux[name], rtol=1e-5)
     for path, gradient in right_grads.items():
-        # Biases of keys have no gradient but rounding noise.
+        # The gradients of key biases are zero apart from rounding, so they have no relative error.
         assert relative_error(grads[path], gradient) < 1e-4 or abs(gradient).max() < 1e-8, path
 
 
-def test_settings_that_cannot_be():
+def test_impossible_settings_are_refused():
     with pytest.raises(ValidationError, match="only `all`"):
         vision(encoder={**CLIP, "moe": MOE.model_copy(update={"layers": "even"})})
     with pytest.raises(ValidationError, match="only `all`"):

@@ -1,4 +1,4 @@
-"""The smallest models that have everything, and batches for them."""
+"""The smallest models with all kinds of modules, random parameters, and batches for them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SOFT_TOKENS = {"image": 4, "video": 4, "speech": 2, "audio": 2}
 
 
 def decoder_config(**changes) -> DecoderConfig:
-    """Three layers, two heads over one key head, experts in layers 0 and 2."""
+    """A decoder with three layers, two heads that share one key head, experts in layers 0 and 2."""
     fields = dict(vocab_size=VOCAB, hidden_size=WIDTH, mlp_dim=12, num_layers=3)
     fields |= dict(num_heads=2, num_kv_heads=1, remat=False, moe=MOE)
     return DecoderConfig(**{**fields, **changes})
 
 
 def model_config(media: bool = False, **changes) -> ModelConfig:
-    """With `media`, every encoder and connector in miniature."""
+    """A text model; with `media`, it has every encoder and connector in miniature."""
     fields: dict = {"decoder": decoder_config(), **changes}
     sizes = dict(hidden_size=8, mlp_dim=8, num_heads=2)
     if media:
@@ -44,8 +44,11 @@ def model_config(media: bool = False, **changes) -> ModelConfig:
 def make_batch(
     config: ModelConfig, rows: int, length: int, shards: int, media: bool = False, seed: int = 0
 ) -> Batch:
-    """Random batch: two segments and some padding per row; with `media`, every pool holds one
-    entry per shard, and the shard's first row begins with all of its soft tokens."""
+    """A random batch: two segments and two positions of padding per row.
+
+    With `media`, every pool holds one entry per shard, and the first row of a shard begins with the
+    soft tokens of all entries.
+    """
     rng = np.random.default_rng(seed)
     capacity = dict.fromkeys(config.tokens_per_medium(), 1) if media else {}
     spec = batch_spec(config, rows, length, shards, capacity)
@@ -54,13 +57,14 @@ def make_batch(
         for name, field in spec._asdict().items()
         if field is not None
     }
-    cut, end = length - 5, length - 2
-    at = np.arange(length)
+    # The second segment has the three positions from `start` to `end`.
+    start, end = length - 5, length - 2
+    index = np.arange(length)
     text = {
         "token_id_BT": rng.integers(0, VOCAB, (rows, length)),
         "target_BT": rng.integers(0, VOCAB, (rows, length)),
-        "segment_BT": np.tile(np.where(at < cut, 1, np.where(at < end, 2, 0)), (rows, 1)),
-        "position_BT": np.tile(np.where(at < cut, at, at - cut), (rows, 1)),
+        "segment_BT": np.tile(np.where(index < start, 1, np.where(index < end, 2, 0)), (rows, 1)),
+        "position_BT": np.tile(np.where(index < start, index, index - start), (rows, 1)),
         "slot_BT": np.full((rows, length), -1),
     }
     modality = np.where(text["segment_BT"] > 0, 0, -1)
@@ -71,7 +75,7 @@ def make_batch(
         full_chunk = config.audio.num_samples
         arrays["audio_length_GJ"] = np.full((shards, 1), full_chunk, np.int32)
     text["modality_BT"] = modality
-    # Uneven: rows differ in how many targets they have.
+    # Rows have different numbers of targets, as in real batches.
     counted = (text["segment_BT"] > 0) & (rng.random((rows, length)) < rng.random((rows, 1)))
     arrays |= {name: value.astype(np.int32) for name, value in text.items()}
     arrays["weight_BT"] = (counted & (text["slot_BT"] < 0)).astype(np.float32)
@@ -79,7 +83,7 @@ def make_batch(
 
 
 def random_params(model: nn.Module, *args, scale: float = 0.4) -> Flat:
-    """{path: values}, none of them zero: adapters and biases take part."""
+    """{path: random values}; adapters and biases are not zero, so all parameters have an effect."""
     keys = {name: jax.random.key(0) for name in ("params", "dropout", "router")}
     shapes = flatten(nn.unbox(jax.eval_shape(model.init, keys, *args))["params"])
     rng = np.random.default_rng(0)
@@ -90,6 +94,6 @@ def random_params(model: nn.Module, *args, scale: float = 0.4) -> Flat:
 
 
 def build(config: ModelConfig, batch: Batch, **options) -> tuple[UniMoE, Flat]:
-    """The model and random parameters."""
+    """The model of these settings, and random parameters for the pools of `batch`."""
     model = UniMoE(config, LayerOptions(lora=config.lora, **options))
     return model, random_params(model, batch)

@@ -1,10 +1,11 @@
-"""Real processes on this machine, joined by gloo: one run that is killed, told to stop, and goes on
-with two, one and four processes must equal a run of one process that was never disturbed.
+"""Several real processes on this machine, joined by gloo.
+
+One run is killed and stopped, and it continues with two, one and four processes. It must equal a
+run of one process that is never interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -26,10 +27,7 @@ from PIL import Image
 
 from unimoe_jax.checkpoints.checksums import verify
 from unimoe_jax.checkpoints.final import load_final
-from unimoe_jax.parallel import distributed
 from unimoe_jax.parallel.distributed import lost_peer
-from unimoe_jax.parallel.processes import DistributedError, Processes, find_processes
-from unimoe_jax.runtime.cpu import settle_cpu
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 120, 20
@@ -37,7 +35,7 @@ BAD_SAMPLE = "`conversations` is missing or empty (bad: malformed_record)"
 BROKEN = "picture33.png"
 JOIN = """
 import argparse, time
-from unimoe_jax import distributed
+from unimoe_jax.parallel import distributed
 parser = argparse.ArgumentParser()
 distributed.add_arguments(parser)
 distributed.initialize(parser.parse_args())
@@ -52,7 +50,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with data, a tokenizer and the run file that names them."""
+    """A folder with data, a tokenizer and the run file that uses them."""
     folder = tmp_path_factory.mktemp("multihost")
     rng = np.random.default_rng(0)
     for name, count in (("picture", 90), ("heldout", 20)):
@@ -70,6 +68,7 @@ def place(tmp_path_factory) -> Path:
         if name == "heldout":
             records.append({"image": "heldout0.png", "conversations": []})
         (folder / f"{name}.json").write_text(json.dumps(records))
+    # One image file is cut short; every process that loads it reports a bad sample.
     broken = folder / BROKEN
     broken.write_bytes(broken.read_bytes()[:300])
     model = io.BytesIO()
@@ -95,7 +94,11 @@ def place(tmp_path_factory) -> Path:
 
 @dataclass
 class Outcome:
-    """How the processes of one launch ended."""
+    """The end of the processes of one launch.
+
+    codes: exit codes. printed: standard output and errors. seconds: time since `interfere` of
+    `finish`. steps: saved checkpoints.
+    """
 
     codes: list[int]
     printed: list[str]
@@ -111,15 +114,16 @@ def arguments(place: Path, name: str, mesh: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    own = {
+    """Environment of the programs that the tests start."""
+    changes = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "PYTHON": sys.executable,
-        # Most of the time is compilation: optimise little.
+        # Most of the time is compilation, so XLA optimises little.
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    return {**os.environ, **own}
+    return {**os.environ, **changes}
 
 
 def free_address() -> str:
@@ -129,9 +133,9 @@ def free_address() -> str:
 
 
 def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-    """`count` processes of the training program that find each other by flags."""
+    """Start `count` processes of the training program that find each other by flags."""
     address = free_address()
-    found = [
+    flags_of_processes = [
         ["--coordinator", address, "--processes", str(count), "--process", str(index)]
         if count > 1
         else []
@@ -146,17 +150,19 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
             text=True,
             cwd=ROOT,
         )
-        for flags in found
+        for flags in flags_of_processes
     ]
 
 
 def logged(folder: Path) -> list[dict]:
+    """The records of metrics.jsonl, without a last line that is still being written."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def saved(folder: Path) -> list[int]:
+    """The steps of which a checkpoint is saved."""
     steps = folder / "checkpoints/tune/steps"
     return sorted(int(path.name) for path in steps.glob("*") if path.name.isdigit())
 
@@ -167,7 +173,7 @@ def finish(
     until: int | None = None,
     interfere: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Wait for the end; `interfere()` after step `until` has been logged."""
+    """Wait for the end of the processes; call `interfere` once step `until` has been logged."""
     deadline = time.monotonic() + 300
     try:
         while until is not None and not any(r["step"] >= until for r in logged(folder)):
@@ -188,21 +194,21 @@ def finish(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place) -> Outcome:
-    """One process, from beginning to end."""
+def uninterrupted(place) -> Outcome:
+    """A run of one process from beginning to end."""
     return finish(start(1, arguments(place, "one", "{data: 1}")), place / "one")
 
 
 @pytest.fixture(scope="module")
 def killed(place) -> Outcome:
-    """Two processes with parameters cut between them; the second is killed."""
+    """Two processes with parameters sharded between them; the second one is killed."""
     processes = start(2, arguments(place, "many", "{data: 1, fsdp: 2}"))
     return finish(processes, place / "many", EVERY + 5, processes[1].kill)
 
 
 @pytest.fixture(scope="module")
 def stopped(place, killed) -> Outcome:
-    """The same again, by launch/local.sh; one of the two is told to stop."""
+    """The run continues, started by launch/local.sh; one of the two processes gets SIGTERM."""
     command = ["launch/local.sh", "--processes", "2"]
     launcher = subprocess.Popen(
         [*command, *arguments(place, "many", "{data: 1, fsdp: 2}")],
@@ -215,7 +221,8 @@ def stopped(place, killed) -> Outcome:
 
     def stop_the_second() -> None:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(children[1]), signal.SIGTERM)  # a third may be what the script waits with
+        # A third child may be the command with which the script waits.
+        os.kill(int(children[1]), signal.SIGTERM)
 
     folder = place / "many"
     return finish([launcher], folder, logged(folder)[-1]["step"] + 5, stop_the_second)
@@ -223,7 +230,7 @@ def stopped(place, killed) -> Outcome:
 
 @pytest.fixture(scope="module")
 def alone(place, stopped) -> Outcome:
-    """On one process, which is told to stop."""
+    """The run continues on one process, which gets SIGTERM."""
     processes = start(1, arguments(place, "many", "{data: 1}"))
     until = stopped.steps[-1] + 5
     return finish(processes, place / "many", until, processes[0].terminate)
@@ -231,24 +238,25 @@ def alone(place, stopped) -> Outcome:
 
 @pytest.fixture(scope="module")
 def four(place, alone) -> Outcome:
-    """On four processes with parameters cut between them, to the end."""
+    """The run continues on four processes with parameters sharded between them, to the end."""
     processes = start(4, arguments(place, "many", "{data: 1, fsdp: 4}"))
     return finish(processes, place / "many")
 
 
-# ----------------------------------------------------------------------------------- what holds
+# --------------------------------------------------------------------------- tests of that run
 
 
 def test_the_others_stop_when_one_is_killed(killed):
     assert killed.codes[1] == -signal.SIGKILL
     assert killed.codes[0] not in (0, 2)
     assert killed.seconds < 60
-    # Ours where the broken connection is seen in a collective, jax's where its service sees it.
+    # The first message is ours, if a collective notices the broken connection. The second one is
+    # jax's, if its coordination service notices it first.
     assert re.search("another process is gone|another task died", killed.printed[0])
     assert killed.steps[0] == EVERY
 
 
-def test_all_save_the_same_step_when_one_is_told_to_stop(place, stopped):
+def test_all_save_the_same_step_when_one_gets_sigterm(place, stopped):
     assert stopped.codes == [0], stopped.printed
     assert "a signal to another process: saved" in stopped.printed[0]
     verify(place / "many/checkpoints/tune/steps" / str(stopped.steps[-1]))
@@ -259,7 +267,7 @@ def test_only_process_0_prints(stopped, four):
     assert stopped.printed[0].count("saved; the same command continues") == 1
     assert four.printed[0].count(BAD_SAMPLE) == 1
     for text in four.printed[1:]:
-        # From C++; and what only the process that loads it can know.
+        # Gloo prints from C++, and only the process that loads a broken file can report it.
         known = ("[Gloo]", f"{BROKEN}: image file is truncated")
         assert [line for line in text.splitlines() if not any(k in line for k in known)] == []
 
@@ -271,8 +279,8 @@ def test_resumed_on_one_and_on_four_processes(alone, four):
     assert "multihost: finished" in four.printed[0]
 
 
-def test_losses_equal_those_of_one_process(place, undisturbed, four):
-    assert undisturbed.codes == [0], undisturbed.printed
+def test_losses_equal_those_of_one_process(place, uninterrupted, four):
+    assert uninterrupted.codes == [0], uninterrupted.printed
     one, many = logged(place / "one"), logged(place / "many")
     assert [record["step"] for record in many] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm", "balance"):
@@ -281,41 +289,45 @@ def test_losses_equal_those_of_one_process(place, undisturbed, four):
     assert [r["expert_load"] for r in many] == [r["expert_load"] for r in one]
 
 
-def test_results_equal_those_of_one_process(place, undisturbed, four):
+def test_results_equal_those_of_one_process(place, uninterrupted, four):
     one, many = (load_final(place / name / "checkpoints/tune/final") for name in ("one", "many"))
     assert one.keys() == many.keys()
     for path, value in one.items():
         np.testing.assert_allclose(many[path], value, rtol=1e-3, atol=1e-4, err_msg=path)
     scores = [json.loads((place / name / "summary.json").read_text()) for name in ("one", "many")]
     assert scores[0]["heldout"] == scores[1]["heldout"]
-    found = [score["stages"]["tune"]["samples"] for score in scores]
-    assert found == [{"total": 90, "bad": {"unreadable_image": 1}}] * 2
+    samples = [score["stages"]["tune"]["samples"] for score in scores]
+    assert samples == [{"total": 90, "bad": {"unreadable_image": 1}}] * 2
 
 
 @pytest.mark.parametrize(
     ("mesh", "more", "code", "message"),
     [
         ("{data: 3}", [], 2, "error: mesh.data=3"),
-        # What stops process 0 is to the other that process 0 has stopped.
+        # Process 0 prints the reason; the other process fails only because process 0 has stopped.
         ("{data: 2}", ["--strict"], 1, "stopped: "),
     ],
 )
-def test_failures_of_all_are_told_once(place, mesh, more, code, message):
+def test_a_failure_of_all_processes_is_printed_once(place, mesh, more, code, message):
     outcome = finish(start(2, [*arguments(place, "bad", mesh), *more]), place / "bad")
     assert outcome.codes == [code, code]
-    told = [text for text in outcome.printed if message in text]
-    assert len(told) == 1
+    reports = [text for text in outcome.printed if message in text]
+    assert len(reports) == 1
     assert "Traceback" not in "".join(outcome.printed)
 
 
-def test_a_process_that_has_nothing_to_save_ends_when_told():
-    """jax would take SIGTERM as a note to itself from the moment that processes are joined."""
-    found = ["--coordinator", free_address(), "--processes", "1", "--process", "0"]
+def test_a_process_that_has_nothing_to_save_ends_at_sigterm():
+    """With jax's preemption service, SIGTERM would only be noted once the processes are joined."""
+    command_flags = ["--coordinator", free_address(), "--processes", "1", "--process", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", JOIN, *found], env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", JOIN, *command_flags],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "joined\n"
-    time.sleep(0.5)  # jax would do so in a thread
+    time.sleep(0.5)  # jax would install its handler in a thread
     process.terminate()
     try:
         process.communicate(timeout=15)
@@ -326,31 +338,22 @@ def test_a_process_that_has_nothing_to_save_ends_when_told():
 
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_processes_do_not_wait_for_ever_for_one_that_never_comes(index):
-    """jax would abort, and print a stack."""
-    imported = "import distributed\n"
-    program = JOIN.replace(imported, f"{imported}distributed.JOIN_SECONDS = 2\n")
-    found = ["--coordinator", free_address(), "--processes", "2", "--process", index]
+    """jax would abort and print a stack trace."""
+    import_line = "import distributed\n"
+    program = JOIN.replace(import_line, f"{import_line}distributed.JOIN_SECONDS = 2\n")
+    command_flags = ["--coordinator", free_address(), "--processes", "2", "--process", index]
     done = subprocess.run(
-        [sys.executable, "-c", program, *found],
+        [sys.executable, "-c", program, *command_flags],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    told = done.stderr.splitlines()
-    assert len(told) == 1
-    assert f"not all processes have come to process 0 ({found[1]}) within 2 s" in told[0]
-
-
-def test_a_port_in_use_is_said(monkeypatch):
-    """jax would crash without a word of its own."""
-    monkeypatch.setattr(distributed, "settle_cpu", lambda several: None)
-    with socket.create_server(("", 0)) as other:
-        address = f"localhost:{other.getsockname()[1]}"
-        found = flags(coordinator=address, processes=2, process=0)
-        with pytest.raises(DistributedError, match=rf"{address}'.* cannot listen .*in use"):
-            distributed.initialize(found)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    address = command_flags[1]
+    assert f"not all processes have joined process 0 ({address}) within 2 s" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -362,16 +365,16 @@ def test_a_port_in_use_is_said(monkeypatch):
         (ValueError("Connection closed by peer"), False),
     ],
 )
-def test_a_fault_of_its_own_is_no_lost_peer(error, lost, monkeypatch):
-    assert not lost_peer(error)  # alone
+def test_only_errors_of_connections_are_lost_peers(error, lost, monkeypatch):
+    assert not lost_peer(error)  # a single process has no peers
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert lost_peer(error) == lost
 
 
 def test_an_interrupted_program_leaves_at_once():
-    """Threads that compile end in their own time, and Python waits for them."""
+    """Python would wait for all threads at exit, also for threads that compile."""
     program = (
-        "import signal, sys, threading, time; from unimoe_jax import distributed; "
+        "import signal, sys, threading, time; from unimoe_jax.parallel import distributed; "
         "threading.Thread(target=time.sleep, args=(600,)).start(); "
         "sys.exit(distributed.guard(lambda: signal.raise_signal(signal.SIGINT)))"
     )
@@ -383,101 +386,3 @@ def test_an_interrupted_program_leaves_at_once():
         timeout=120,  # a busy machine may take half a minute to import jax
     )
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
-
-
-# -------------------------------------------------------------------------- finding each other
-
-
-def flags(**given) -> argparse.Namespace:
-    empty = {"coordinator": None, "processes": None, "process": None, "cluster": "auto"}
-    return argparse.Namespace(**{**empty, **given})
-
-
-JOBSET = {
-    "JOBSET_NAME": "run",
-    "REPLICATED_JOB_NAME": "workers",
-    "PROCESSES": "4",
-    "JOB_COMPLETION_INDEX": "3",
-}
-
-
-SRUN = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "7"}
-SRUN |= {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
-
-
-@pytest.mark.parametrize(
-    ("given", "env", "found"),
-    [
-        ({}, {}, None),
-        (
-            {"coordinator": "a:1", "processes": 2, "process": 0},
-            {},
-            Processes("flags", "a:1", 2, 0),
-        ),
-        (
-            {"process": 1},
-            {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-            Processes("flags", "b:2", 2, 1),
-        ),
-        ({}, JOBSET, Processes("jobset", "run-workers-0-0.run:8476", 4, 3)),
-        ({}, SRUN, Processes("slurm")),
-        ({"cluster": "slurm"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, Processes("slurm")),
-        ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # a script without srun
-        ({}, {"TPU_WORKER_HOSTNAMES": "h0,h1"}, Processes("tpu")),
-        ({}, {"TPU_WORKER_HOSTNAMES": "h0"}, None),
-        ({"cluster": "tpu"}, {}, Processes("tpu")),
-        ({"cluster": "none"}, JOBSET, None),
-    ],
-)
-def test_processes_are_found(given, env, found):
-    assert find_processes(flags(**given), env) == found
-
-
-@pytest.mark.parametrize(
-    ("flags_given", "several", "expected"),
-    [
-        ("", False, None),
-        ("--xla_force_host_platform_device_count=1", False, None),
-        ("", True, "64"),
-        ("--xla_force_host_platform_device_count=8", False, "64"),
-        ("--xla_force_host_platform_device_count=16", False, "128"),
-    ],
-)
-def test_cpu_collectives_get_threads_and_an_order(flags_given, several, expected, monkeypatch):
-    changed = {}
-    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
-    monkeypatch.setenv("XLA_FLAGS", flags_given)
-    for name in ("NPROC", "JAX_CPU_ENABLE_ASYNC_DISPATCH"):
-        monkeypatch.delenv(name, raising=False)
-    settle_cpu(several)
-    assert os.environ.get("NPROC") == expected
-    assert changed == ({} if expected is None else {"jax_cpu_enable_async_dispatch": False})
-    scheduler = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    assert scheduler in os.environ["XLA_FLAGS"]
-
-    monkeypatch.setenv("XLA_FLAGS", f"{flags_given} {scheduler.replace('false', 'true')}")
-    monkeypatch.setenv("NPROC", "3")
-    settle_cpu(several)  # what the user has set stays
-    assert os.environ["NPROC"] == "3"
-    assert scheduler not in os.environ["XLA_FLAGS"]
-
-
-@pytest.mark.parametrize(
-    ("given", "env", "message"),
-    [
-        ({"processes": 2}, {}, r"--coordinator .*--process .*not given"),
-        ({"coordinator": "a", "processes": 2, "process": 0}, {}, "not HOST:PORT"),
-        ({"coordinator": ":1", "processes": 2, "process": 0}, {}, "not HOST:PORT"),
-        ({"coordinator": "a:65536", "processes": 2, "process": 0}, {}, "port from 1 to 65535"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "process 2 of 2"),
-        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
-        ({}, {"JOBSET_NAME": "run"}, "REPLICATED_JOB_NAME, PROCESSES"),
-        ({"cluster": "SLURM"}, {}, "UNIMOE_CLUSTER='SLURM': allowed: auto, slurm"),
-        ({"cluster": "slurm"}, {"SLURM_JOB_ID": "7"}, "SLURM_STEP_NODELIST, .* start with srun"),
-        ({}, {**SRUN, "SLURM_STEP_NUM_TASKS": "8(x2)"}, r"SLURM_STEP_NUM_TASKS='8\(x2\)'"),
-        ({}, {**SRUN, "SLURM_PROCID": ""}, "SLURM_PROCID=''"),
-    ],
-)
-def test_incomplete_settings_are_named(given, env, message):
-    with pytest.raises(DistributedError, match=message):
-        find_processes(flags(**given), env)

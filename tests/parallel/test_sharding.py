@@ -1,10 +1,9 @@
-"""The mesh and the table of logical axes: everything that does not fit is an error by name."""
+"""The mesh and the table of logical axes; errors name the axis or parameter that does not fit."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -37,7 +36,7 @@ def mesh(devices):
 # ------------------------------------------------------------------------------------ mesh
 
 
-def test_one_axis_takes_what_is_left(devices):
+def test_an_axis_of_minus_one_takes_the_remaining_devices(devices):
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert mesh.axis_names == MESH_AXES
@@ -49,7 +48,7 @@ def test_one_axis_takes_what_is_left(devices):
     [
         (MeshConfig(data=3), "mesh.data=3.*3 devices, but there are 8"),
         (MeshConfig(data=-1, fsdp=16), "16 devices, but there are 8"),
-        # Only what was set is named.
+        # The message names only the axes that are set.
         (MeshConfig(fsdp=3), r"^mesh.fsdp=3: .* 3 devices, but there are 8; .* 1 \| 2 \| 4 \| 8$"),
     ],
 )
@@ -68,10 +67,12 @@ def test_planned_mesh_needs_no_devices():
     assert planned_mesh(MeshConfig(data=-1, fsdp=2)).shape["data"] == jax.device_count() // 2
 
 
-def test_mesh_is_in_force_inside_only(devices):
+def test_mesh_is_current_only_inside_use_mesh(devices):
     assert current_mesh() is None
     with use_mesh(make_mesh(SIZES, devices)) as mesh:
-        assert dict(current_mesh().shape) == dict(mesh.shape)
+        current = current_mesh()
+        assert current is not None
+        assert dict(current.shape) == dict(mesh.shape)
     assert current_mesh() is None
 
 
@@ -109,7 +110,7 @@ def test_table_can_be_changed(devices):
         ({"mlp": ("data", "x")}, "x"),
     ],
 )
-def test_changes_of_unknown_axes(devices, changes, message: str):
+def test_changes_with_unknown_axes_are_refused(devices, changes, message: str):
     with (
         pytest.raises(ShardingError, match=f"unknown.*{message}"),
         use_mesh(make_mesh(SIZES, devices), changes),
@@ -117,7 +118,7 @@ def test_changes_of_unknown_axes(devices, changes, message: str):
         pass
 
 
-def test_a_change_names_an_axis_once(devices):
+def test_a_change_that_names_an_axis_twice_is_refused(devices):
     with (
         pytest.raises(ShardingError, match=r"mesh.rules.batch: \['data', 'data'\]: an axis"),
         use_mesh(make_mesh(SIZES, devices), {"batch": ("data", "data")}),
@@ -160,5 +161,5 @@ def test_activations_are_constrained(mesh):
 
 
 def test_without_mesh_nothing_happens():
-    x = np.zeros((2, 3))
+    x = jnp.zeros((2, 3))
     assert shard(x, "batch", "nonsense") is x

@@ -22,7 +22,7 @@ RULES = (
 
 
 def test_merged_model_equals_the_adapted_one():
-    """Attention, dense layers and experts, stacked over layers, under two rules."""
+    """The adapters of attention, dense layers and experts are merged, under two rules."""
     config = model_config(decoder=decoder_config(num_layers=2), lora=RULES)
     batch = make_batch(config, 1, 8, 1)
     model, params = build(config, batch)
@@ -34,12 +34,13 @@ def test_merged_model_equals_the_adapted_one():
     expected = jax.jit(model.apply)({"params": nest(params)}, batch).logits_BTV
     actual = jax.jit(plain.apply)({"params": nest(merged)}, batch).logits_BTV
     assert relative_error(actual, expected) < 5e-6
+    # Without the adapters the logits differ, so the comparison above is not trivial.
     bare = {path: leaf for path, leaf in params.items() if path not in adapters}
     without = jax.jit(plain.apply)({"params": nest(bare)}, batch).logits_BTV
     assert relative_error(without, expected) > 1e-2
 
 
-def test_sum_is_taken_in_float32():
+def test_merging_adds_in_float32():
     kernel = np.full((2, 2), 256.0, ml_dtypes.bfloat16)
     a, b = np.full((2, 2), 0.9, np.float32), np.full((2, 2), 1.0, np.float32)
     flat = {"decoder/x/attention/k_proj/kernel": kernel}
@@ -57,7 +58,7 @@ def test_scale_comes_from_the_first_rule():
         scale_of("lm_head", RULES)
 
 
-def test_what_is_an_adapter():
+def test_only_the_two_matrices_are_an_adapter():
     assert is_adapter("a/lora_a")
     assert is_adapter("a/lora_b")
     assert not any(is_adapter(path) for path in ("a/kernel", "lora_a/kernel", "a/lora_alpha"))

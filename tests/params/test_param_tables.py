@@ -1,6 +1,7 @@
-"""What every stage of every run file holds and trains, against recorded tables.
+"""The parameters of every stage of every run file, compared with recorded tables.
 
-`pytest tests/test_param_tables.py --update-golden` rewrites them; the difference is the review.
+`pytest tests/params/test_param_tables.py --update-golden` rewrites the tables. Review the
+difference in git before committing it.
 """
 
 from __future__ import annotations

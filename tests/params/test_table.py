@@ -1,4 +1,4 @@
-"""Rules over parameter paths, splitting, the printed table."""
+"""Rules for parameter paths, the split into trained and frozen, the printed table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_first_rule_that_matches_decides():
     assert infos["vision/connector/kernel"].axes == ("mlp", None)
     assert infos["decoder/kernel"].nbytes == 20 * 2
     swapped = (RULES[2].model_copy(update={"match": ".*kernel"}), *RULES[:2], RULES[2])
-    with pytest.raises(ParamError, match="connector"):  # the first rule now takes all of it
+    # The first rule now matches everything that the rule for connectors would match.
+    with pytest.raises(ParamError, match="connector"):
         parameter_infos(SHAPES, swapped, PRECISION)
 
 
@@ -55,12 +56,12 @@ def test_rules_match_whole_paths():
     assert first_match(RULES[:2], "connector", lambda rule: rule.match) is None
 
 
-def test_a_parameter_without_rule_is_an_error():
+def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ParamError, match="vision/encoder/kernel"):
         parameter_infos(SHAPES, RULES[:2], PRECISION)
 
 
-def test_a_rule_without_parameter_is_an_error():
+def test_a_rule_without_a_parameter_is_an_error():
     with pytest.raises(ParamError, match="speech"):
         parameter_infos(SHAPES, (Rule(match="speech/.*", lr=1), *RULES), PRECISION)
 
@@ -106,6 +107,6 @@ def test_declared_takes_shape_structs():
 
 
 def test_parameters_without_logical_axes_are_refused():
-    """flax would hold them whole on every device, and say nothing."""
+    """flax would silently hold such a parameter whole on every device."""
     with pytest.raises(ParamError, match=r"'(kernel|bias)': shape .* but logical axes \(\)"):
         declared(nn.Dense(4), jnp.zeros((1, 2)))

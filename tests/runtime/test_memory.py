@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, unless the user said otherwise."""
+"""Freed memory stays with the process, unless the user has set the allocator."""
 
 import os
 import platform
@@ -22,38 +22,38 @@ print(faults() - before)
 
 
 def run(**variables: str) -> tuple[bool, int]:
-    """(whether anything was set, page faults of allocating 32 MiB once more)."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    """(whether the allocator was set, page faults of allocating 32 MiB a second time)."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**own, **variables},
+        env={**kept, **variables},
         capture_output=True,
         text=True,
         check=True,
     )
-    said, faults = done.stdout.split()
-    return said == "True", int(faults)
+    was_set, faults = done.stdout.split()
+    return was_set == "True", int(faults)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator only")
 def test_freed_memory_is_used_again():
-    done, faults = run()
-    assert done
+    was_set, faults = run()
+    assert was_set
     assert faults < 100
 
 
 def test_the_users_settings_win():
-    done, _ = run(MALLOC_ARENA_MAX="4")
-    assert not done
+    was_set, _ = run(MALLOC_ARENA_MAX="4")
+    assert not was_set
 
 
 RESTARTED = """
 import os, sys
 from pathlib import Path
-from unimoe_jax import host_memory
-host_memory.HUGE_PAGES_ENABLED = Path(sys.argv[1])
+from unimoe_jax.runtime import memory
+memory.HUGE_PAGES_ENABLED = Path(sys.argv[1])
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), *sys.argv[2:], flush=True)
-host_memory.restart_with_huge_pages()
+memory.restart_with_huge_pages()
 print("end")
 """
 
@@ -68,13 +68,13 @@ print("end")
         ("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False),
     ],
 )
-def test_the_same_command_once_more_with_huge_pages(tmp_path, kernel, variables, restarts):
+def test_the_same_command_starts_again_with_huge_pages(tmp_path, kernel, variables, restarts):
     (tmp_path / "enabled").write_text(kernel)
     unset = ("MALLOC_", "GLIBC_TUNABLES")
-    own = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
     command = [sys.executable, "-c", RESTARTED, str(tmp_path / "enabled"), "one", "two words"]
     done = subprocess.run(
-        command, env={**own, **variables}, capture_output=True, text=True, check=True
+        command, env={**kept, **variables}, capture_output=True, text=True, check=True
     )
     first, *again, end = done.stdout.splitlines()
     assert end == "end"

@@ -22,19 +22,19 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("flush", [True, False], ids=["at once", "at the end"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_reader_who_has_gone(name, flush, monkeypatch, capfd):
-    """Whether a line is written at once or left to the end."""
+def test_a_closed_pipe_ends_a_program_quietly(name, flush, monkeypatch, capfd):
+    """The program may write the line at once or when it ends."""
     program, arguments = PROGRAMS[name]
 
-    def say(*given) -> int:
+    def print_line(*_) -> int:
         print("fox", flush=flush)
         return 0
 
-    monkeypatch.setattr(generate, "run", say)
-    monkeypatch.setitem(convert.COMMANDS, "inspect", say)
-    monkeypatch.setattr(experts, "listing", lambda *given: say() or ["fox"])
-    monkeypatch.setattr(train, "print_config", say)
-    monkeypatch.setattr(train, "dry_run", say)
+    monkeypatch.setattr(generate, "run", print_line)
+    monkeypatch.setitem(convert.COMMANDS, "inspect", print_line)
+    monkeypatch.setattr(experts, "listing", lambda *_: print_line() or ["fox"])
+    monkeypatch.setattr(train, "print_config", print_line)
+    monkeypatch.setattr(train, "dry_run", print_line)
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as out:
