@@ -61,6 +61,7 @@ class Attention(nn.Module):
         q = apply_rope(project("q_proj", config.num_heads, "heads"), context.cos, context.sin)
         k = apply_rope(project("k_proj", config.num_kv_heads, "kv_heads"), context.cos, context.sin)
         v = project("v_proj", config.num_kv_heads, "kv_heads")
+        # The kernel takes segments; without a kernel, the mask comes in tiles.
         if isinstance(context.seen, Segments):
             y = attend_segments(q, k, v, context.seen.segment_BT, scale=size**-0.5)
         else:
@@ -84,6 +85,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, context: Context, wanted_BT: jax.Array | None = None
     ) -> tuple[jax.Array, MoEAux | None]:
         config, options = self.config, self.options
+        # Attention, then a dense feed-forward layer or experts, each added to the stream.
         h = RMSNorm(config.norm_eps, options, name="attention_norm")(x_BTD)
         x_BTD = x_BTD + Attention(config, options, name="attention")(h, context)
         h = RMSNorm(config.norm_eps, options, name="mlp_norm")(x_BTD)
