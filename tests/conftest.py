@@ -35,15 +35,69 @@ def pytest_addoption(parser):
     )
 
 
-# Slow files with few tests. pytest-xdist would run them last, and the other workers would wait for
-# the worker that runs the last one. With `--no-loadscope-reorder` files run in the order of
-# collection, so these files are put first.
-LONG = ("tiny_layouts", "tiny_run", "cumo_tiny", "multihost", "sharded_start", "layouts", "launch")
+# The slow lane (`pytest -m slow`): whole programs that run for minutes or in several processes.
+SLOW = (
+    "runs/test_tiny_layouts.py",
+    "runs/test_tiny_run.py",
+    "runs/test_cumo_tiny.py",
+    "parallel/test_multihost.py",
+    "stages/test_sharded_start.py",
+    "test_launch.py",
+)
+# Files that take more than about half a minute of a core, most of it in compilation. Everything
+# that is neither here nor slow is the fast lane (`pytest -m fast`).
+COMPILING = (
+    "runs/test_layouts.py",
+    "parity/test_golden.py",
+    "parity/test_golden_generate.py",
+    "stages/test_train_step.py",
+    "stages/test_upcycle_check.py",
+    "stages/test_modality_losses.py",
+    "config/test_run_files.py",
+    "params/test_param_tables.py",
+    "compile/",
+    "generate/test_generate.py",
+    "generate/test_program.py",
+    "generate/test_question_files.py",
+    "parity/test_language.py",
+    "parity/test_cumo_vectors.py",
+    "parity/test_encoders_torch.py",
+    "experts/",
+    "models/test_vision_experts.py",
+    "models/test_decoder.py",
+    "nn/moe/test_dispatch.py",
+    "nn/moe/test_dispatch_sharded.py",
+    "nn/attention/test_packed.py",
+    "convert/test_source_names.py",
+    "convert/test_unimoe_folders.py",
+    "test_types.py",
+    "docs/",
+    "cli/",
+    "doctor/",
+    "packaging/",
+)
+TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    first = {f"test_{name}.py": number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+    """Put every test into its lane, and the long files first.
+
+    pytest-xdist would run long files last, and the other workers would wait for the worker that
+    runs the last one. With `--no-loadscope-reorder` files run in the order of collection.
+    """
+    order = {name: number for number, name in enumerate((*SLOW, *COMPILING))}
+    for item in items:
+        name = item.path.relative_to(TESTS).as_posix()
+        if name.startswith(SLOW):
+            item.add_marker("slow")
+        elif not name.startswith(COMPILING) and item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
+
+    def position(item) -> int:
+        name = item.path.relative_to(TESTS).as_posix()
+        return next((n for prefix, n in order.items() if name.startswith(prefix)), len(order))
+
+    items.sort(key=position)
 
 
 @pytest.fixture
