@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,18 @@ def _title(section: type[BaseModel], places: list[str]) -> str:
 def _row(name: str, info: FieldInfo) -> str:
     from unimoe_jax.config.describe import describe
 
-    value = describe(info.rebuild_annotation())
-    # A section of its own is a link; a table needs its bars escaped.
-    value = re.sub(r"\((\w+Config|Rule|Take|LoRARule)\)", r"(@\1@)", value)
-    value = html.escape(value).replace("|", "&#124;")
-    value = re.sub(r"@(\w+)@", r'<a href="#\1">\1</a>', value)
-    meaning = (info.description or "").replace("|", "&#124;")
+    value = html.escape(describe(info.rebuild_annotation())).replace("|", "&#124;")
+    # Another section is a link to it.
+    value = re.sub(r"mapping \((\w+)\)", r'section <a href="#\1">\1</a>', value)
+    meaning = (info.description or _summary(info.annotation)).replace("|", "&#124;")
     return f"| `{name}` | {value} | {_default(info)} | {meaning} |"
+
+
+def _summary(annotation: Any) -> str:
+    """The first line of the docstring of the section that a key holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation.__doc__ or "").strip().partition("\n")[0]
+    return next(filter(None, map(_summary, typing.get_args(annotation))), "")
 
 
 def _default(info: FieldInfo) -> str:

@@ -66,9 +66,13 @@ class Reader:
         return self.process([sys.executable, "-m", f"unimoe_jax.{verb}", *arguments], given, text)
 
     def few_steps(self, config: str) -> list[str]:
-        """Overrides that make a run short."""
-        stages = load_config(self.folder / config).stages
-        return [f"stages.{stage.name}.optim.steps=2" for stage in stages]
+        """Overrides that make a run short: two steps per stage, one held-out source."""
+        overrides = ["log.plots=false", "log.tensorboard=false"]
+        for stage in load_config(self.folder / config).stages:
+            overrides.append(f"stages.{stage.name}.optim.steps=2")
+            if stage.evaluate:
+                overrides.append(f"stages.{stage.name}.evaluate=[{stage.evaluate[0]}]")
+        return overrides
 
     def call(self, verb: str, arguments: list[str], text: str) -> None:
         main = importlib.import_module(f"unimoe_jax.{verb}.__main__").main
