@@ -48,7 +48,7 @@ def settings_page() -> str:
         "the same list.",
     ]
     for section, places in sections(RunConfig).items():
-        lines += ["", f"## {_title(section, places)} {{#{section.__name__}}}", ""]
+        lines += ["", f"## {_title(places[0])} {{#{section.__name__}}}", ""]
         if len(places) > 1:
             lines += ["Found at " + ", ".join(f"`{place}`" for place in places) + ".", ""]
         if section.__doc__:
@@ -58,9 +58,9 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(section: type[BaseModel], places: list[str]) -> str:
-    """The first place of the section, without the numbers of its lists."""
-    return places[0].replace(".N", "") if places[0] else "The run"
+def _title(place: str) -> str:
+    """A place without the numbers of its lists: `stages.N.optim` -> `stages.optim`."""
+    return re.sub(r"\.N\b", "", place) or "The run"
 
 
 def _row(name: str, info: FieldInfo) -> str:
@@ -85,7 +85,7 @@ def _default(info: FieldInfo) -> str:
         return "required"
     value = info.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return "its own defaults"
+        return "those of the section"
     return f"`{json.dumps(value, ensure_ascii=False, default=_plain)}`"
 
 
