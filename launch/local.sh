@@ -77,7 +77,7 @@ while ((${#pids[@]} > 0)); do
     echo "launch/local.sh: a process has ended with code $result; ${#pids[@]} that did not leave" \
       "within $grace s are killed" >&2
     for pid in "${pids[@]}"; do
-      kill -KILL -- "-$pid" 2>/dev/null || true # The minus also kills the processes of its loader.
+      kill -KILL -- "-$pid" 2>/dev/null || true # The minus also ends the processes that read data.
     done
     last=$((SECONDS + grace))
   fi
