@@ -39,6 +39,7 @@ def relative(path: Path) -> str:
 def generated():
     """The module docs/generated.py."""
     spec = importlib.util.spec_from_file_location("generated", ROOT / "docs/generated.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
