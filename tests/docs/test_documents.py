@@ -102,6 +102,14 @@ def test_every_command_is_run_or_says_why_not(block):
         assert not COMMAND.search(block.text), f"{block.where}: commands belong into a bash block"
 
 
+def test_programs_that_the_text_names_are_run():
+    """A Python block with a file name is written, and a later command of the document runs it."""
+    for block in BLOCKS:
+        if block.language == "python" and block.title:
+            later = [other for other in blocks(block.document) if other.language in SHELL]
+            assert any(f"python {block.title}\n" in other.text for other in later), block.where
+
+
 @pytest.mark.parametrize(
     "block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda block: block.where
 )
