@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Run on all workers of a Cloud TPU pod slice that exists already:
+# Run on all workers of a Cloud TPU pod slice, which must exist already:
 #
 #   launch/tpu_pod.sh --tpu NAME --zone ZONE -- \
 #     --config configs/run/unimoe_8e.yaml output=/mnt/runs/unimoe_8e data.cache=/mnt/cache
 #
-#   launch/tpu_pod.sh --tpu NAME --zone ZONE --install      first: package and environment
-#   launch/tpu_pod.sh --tpu NAME --zone ZONE --stop         SIGTERM to all: they save and leave
+#   launch/tpu_pod.sh --tpu NAME --zone ZONE --install      copies the package; do this first
+#   launch/tpu_pod.sh --tpu NAME --zone ZONE --stop         sends SIGTERM: all save and leave
 #
-# `output` and `data.cache` must be on a disk that all workers share (a mounted bucket or Filestore):
-# checkpoints are written by all of them, and programs compiled once serve the next start.
+# `output` and `data.cache` must be on a disk that all workers share (a mounted bucket or Filestore),
+# because all of them write checkpoints. A program that was compiled once serves the next start.
 set -euo pipefail
 
 usage() {
@@ -20,7 +20,7 @@ tpu='' zone='' action=run
 while (($# > 0)); do
   case $1 in
     --tpu | --zone)
-      (($# > 1)) || usage # the value was forgotten
+      (($# > 1)) || usage # The value is missing.
       if [[ $1 == --tpu ]]; then tpu=$2; else zone=$2; fi
       shift 2
       ;;
@@ -46,15 +46,16 @@ case $action in
       python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
     ;;
   stop)
-    # A number that was left by an earlier run may be another program's by now.
-    # shellcheck disable=SC2016 # the workers' shells expand it
+    # The process number in .pid may be left from an earlier run and belong to another program now,
+    # so look at the command line of the process before sending a signal.
+    # shellcheck disable=SC2016 # The shells of the workers expand the variables.
     everywhere 'pid=$(cat unimoe_jax/.pid) && grep -qsa unimoe_jax "/proc/$pid/cmdline" &&
       kill -TERM "$pid" || echo "$HOSTNAME: no run here" >&2'
     ;;
   run)
     (($# > 0)) || usage
     arguments=$(printf '%q ' "$@")
-    # exec: the process takes over the shell's number, which --stop reads.
+    # `exec` replaces the shell by Python, which so keeps the number that was written for --stop.
     everywhere "cd unimoe_jax && echo \$\$ > .pid && PYTHONUNBUFFERED=1 exec .venv/bin/python -m \
       ${PROGRAM:-unimoe_jax.train} --cluster tpu $arguments"
     ;;
