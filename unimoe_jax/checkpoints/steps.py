@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orbax.checkpoint as ocp
 
@@ -138,7 +138,8 @@ class StepCheckpoints:
         for step in sorted(steps, reverse=True):
             try:
                 state = folder.absolute() / str(step) / "state"
-                trained = ocp.PyTreeCheckpointHandler().metadata(state).tree["trained"]
+                metadata: Any = ocp.PyTreeCheckpointHandler().metadata(cast(Any, state))
+                trained = metadata.tree["trained"]
                 return step, {path: tuple(leaf.shape) for path, leaf in trained.items()}
             except (OSError, AttributeError, KeyError, TypeError, ValueError):
                 continue  # The step is damaged; `restore_latest` will report it.

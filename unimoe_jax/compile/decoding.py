@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class DecodingProgram(NamedTuple):
 def decoding_program(
     settings: StageSettings,
     mesh: Mesh,
-    mesh_rules: Mapping[str, Any],
+    mesh_rules: dict[str, Any],
     program: Literal["prefill", "decode"],
     *,
     rows: int,
@@ -84,7 +84,7 @@ def _weights(model: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
     params = {path: np.broadcast_to(np.float32(0), info[0]) for path, info in infos.items()}
     axes = {path: info[1] for path, info in infos.items()}
 
-    def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> Any:
         sharding = param_sharding(mesh, path, value.shape, names)
         return jax.ShapeDtypeStruct(value.shape, held_dtype(path, dtype), sharding=sharding)
 

@@ -17,7 +17,7 @@ from unimoe_jax.compile.flops import step_flops
 from unimoe_jax.compile.hlo import Stats, read
 from unimoe_jax.compile.hlo_memory import activation_bytes
 from unimoe_jax.compile.summary import collective_table, too_large
-from unimoe_jax.config import ConfigError, ModelConfig, RunConfig
+from unimoe_jax.config import ConfigError, MediaName, ModelConfig, RunConfig
 from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.parallel.placement import batch_structs
@@ -29,7 +29,7 @@ MEDIA_SHARE = 0.5
 """Share of the positions of a batch that media fill, if the user names no numbers."""
 
 
-def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
+def parse_media(text: str | None, model: ModelConfig) -> dict[MediaName, int] | None:
     """`image=2,speech=10` -> entries per pool group.
 
     Raises:
@@ -38,7 +38,8 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
     if text is None:
         return None
     pairs = re.findall(r"(\w+)=(0*[1-9]\d*)(?:,|$)", text)
-    known, counts = set(model.tokens_per_medium()), dict(pairs)
+    known: set[Any] = set(model.tokens_per_medium())
+    counts: dict[Any, str] = dict(pairs)
     read = ",".join(f"{name}={count}" for name, count in counts.items())
     if read != text or counts.keys() - known:
         raise ConfigError(
@@ -51,9 +52,9 @@ def parse_media(text: str | None, model: ModelConfig) -> dict[str, int] | None:
 def assumed_batch(
     settings: StageSettings,
     shards: int,
-    media: Mapping[str, int] | None,
+    media: Mapping[MediaName, int] | None,
     program: str = "train",
-) -> tuple[Batch, dict[str, int]]:
+) -> tuple[Batch, dict[MediaName, int]]:
     """(ArraySpecs of the batch of a train or a score step, pool entries per pool group).
 
     media: entries per pool group; None fills MEDIA_SHARE of the positions with media, in equal
@@ -108,7 +109,7 @@ def expert_shards(stage: Stage) -> dict[str, dict[str, Any]]:
 
 def working_memory(compiled: jax.stages.Compiled, text: str) -> dict[str, int]:
     """Bytes per device that the program with the HLO `text` needs beside its arguments."""
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     activations = activation_bytes(text)
     return {
         "activations": activations,
@@ -152,7 +153,7 @@ def compile_program(
         return report | too_large(error)
     report["compile_seconds"] = round(time.monotonic() - started[0], 1)
     report["compile_processor_seconds"] = round(time.process_time() - started[1], 1)
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     if args.hlo:
         args.hlo.write_text(text)
     report["memory"] |= working_memory(compiled, text)

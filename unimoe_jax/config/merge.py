@@ -40,8 +40,9 @@ class RawSettings:
             key = raw_item(into, name, path, origin)
             here = (*path, key)
             known = isinstance(into, list) or key in into
-            if isinstance(value, dict) and known and isinstance(into[key], dict | list):
-                self.merge(into[key], value, origin, here)
+            old = _entry(into, key) if known else None
+            if isinstance(value, dict) and isinstance(old, dict | list):
+                self.merge(old, value, origin, here)
             else:
                 self.put(into, key, here, value, origin)
 
@@ -61,7 +62,7 @@ class RawSettings:
             path = (*path, key)
             if isinstance(container, dict) and container.get(key) is None:
                 self.put(container, key, path, {}, COMMAND_LINE)
-            container = container[key]
+            container = _entry(container, key)
             if not isinstance(container, dict | list):
                 raise ConfigError(
                     f"{COMMAND_LINE}: {text!r}: {dotted(path)} = {show_value(container)} is a "
@@ -87,6 +88,11 @@ class RawSettings:
         for key in path:
             value = value[key]
         return value
+
+
+def _entry(container: Any, key: str | int) -> Any:
+    """`container[key]` of a mapping or a list."""
+    return container[key]
 
 
 def raw_item(container: Any, name: str, path: Key, origin: str) -> str | int:
@@ -138,7 +144,7 @@ def is_set(settings: RawSettings, key: Key) -> bool:
             inside = isinstance(value, dict) and part in value
         if not inside:
             return False
-        value = value[part]
+        value = _entry(value, part)
     return True
 
 

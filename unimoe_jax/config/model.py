@@ -147,8 +147,12 @@ class ModelConfig(Config):
         if self.vision:
             settings["encoder"] = self.vision.encoder.moe
             settings["connector"] = self.vision.connector.moe
-        ordered = ((name, settings.get(name)) for name in MODULES)
-        return {name: moe for name, moe in ordered if moe is not None}
+        found: dict[ModuleName, MoEConfig] = {}
+        for name in MODULES:
+            moe = settings.get(name)
+            if moe is not None:
+                found[name] = moe
+        return found
 
     def with_experts(self, modules: Collection[ModuleName]) -> ModelConfig:
         """The same model with experts in `modules` only and dense layers elsewhere."""

@@ -17,7 +17,7 @@ def metric_name(module: str, name: str) -> str:
     return name if module == "decoder" else f"{module}_{name}"
 
 
-def by_stage(records: Sequence[dict[str, Any]]) -> Stages:
+def by_stage(records: Sequence[Mapping[str, Any]]) -> Stages:
     """The records of every stage, in the order in which stages and records appear."""
     stages: Stages = {}
     for record in records:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,8 +91,9 @@ def read_start(start: Start, dtype: str, sharding: NamedSharding) -> jax.Array:
     and only one part at a time is in host memory.
     """
     # Devices that hold the same part of the array, by that part's (start, stop) on every axis.
-    holders: dict[tuple, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(start.shape).items():
+    holders: dict[tuple, list[Any]] = {}
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(start.shape)
+    for device, index in indices.items():
         bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, start.shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     arrays = []
@@ -109,7 +111,8 @@ def _fresh(stage: Stage, paths: list[str], mesh: Mesh, seed: int) -> Flat:
 
     def init(key: jax.Array) -> Flat:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), batch)
-        keys = dict(zip(("params", "dropout", "router"), jax.random.split(key, 3), strict=True))
+        names = "params", "dropout", "router"
+        keys: dict[str, jax.Array] = dict(zip(names, jax.random.split(key, 3), strict=True))
         flat = flatten(nn.meta.unbox(stage.model.init(keys, zeros)["params"]))
         # XLA removes the computation of every parameter that is not returned.
         return {path: flat[path].astype(stage.infos[path].dtype) for path in paths}

@@ -27,18 +27,18 @@ from unimoe_jax.stages.optim import Schedule, steps_made
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """What a step changes; also a tree of its shapes or shardings.
 
     step: int32, steps done. trained: float32 by path. optimizer: its state.
     seed: uint32, of dropout and of sampled experts.
     bad_steps: int32, how many steps in a row were skipped because they were not finite.
     """
 
-    step: jax.Array
+    step: Any
     trained: Flat
     optimizer: Any
-    seed: jax.Array
-    bad_steps: jax.Array
+    seed: Any
+    bad_steps: Any
 
 
 def init_state(trained: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from unimoe_jax.checkpoints.origins import origin_of, start_of
 from unimoe_jax.checkpoints.sources import ParamSource
-from unimoe_jax.config import ModelConfig, ModuleName, Take
+from unimoe_jax.config import MODULES, MediaName, ModelConfig, ModuleName, Take
 from unimoe_jax.config.media import MODALITY
 from unimoe_jax.data.batch import Batch, batch_spec
 from unimoe_jax.models.declare import full_batch
@@ -80,7 +80,8 @@ def check_upcycled(
     takes = _upcycled(stage)
     if not takes:
         return None
-    modules = {part.module for path in takes for _, part in _parts(stage, path)}
+    parts = [part for path in takes for _, part in _parts(stage, path)]
+    modules: set[ModuleName] = {part.module for part in parts if part.module is not None}
     _check_complete(stage, takes, modules)
     dense_config = stage.settings.model.with_experts(
         stage.settings.model.experts().keys() - modules
@@ -93,8 +94,8 @@ def check_upcycled(
     with jax.default_matmul_precision("highest"):
         found = jax.jit(run, out_shardings=replicated(mesh))(params, dense_layers, batch)
     difference, largest = (float(value) for value in found[what])
-    names = tuple(dict.fromkeys(take.upcycle for take in takes.values()))
-    comparison = Comparison(what, difference, largest, tuple(sorted(modules)), names)
+    names = tuple(dict.fromkeys(take.upcycle for take in takes.values() if take.upcycle))
+    comparison = Comparison(what, difference, largest, tuple(name for name in sorted(MODULES) if name in modules), names)
     if not comparison.is_rounding:
         raise ParamError(
             f"init of stage {stage.settings.name}: {comparison}: this is more than rounding "
@@ -216,7 +217,7 @@ def _outputs(config: ModelConfig, params: Flat, batch: Batch) -> dict[str, jax.A
 def probe(model: ModelConfig, shards: int, image: bool) -> Batch:
     """A batch of one row of random ids per shard; with `image`, a random image is in the middle."""
     generator = np.random.default_rng(0)
-    pools = {"image": 1} if image else {}
+    pools: dict[MediaName, int] = {"image": 1} if image else {}
     soft = model.tokens_per_medium()["image"] if image else 0
     length = TEXT_TOKENS + soft
     batch = Batch(

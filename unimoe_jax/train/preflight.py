@@ -53,10 +53,12 @@ def check_run(config: RunConfig, args: argparse.Namespace) -> CheckedRun:
         ConfigError, ParamError, ShardingError, CheckpointError, RunFolderError: the first problem.
     """
     layout, stages = RunLayout(run_dir(config)), resolve_stages(config)
+    mesh = current_mesh()
+    assert mesh is not None, "call inside use_mesh"
     finished = {} if args.overwrite else finished_stages(config, layout)
     ahead = tuple(s for s in stages if args.stage in (None, s.name) and s.name not in finished)
     for settings in stages:
-        settings.pool_groups(data_shards(current_mesh()))
+        settings.pool_groups(data_shards(mesh))
         if args.resume and settings.name in finished:
             check_same_length(settings, finished[settings.name], layout)
     check_sources(config, [settings.config for settings in ahead])
@@ -66,7 +68,7 @@ def check_run(config: RunConfig, args: argparse.Namespace) -> CheckedRun:
         if settings not in ahead:
             continue
         for path, info in infos.items():
-            param_sharding(current_mesh(), path, info.shape, info.axes)
+            param_sharding(mesh, path, info.shape, info.axes)
         check_start(settings, infos, layout, to_come)
         to_come[settings.name] = promised(settings, infos)
         if args.resume and not args.overwrite:
@@ -125,6 +127,7 @@ def check_start(
     init, lora_rules = settings.config.init, settings.config.lora
     moe_layers = settings.model.decoder.moe_layers()
     sources = _open_sources(settings, layout, to_come)
+    known = {name: source for name, source in sources.items() if source is not None}
     used_takes: set[int] = set()
     try:
         for path, info in infos.items():
@@ -133,8 +136,8 @@ def check_start(
             used_takes.add(number)
             if take.experts:
                 _check_count(f"init.{number}.experts", path, info, take, moe_layers)
-            if take.source != "fresh" and all(sources[name] for name in take.origins):
-                start_of(path, info.shape, take, sources, moe_layers)
+            if take.source != "fresh" and known.keys() >= set(take.origins):
+                start_of(path, info.shape, take, known, moe_layers)
         _check_used("init", init, used_takes, "parameter")
         layers = lora.modules(infos)
         used_rules = {first_match(lora_rules, path, lambda rule: rule.match) for path in layers}
@@ -190,10 +193,12 @@ def _check_count(
 ) -> None:
     """`experts` must list as many origins as the model has experts in that layer."""
     index, part = layer_parts(path, info.shape, moe_layers)[0]
-    count = info.shape[len(index)] if part.expert is not None else len(take.experts)
-    if count != len(take.experts):
+    if part.expert is None or part.module is None:
+        return
+    count = info.shape[len(index)]
+    if count != len(take.origins):
         raise ParamError(
-            f"{key}: names {len(take.experts)} origins, but {moe_key(part.module)}.num_experts "
+            f"{key}: names {len(take.origins)} origins, but {moe_key(part.module)}.num_experts "
             f"= {count}; allowed: one for every expert"
         )
 
