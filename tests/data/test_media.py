@@ -287,5 +287,5 @@ def test_sound_with_a_damaged_header(tmp_path, monkeypatch):
         def read(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("unimoe_jax.data.media.videos.soundfile.read", read)
+        monkeypatch.setattr("unimoe_jax.data.media.sounds.soundfile.read", read)
         assert len(load_waveform(str(file))) == 2000  # read to its end instead
