@@ -451,7 +451,7 @@ def test_a_damaged_index_is_measured_again(build, folder, caplog, damage):
     caplog.clear()
     assert build(data).plan.fingerprint() == whole.plan.fingerprint()
     (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert f"{file}: damaged" in told
+    assert f"{file}: damaged index (" in told
     assert "source all is measured again" in told
     caplog.clear()
     build(data)
