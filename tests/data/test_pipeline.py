@@ -1,4 +1,4 @@
-"""The loader end to end on small files: complete, resumable, the same for any hosts or workers."""
+"""The loader end to end on small files: complete, resumable, the same for all hosts and workers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build(tokenizer, model):
     return build
 
 
-def same(one: Batch, two: Batch) -> None:
+def assert_same(one: Batch, two: Batch) -> None:
     for name, a, b in zip(Batch._fields, one, two, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
@@ -68,6 +68,7 @@ def same(one: Batch, two: Batch) -> None:
 
 
 def joined(parts: list[Batch]) -> Batch:
+    """The batch that consists of these parts."""
     return Batch(*(None if a[0] is None else np.concatenate(a) for a in zip(*parts, strict=True)))
 
 
@@ -113,7 +114,8 @@ def test_an_epoch_holds_every_sample_once(build, mixed):
 
 
 def test_media_reach_the_pool_their_slots_name(build, mixed):
-    """Image brightness encodes the file, and the file is known from the question's number."""
+    """The brightness of an image identifies its file, and the answer contains the number of the
+    record, from which the file follows."""
     pipeline = build(mixed, LoaderConfig(row_length=256, rows=4, packing=False))
     tok = pipeline.readers[0].tokenizer
     seen = 0
@@ -140,10 +142,10 @@ def test_hosts_threads_and_workers_do_not_change_the_batches(build, mixed):
     whole = list(pipeline.batches(stop_step=steps))
     halves = [list(pipeline.batches(stop_step=steps, parts=[h], of=2)) for h in (0, 1)]
     for (_, _, batch), *parts in zip(whole, *halves, strict=True):
-        same(batch, joined([part for _, _, part in parts]))
+        assert_same(batch, joined([part for _, _, part in parts]))
     single = build(mixed, LOADER.model_copy(update={"threads": 1, "prefetch": 1}))
     for (_, _, one), (_, _, two) in zip(whole, single.batches(stop_step=steps), strict=True):
-        same(one, two)
+        assert_same(one, two)
 
 
 def test_an_index_that_cannot_be_written_is_named(build, mixed, monkeypatch, tmp_path):
@@ -168,18 +170,19 @@ def test_imbalance_is_the_largest_share_over_the_mean(build, mixed):
 
 
 def test_worker_processes_give_the_same_batches(build, mixed):
-    """Also after signals that a terminal or a scheduler sends to all processes of a run: the last
-    step before it stops may need a batch."""
+    """A terminal or a scheduler sends signals to all processes of a run. The workers must continue,
+    because the last step before the run stops may need a batch."""
     steps = 6
     whole = list(build(mixed).batches(stop_step=steps))
     for workers in (1, 2):
         pipeline = build(mixed, LOADER.model_copy(update={"workers": workers, "prefetch": 1}))
         pairs = zip(whole, pipeline.batches(stop_step=steps), strict=True)
-        for given, ((_, _, one), (_, _, two)) in enumerate(pairs, 1):
-            same(one, two)
-            # They give batches in turn: by now each has begun, and knows what to do with signals.
-            begun = active_children() if given >= workers else []
-            for worker, number in product(begun, (signal.SIGINT, signal.SIGTERM)):
+        for count, ((_, _, one), (_, _, two)) in enumerate(pairs, 1):
+            assert_same(one, two)
+            # Workers produce batches in turn. After `workers` batches each of them has started and
+            # has set its signal handlers.
+            started = active_children() if count >= workers else []
+            for worker, number in product(started, (signal.SIGINT, signal.SIGTERM)):
                 os.kill(worker.pid, number)
 
 
@@ -208,12 +211,12 @@ def test_workers_end_with_a_program_that_was_killed():
 
 def is_running(number: int) -> bool:
     try:
-        return bool(Path(f"/proc/{number}/cmdline").read_bytes())  # of a zombie nothing is left
+        return bool(Path(f"/proc/{number}/cmdline").read_bytes())  # it is empty for a zombie
     except OSError:
         return False
 
 
-def test_resuming_equals_going_on(build, mixed):
+def test_resuming_equals_continuing(build, mixed):
     pipeline = build(mixed)
     epoch = pipeline.steps_per_epoch
     steps = 2 * epoch + 1
@@ -225,7 +228,7 @@ def test_resuming_equals_going_on(build, mixed):
         rest = list(fresh.batches(start_step=start, stop_step=steps))
         assert len(rest) == steps - start
         for (_, _, one), (_, _, two) in zip(whole[start:], rest, strict=True):
-            same(one, two)
+            assert_same(one, two)
 
 
 def test_a_changed_data_set_is_refused_on_resume(build, mixed):
@@ -245,13 +248,13 @@ def test_a_changed_data_set_is_refused_on_resume(build, mixed):
         build(mixed).check_state(state)
 
 
-def test_evaluation_order_is_fixed_and_complete(build, mixed):
+def test_the_order_of_evaluation_is_fixed_and_complete(build, mixed):
     pipeline = build(mixed, shuffle=False)
     first = list(pipeline.batches(stop_step=pipeline.steps_per_epoch))
     assert sum(batch.segment_BT.max(axis=1).sum() for _, _, batch in first) == 40
     other = build(mixed, seed=99, shuffle=False)
     for (_, _, one), (_, _, two) in zip(first, other.batches(stop_step=len(first)), strict=True):
-        same(one, two)
+        assert_same(one, two)
 
 
 def test_without_grouping_or_packing(build, mixed):
@@ -308,9 +311,9 @@ def test_a_wrong_file_does_not_fill_the_log(build, folder, caplog):
     path = folder.write("d.json", [talk(), *(talk(answer="") for _ in range(60))])
     pipeline = build(path, LOADER.model_copy(update={"max_bad_share": 1.0}))
     assert pipeline.tally.counts == {("bad", "empty_answer"): 60}
-    told = [text for text in caplog.messages if "empty_answer" in text]
-    assert len(told) == 51
-    assert "only counted" in told[-1]
+    messages = [text for text in caplog.messages if "empty_answer" in text]
+    assert len(messages) == 51
+    assert "only counted" in messages[-1]
 
 
 def test_forged_placeholders_change_nothing(build, folder, tokenizer):
@@ -349,12 +352,13 @@ def test_truncation_and_caps_are_counted(build, folder):
         for row in range(4):
             labels = batch.weight_BT[row].sum()
             assert (labels > 0) == (batch.segment_BT[row].max() > 0)
-        if signature == {"image"}:  # full rows, and the text in the place that they leave
+        if signature == {"image"}:  # full rows, and a row of text in the place that is left
             assert (batch.modality_BT == 1).sum(axis=1).tolist().count(4) == 3
 
 
 def test_an_answer_that_the_row_cuts_is_never_scored_as_exact(build, folder, devices):
-    """What was left of it may well be answered to the letter; so may a prompt that was cut."""
+    """A model may predict all that is left of a cut answer, but that answer is not exact. If only
+    the prompt was cut, the answer counts."""
     records = [talk("one", "yes"), talk("two", "bird " * 400), talk("bird " * 400, "no")]
     path = folder.write("d.json", records)
     for _ in range(2):  # measured, then read from the cache
@@ -372,7 +376,7 @@ def test_an_answer_that_the_row_cuts_is_never_scored_as_exact(build, folder, dev
     assert exact_match({}, pipeline, compiled, mesh) == {"all": pytest.approx(2 / 3)}
 
 
-def test_a_header_that_understates_its_length_costs_the_surplus_only(build, folder, monkeypatch):
+def test_a_header_that_understates_the_length_only_loses_the_surplus(build, folder, monkeypatch):
     folder.sound("a.wav", 5.0)
     monkeypatch.setattr("unimoe_jax.data.processors.sound_length", lambda path: 32000)
     pipeline = build(folder.write("d.json", [talk("<audio>", voice="a.wav")]))
@@ -381,7 +385,7 @@ def test_a_header_that_understates_its_length_costs_the_surplus_only(build, fold
     assert pipeline.tally.count("capped", "header_too_short") == 1
 
 
-def test_a_surplus_chunk_costs_nothing_of_the_answer(build, folder, monkeypatch):
+def test_a_surplus_chunk_does_not_shorten_the_answer(build, folder, monkeypatch):
     folder.sound("a.wav", 5.0)
     monkeypatch.setattr("unimoe_jax.data.processors.sound_length", lambda path: 32000)
     records = [talk("<audio>", "a bird " * number, voice="a.wav") for number in (1, 9)]
@@ -410,7 +414,9 @@ def test_mixture_and_unknown_sources(build, mixed, folder):
         next(pipeline.batches(of=4))
 
 
-def test_the_index_is_cached_and_looks_again_at_bad_records(build, mixed, folder, monkeypatch):
+def test_the_index_is_cached_and_only_bad_records_are_measured_again(
+    build, mixed, folder, monkeypatch
+):
     cache = folder.root / "cache"
     records = [talk("<image>", image="late.png"), *json.loads(mixed.read_text())]
     mixed.write_text(json.dumps(records))
@@ -418,21 +424,21 @@ def test_the_index_is_cached_and_looks_again_at_bad_records(build, mixed, folder
     loader = LOADER.model_copy(update={"max_bad_share": 0.5})
     first = build(data, loader)
     assert first.tally.bad == 1
-    looked = []
+    measured = []
     from unimoe_jax.data.samples import SampleReader
 
     measure = SampleReader.measure
     monkeypatch.setattr(
-        SampleReader, "measure", lambda self, n: (looked.append(n), measure(self, n))[1]
+        SampleReader, "measure", lambda self, n: (measured.append(n), measure(self, n))[1]
     )
     again = build(data, loader)
-    assert looked == [0]
+    assert measured == [0]
     assert again.plan.fingerprint() == first.plan.fingerprint()
     folder.image("late.png")
     assert build(data, loader).tally.bad == 0
-    looked.clear()
+    measured.clear()
     assert len(build(data, loader).plan.samples) == 41
-    assert looked == []
+    assert measured == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "shorter"])
@@ -450,9 +456,9 @@ def test_a_damaged_index_is_measured_again(build, folder, caplog, damage):
         file.write_bytes({"empty": b"", "cut": content[:-99], "garbage": b"?" * 500}[damage])
     caplog.clear()
     assert build(data).plan.fingerprint() == whole.plan.fingerprint()
-    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert f"{file}: damaged index (" in told
-    assert "source all is measured again" in told
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert f"{file}: damaged index (" in message
+    assert "source all is measured again" in message
     caplog.clear()
     build(data)
     assert not caplog.records
