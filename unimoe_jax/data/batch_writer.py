@@ -50,7 +50,7 @@ class BatchWriter:
     def row(self, number: int, shard: int, streams: list[Stream | None]) -> None:
         """Write row `number`: its samples one after another, each as a separate segment.
 
-        None stands for a bad sample. It takes a segment number but no position.
+        A bad sample is None. It takes a segment number but no position.
         """
         batch, start = self.batch, 0
         for segment, stream in enumerate(streams, 1):

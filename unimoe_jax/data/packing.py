@@ -1,9 +1,9 @@
 """Samples -> rows, rows -> batches, rows of a batch -> shards. Pure functions of integers.
 
 Rows are filled by best-fit packing: a row takes samples in their given order until about two more
-fit, and then the two whose sum fills it best. Samples without media fill what rows with media leave
-free. Rows are dealt to batches, and the rows of a batch to shards, like cards from a pile sorted by
-media, so that every batch and every shard receives its share of each pool.
+fit, and then the two whose sum fills it best. Samples without media fill the ends that rows with
+media leave free. Rows are dealt to batches, and the rows of a batch to shards, like cards from a
+pile sorted by media, so that every batch and every shard receives its share of each pool.
 """
 
 from __future__ import annotations

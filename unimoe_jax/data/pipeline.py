@@ -161,6 +161,7 @@ class Pipeline:
             for step in range(start_step, stop):
                 with explaining_killed_workers():
                     arrays = dict(next(iterator))
+                # The tally of this process counts the events of all threads and workers.
                 events, loaded = unpack_events(arrays.pop(EVENTS))
                 self.tally.add(events, loaded)
                 yield step, self.signature_at(step), Batch(**arrays)

@@ -60,6 +60,7 @@ class Processors:
             size = vision.encoder.image_size
             return Entries([image_pixels(image, size, vision.aspect)], [0], 1)
         if file.modality == "video":
+            # All frames of a video are one pool entry.
             vision = self._vision()
             size = vision.encoder.image_size
             frames = load_frames(file.paths, vision.frames, self.limits)
@@ -90,6 +91,7 @@ class Processors:
         else:
             bins = self._audio().encoder.mel_bins
             arrays = [beats_fbank(chunk, chunking.size, bins) for chunk in chunks]
+        # Count the chunks before `max_chunks`, so that a caller can report how many were dropped.
         in_file = len(chunk_starts(len(wave), chunking.size, chunking.stride))
         return Entries(arrays, [len(chunk) for chunk in chunks], in_file)
 

@@ -84,6 +84,7 @@ class RecordReader:
         media = {placeholder: files for placeholder, files in media.items() if files}
         _check_counts(turns, media)
         _check_keys(content, turns, media)
+        # Records for training have an `id`, records of question files a `question_id`.
         name = content.get("id", content.get("question_id", number))
         return Record(str(name), turns, media, self.name, self.line(number))
 
@@ -92,6 +93,7 @@ class RecordReader:
         groups = path_groups(key, content.get(key))
         if not groups:
             return ()
+        # Python cannot pass half of a surrogate pair to the file system.
         for path in (path for group in groups for path in group):
             _check_unicode(path, key)
         # `image` and `video` are modalities; `voice` files are speech or audio.

@@ -139,9 +139,12 @@ def _balanced(
     once, and 2 of them, chosen at random, twice.
     """
     shape = tuple(len(values) for values in axes.values())
-    cells = math.prod(shape)
-    # The inner permutation chooses which combinations occur once more, the outer one shuffles.
-    codes = [rng.permutation(rng.permutation(cells)[np.arange(n) % cells]) for n in sizes]
+    combinations = math.prod(shape)
+    # The first permutation decides which combinations occur once more; the second one shuffles.
+    codes = []
+    for size in sizes:
+        order = rng.permutation(combinations)
+        codes.append(rng.permutation(order[np.arange(size) % combinations]))
     indices = np.unravel_index(np.concatenate(codes), shape)
     return {
         name: [values[i] for i in index]

@@ -86,7 +86,7 @@ def synthesise(syllables: list[tuple[str, ...]], rng: np.random.Generator) -> np
     """Synthesise one speaker who says the syllables: float [samples], |x| < 1, 16 kHz, at most 2
     seconds."""
     pitch = rng.uniform(95, 190)
-    # A higher voice has higher formants; a pitch of 130 Hz belongs to the table above.
+    # A higher voice has higher formants. The formants in VOWELS belong to a pitch of 130 Hz.
     scale = (pitch / 130) ** 0.22 * rng.uniform(0.97, 1.03)
     longest = 0.85 if len(syllables) == 1 else 0.6
     # Silence before the first syllable and after each.

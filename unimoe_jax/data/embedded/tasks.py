@@ -90,7 +90,7 @@ def _video_sound(items: dict[str, list[Item]], ask: Asker) -> Iterator[tuple[dic
 
 
 def _caption_speech(items: dict[str, list[Item]], ask: Asker) -> Iterator[tuple[dict, Turns]]:
-    """What a recording says, for the alignment of the speech encoder."""
+    """The vowels or the word of a recording, to align the speech encoder."""
     # Few enough words that no word is more frequent than all vowels together.
     words = items["word"][: len(items["vowel"]) // 2]
     for item in items["vowel"] + words:

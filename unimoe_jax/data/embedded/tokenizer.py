@@ -68,6 +68,7 @@ def train() -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(),
         model_writer=model,
+        # As the LLaMA tokenizer: every character can be encoded, and white space is kept.
         model_type="bpe",
         vocab_size=VOCAB,
         character_coverage=1.0,
@@ -77,6 +78,7 @@ def train() -> bytes:
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
+        # The ids of LLaMA's control tokens; there is no padding token.
         unk_id=0,
         bos_id=1,
         eos_id=2,

@@ -39,7 +39,7 @@ def kaldi_fbank(wave: np.ndarray, mel_bins: int) -> np.ndarray:
     """
     windows = sliding_window_view(wave.astype(np.float32) * np.float32(32768), WINDOW)[::HOP]
     windows = windows - windows.mean(axis=1, keepdims=True)
-    # Pre-emphasis; the first sample of a window stands in for the sample before it.
+    # Pre-emphasis; the first sample of a window also counts as the sample before it.
     previous = np.concatenate([windows[:, :1], windows[:, :-1]], axis=1)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / (WINDOW - 1))
     emphasised = (windows - np.float32(0.97) * previous) * (hann**0.85).astype(np.float32)

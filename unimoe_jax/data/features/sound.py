@@ -33,6 +33,7 @@ def apply_filters(power: np.ndarray, filters: np.ndarray) -> np.ndarray:
 
     Loader threads run in parallel already, and BLAS threads in addition would only slow them down.
     """
+    # Whole blocks are one batched product; the remaining frames are fewer than BLAS_ROWS.
     in_blocks = len(power) // BLAS_ROWS * BLAS_ROWS
     blocks = power[:in_blocks].reshape(-1, BLAS_ROWS, power.shape[1])
     filtered = np.matmul(blocks, filters).reshape(in_blocks, filters.shape[1])

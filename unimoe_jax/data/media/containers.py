@@ -59,9 +59,10 @@ def _open_container(path: str) -> Any:
 
 
 def duration_seconds(container: Any, stream: Any, rate: Fraction) -> float:
-    """Duration of a video stream: its own, else its container's, else its frames at `rate` Hz.
+    """Duration of a video stream: from its header, else from that of the container, else from its
+    number of frames at `rate` Hz.
 
-    Raises ValueError if the file says none of them.
+    Raises ValueError if the file has none of them.
     """
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)

@@ -49,7 +49,7 @@ def open_image(path: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """
     try:
         with warnings.catch_warnings():
-            # Above Pillow's own limit it warns; `check_image_size` refuses by the limit of the run.
+            # Pillow warns about large images; `check_image_size` refuses them by the run's limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=formats) as image:
                 yield image
