@@ -23,6 +23,9 @@ from unimoe_jax.config import (
     VisionConfig,
     WhisperConfig,
 )
+from unimoe_jax.data.batch import Batch
+
+LOADER = LoaderConfig(row_length=256, rows=4, threads=2, prefetch=2)
 
 
 def model_config(speech=True, audio=True, max_chunks=3) -> ModelConfig:
@@ -88,3 +91,10 @@ def data_config(path, loader=None, **source) -> DataConfig:
     """Data settings with one source, called `all`."""
     loader = loader or LoaderConfig(row_length=256, rows=4)
     return DataConfig(sources={"all": SourceConfig(path=str(path), **source)}, loader=loader)
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    for name, a, b in zip(Batch._fields, one, two, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            np.testing.assert_array_equal(a, b, err_msg=name)

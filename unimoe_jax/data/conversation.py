@@ -2,8 +2,8 @@
 
 A template turns a conversation into pieces, and marks the pieces that the model learns to write.
 These labels are carried from the pieces to the ids, so nothing is tokenised twice and no two counts
-can disagree. Placeholders split the text. Each chunk of text between them is tokenised by itself, as Uni-MoE and LLaVA do, and
-therefore begins with a space that SentencePiece adds.
+can disagree. Placeholders split the text. Each chunk of text between them is tokenised by itself,
+as Uni-MoE and LLaVA do, and therefore begins with a space that SentencePiece adds.
 """
 
 from __future__ import annotations
