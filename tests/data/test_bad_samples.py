@@ -69,7 +69,7 @@ def test_truncation_and_caps_are_counted(build, folder):
     pipeline = build(folder.write("d.json", records))
     assert pipeline.tally.count("truncated") == 3
     assert pipeline.tally.count("capped", "max_chunks") == 1
-    assert "5 chunks, the first 3 are used" in pipeline.tally.table()
+    assert "5 chunks, the first 3 are used" in pipeline.tally.report()
     for _, signature, batch in pipeline.batches(stop_step=pipeline.steps_per_epoch):
         for row in range(4):
             labels = batch.weight_BT[row].sum()

@@ -266,7 +266,7 @@ def test_tallies_of_processes_are_joined():
         for text in texts:
             tally.join(text)
         assert tally.as_json() == {"total": 10, "bad": {"missing_file": 4}}
-    assert "record 1: 1 is gone" in tallies[0].table()
+    assert "record 1: 1 is gone" in tallies[0].report()
 
 
 def test_records_on_one_line_are_counted_separately():
@@ -274,7 +274,7 @@ def test_records_on_one_line_are_counted_separately():
     events = [Event("bad", "s", "f.json", n, 1, "missing_file", "gone") for n in (1, 2, 17)]
     with pytest.raises(TooManyBadSamples, match="3 of 200"):
         tally.add([*events, *events])
-    assert "f.json:1: record 1: gone" in tally.table()
+    assert "f.json:1: record 1: gone" in tally.report()
 
 
 def test_the_report_shows_the_first_case_of_each_kind_and_reason():
@@ -282,7 +282,7 @@ def test_the_report_shows_the_first_case_of_each_kind_and_reason():
     cut = Event("truncated", "s", "f.json", 1, 1, "too_long", "longer than 9")
     bad = Event("bad", "s", "f.json", 2, 5, "too_long", "no label left")
     tally.add([cut, bad, cut])
-    rows = [line.split() for line in tally.table().splitlines()[1:]]
+    rows = [line.split() for line in tally.report().splitlines()[1:]]
     assert [row[:3] for row in rows] == [["bad", "too_long", "1"], ["truncated", "too_long", "1"]]
     assert [" ".join(row[-3:]) for row in rows] == ["no label left", "longer than 9"]
     assert tally.as_json() == {"total": 10, "bad": {"too_long": 1}, "truncated": {"too_long": 1}}

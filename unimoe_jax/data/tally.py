@@ -103,7 +103,7 @@ class Tally:
     def add(self, events: list[Event], loaded: int = 0) -> None:
         """Count `events`, which occurred while `loaded` samples were loaded (0: while indexing).
 
-        Raises `TooManyBadSamples`, with a table, when the bad samples exceed the allowed share of
+        Raises `TooManyBadSamples`, with a report, when the bad samples exceed the allowed share of
         the data set or of the samples loaded so far; with `strict`, at the first bad sample.
 
         Example: with an allowed share of 0.01, a data set of 5000 samples may have 50 bad ones. Of
@@ -174,7 +174,7 @@ class Tally:
         if bad > self.max_bad_share * base:
             raise TooManyBadSamples(
                 f"{bad} of {base} samples {description} are bad ({bad / max(base, 1):.2%}, allowed "
-                f"{self.max_bad_share:.2%})\n{self.table()}"
+                f"{self.max_bad_share:.2%})\n{self.report()}"
             )
 
     @property
@@ -197,7 +197,7 @@ class Tally:
             content.setdefault(kind, {})[reason] = number
         return content
 
-    def table(self) -> str:
+    def report(self) -> str:
         """One line per kind and reason: the number of samples, and the first case."""
         if not self.counts:
             return "no bad, truncated or capped samples"

@@ -62,7 +62,7 @@ def train_stage(context: RunContext, settings: StageSettings) -> StageSummary | 
     run.sum_up()
     leave_results(context, stage, run.params, run.summary)
     if pipeline.tally.counts:
-        context.announce(pipeline.tally.table())
+        context.announce(pipeline.tally.report())
     return run.summary
 
 
