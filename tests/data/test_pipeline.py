@@ -88,7 +88,9 @@ def test_hosts_threads_and_workers_do_not_change_the_batches(build, mixed):
     pipeline = build(mixed)
     steps = pipeline.steps_per_epoch + 2
     whole = list(pipeline.batches(stop_step=steps))
-    halves = [list(pipeline.batches(stop_step=steps, parts=[h], of=2)) for h in (0, 1)]
+    halves = [
+        list(pipeline.batches(stop_step=steps, shards=[half], num_shards=2)) for half in (0, 1)
+    ]
     for (_, _, batch), *parts in zip(whole, *halves, strict=True):
         assert_same(batch, joined([part for _, _, part in parts]))
     single = build(mixed, LOADER.model_copy(update={"threads": 1, "prefetch": 1}))
@@ -192,8 +194,8 @@ def test_mixture_and_unknown_sources(build, mixed, folder):
     assert np.bincount(pipeline.plan.samples.source[members]).tolist() == [20, 16]
     with pytest.raises(ValueError, match=r"no such source \['none'\]"):
         build(data, mixture={"none": 1.0})
-    with pytest.raises(ValueError, match="2 pool groups do not divide into 4 parts"):
-        next(pipeline.batches(of=4))
+    with pytest.raises(ValueError, match="2 pool groups do not divide among 4 data shards"):
+        next(pipeline.batches(num_shards=4))
 
 
 def test_preview_shows_media_and_labels(build, mixed):

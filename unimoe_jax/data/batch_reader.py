@@ -33,38 +33,41 @@ class BatchReader:
         # The events of indexing have been counted already; copies for workers need only the sizes.
         self.indices = [index.without_events() for index in indices]
 
-    def spec(self, signature: Signature, parts: int = 1, of: int = 1) -> Batch:
-        """Return the `ArraySpec`s of a batch, or of `parts` of its `of` equal parts."""
-        loader, shards = self.plan.loader, self.plan.shards
+    def spec(self, signature: Signature, shards: int = 1, num_shards: int = 1) -> Batch:
+        """Return the `ArraySpec`s of a batch, or of `shards` of its `num_shards` data shards."""
+        loader = self.plan.loader
         return batch_spec(
             self.model,
-            rows=loader.rows * parts // of,
+            rows=loader.rows * shards // num_shards,
             row_length=loader.row_length,
-            shards=shards * parts // of,
+            shards=self.plan.shards * shards // num_shards,
             capacity=self.plan.capacity(signature),
         )
 
-    def read(self, step: int, parts: Sequence[int] = (0,), of: int = 1) -> tuple[Batch, np.ndarray]:
-        """Read `parts` of the batch of `step`, cut into `of` parts: (batch, packed events).
+    def read(
+        self, step: int, shards: Sequence[int] = (0,), num_shards: int = 1
+    ) -> tuple[Batch, np.ndarray]:
+        """Read the data shards `shards` of the batch of `step`: (batch, packed events).
 
-        A bad sample leaves its positions as padding.
+        num_shards: data shards into which the whole batch is cut. A bad sample leaves its positions
+        as padding.
 
-        Example: a batch of 8 rows cut into of=4 parts has 2 rows per part; parts=(1, 3) reads the
+        Example: a batch of 8 rows over num_shards=4 has 2 rows per shard; shards=(1, 3) reads the
         rows 2, 3, 6 and 7, in this order.
         """
         number, rows, epoch = self.plan.batch(step)
         signature = self.plan.signatures[number]
-        # Begin with empty arrays for these parts.
+        # Begin with empty arrays for these shards.
         writer = BatchWriter(
-            self.spec(signature, len(parts), of),
+            self.spec(signature, len(shards), num_shards),
             self.plan.capacity(signature),
             self.model.tokens_per_medium(),
         )
         if self.model.audio:
             writer.full_audio(self.model.audio.num_samples)
-        # Pools belong to the shards of the whole batch, each of which has equally many rows.
-        local_rows = rows.reshape(of, -1)[list(parts)].ravel()
-        rows_per_shard = len(rows) // self.plan.shards
+        # A data shard holds one or more pool groups, each of which has the same number of rows.
+        local_rows = rows.reshape(num_shards, -1)[list(shards)].ravel()
+        rows_per_group = len(rows) // self.plan.shards
         # Load the samples row by row. An empty row is -1.
         events: list[Event] = []
         loaded = 0
@@ -75,7 +78,7 @@ class BatchReader:
                 stream, sample_events = self._load(sample)
                 events += sample_events
                 streams.append(stream)
-            writer.row(position, position // rows_per_shard, streams)
+            writer.row(position, position // rows_per_group, streams)
         return writer.batch, pack_events(events, loaded)
 
     def _load(self, sample: int) -> tuple[Stream | None, list[Event]]:
@@ -92,15 +95,18 @@ class BatchReader:
 class StepDataSource:
     """A grain source: item i is the batch of step `start + i`, as a dict of arrays."""
 
-    def __init__(self, reader: BatchReader, start: int, stop: int, parts: Sequence[int], of: int):
+    def __init__(
+        self, reader: BatchReader, start: int, stop: int, shards: Sequence[int], num_shards: int
+    ):
         self.reader, self.start, self.stop = reader, start, stop
-        self.parts, self.of = tuple(parts), of
+        self.shards, self.num_shards = tuple(shards), num_shards
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
-        batch, events = self.reader.read(self.start + int(index), self.parts, self.of)
+        step = self.start + int(index)
+        batch, events = self.reader.read(step, self.shards, self.num_shards)
         # Grain moves arrays between processes, so pools that the batch lacks are left out.
         arrays = {name: array for name, array in batch._asdict().items() if array is not None}
         return arrays | {EVENTS: events}

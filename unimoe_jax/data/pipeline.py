@@ -34,8 +34,9 @@ class Pipeline:
     """Batches of a mixture of sources.
 
     data: `sources` whose `path` is a real file; mixture: source -> weight, the number of times its
-    samples occur per epoch; shards: data shards G of the mesh. With `shuffle` off every epoch has
-    the same fixed order, as held-out evaluation wants.
+    samples occur per epoch; shards: pool groups G of a batch, as many as the mesh has data shards
+    or a multiple of that (`loader.groups`). With `shuffle` off every epoch has the same fixed
+    order, as held-out evaluation wants.
 
     Attributes: `tally` (bad, truncated and capped samples), `signatures` (signature -> shapes of
     its batches), `steps_per_epoch`, `plan`. Raises ValueError for an unknown source, for rows that
@@ -139,23 +140,28 @@ class Pipeline:
     def batches(
         self,
         start_step: int = 0,
-        parts: Sequence[int] = (0,),
-        of: int = 1,
+        shards: Sequence[int] = (0,),
+        num_shards: int = 1,
         stop_step: int | None = None,
     ) -> Iterator[tuple[int, Signature, Batch]]:
-        """Yield (step, signature, `parts` of the batch when cut into `of`) from `start_step` on.
+        """Yield (step, signature, the data shards `shards` of the batch) from `start_step` on.
+
+        num_shards: data shards of the mesh; a batch is cut into so many equal parts of its rows and
+        pool groups. The default reads the whole batch as one shard.
 
         Epochs follow one another without end unless `stop_step` is given. Threads read ahead, or
         `loader.workers` processes. Raises `TooManyBadSamples` and ChildProcessError. Close the
         generator (or exhaust it) to end the threads or processes.
         """
-        if self.plan.shards % of:
-            raise ValueError(f"{self.plan.shards} pool groups do not divide into {of} parts")
+        if self.plan.shards % num_shards:
+            raise ValueError(
+                f"{self.plan.shards} pool groups do not divide among {num_shards} data shards"
+            )
         # Grain needs a finite number of steps; no run takes 2^31.
         stop = start_step + 2**31 if stop_step is None else stop_step
         if stop <= start_step:
             return
-        steps = StepDataSource(self._reader, start_step, stop, parts, of)
+        steps = StepDataSource(self._reader, start_step, stop, shards, num_shards)
         iterator = iter(self._dataset(steps))
         try:
             for step in range(start_step, stop):
@@ -256,14 +262,14 @@ class Pipeline:
                 shares[name] = 1 - used[position] / capacity
         return {name: float(share) for name, share in shares.items()}
 
-    def imbalance(self, step: int, parts: int) -> dict[str, float]:
-        """How unevenly a batch is distributed over `parts` data shards: the largest load divided by
-        the mean, of "tokens" and of every medium in the batch. 1 is even; all devices wait for the
-        one with the largest load.
+    def imbalance(self, step: int, num_shards: int) -> dict[str, float]:
+        """How unevenly a batch is distributed over `num_shards` data shards: the largest load
+        divided by the mean, of "tokens" and of every medium in the batch. 1 is even; all devices
+        wait for the one with the largest load.
 
         Example: shards with 300 and 100 tokens give "tokens" 300 / 200 = 1.5.
         """
-        loads = self.plan.loads(step).reshape(parts, -1, 1 + len(MEDIA)).sum(axis=1)
+        loads = self.plan.loads(step).reshape(num_shards, -1, 1 + len(MEDIA)).sum(axis=1)
         names = ("tokens", *MEDIA)
         return {
             name: float(loads[:, column].max() / loads[:, column].mean())

@@ -152,8 +152,8 @@ class StageRun:
         every, mesh = self.context.run.checkpoint.every, self.context.mesh
         batches = self.pipeline.batches(
             start_step=self.done,
-            parts=own_data_shards(mesh),
-            of=data_shards(mesh),
+            shards=own_data_shards(mesh),
+            num_shards=data_shards(mesh),
             stop_step=self.stage.steps,
         )
         self.log.since = time.monotonic()
