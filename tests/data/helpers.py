@@ -23,10 +23,13 @@ from unimoe_jax.config import (
     VisionConfig,
     WhisperConfig,
 )
+from unimoe_jax.data.batch import Batch
+
+LOADER = LoaderConfig(row_length=256, rows=4, threads=2, prefetch=2)
 
 
 def model_config(speech=True, audio=True, max_chunks=3) -> ModelConfig:
-    """16x16 images (4 soft tokens), 2 s chunks of sound (3 soft tokens)."""
+    """A tiny model: images of 16x16 pixels (4 soft tokens), 2 s chunks of sound (3 soft tokens)."""
     small = {"hidden_size": 8, "mlp_dim": 8, "num_layers": 1, "num_heads": 1}
     queries = QueryConnectorConfig(kind="qformer", num_queries=3, **small)
     return ModelConfig(
@@ -52,7 +55,7 @@ def model_config(speech=True, audio=True, max_chunks=3) -> ModelConfig:
 
 
 class Folder:
-    """A data set under construction."""
+    """The folder of a small data set: writes media and record files, returns their names."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -79,11 +82,19 @@ class Folder:
 
 
 def talk(question="what is this", answer="a red bird", **media) -> dict:
+    """A record with one question and one answer; media: further keys of the record."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {**media, "conversations": turns}
 
 
 def data_config(path, loader=None, **source) -> DataConfig:
-    """One source called `all`."""
+    """Data settings with one source, called `all`."""
     loader = loader or LoaderConfig(row_length=256, rows=4)
     return DataConfig(sources={"all": SourceConfig(path=str(path), **source)}, loader=loader)
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    for name, a, b in zip(Batch._fields, one, two, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            np.testing.assert_array_equal(a, b, err_msg=name)

@@ -19,7 +19,8 @@ MISTRAL = "mistral_instruct"
 TOKENIZERS = ("tok_legacy_true", "tok_legacy_false")
 
 # The reference masks whole samples whose re-tokenised length disagrees (`legacy: false` with more
-# than one round). Ours carries labels along, so these keep them: ids equal, labels differ.
+# than one round). This package carries labels along with the text, so these samples keep their
+# labels: the ids are equal, the labels differ.
 LOST_BY_THE_REFERENCE = {
     f"{template}/tok_legacy_false/{dialogue}"
     for template in ("unimoe/v1", "cumo/mistral_instruct", "cumo/mistral_instruct_system")
@@ -38,6 +39,7 @@ def templates(name: str) -> dict:
 
 
 def record_of(conversations: list[dict], placeholders=tuple(IDS)) -> Record:
+    """A record in which every placeholder of the questions has a file."""
     turns = tuple(Turn(turn["from"], turn["value"]) for turn in conversations)
     while turns[0].role != "human":
         turns = turns[1:]
@@ -51,6 +53,7 @@ def record_of(conversations: list[dict], placeholders=tuple(IDS)) -> Record:
 
 
 def flat(spans) -> tuple[list[int], list[int]]:
+    """(ids, labels) as the reference writes them: a medium is one negative id."""
     ids, labels = [], []
     for span in spans:
         new = [IDS[span.medium.placeholder]] if span.medium else list(span.ids)
@@ -88,13 +91,13 @@ def test_vicuna_ids_and_labels_equal_the_reference():
 
 
 def check_labels(name: str, key: str, labels: list[int]) -> None:
-    """`labels` are the recorded ones, or what the reference should not have lost."""
+    """Check labels against the recorded ones, or against those that the reference lost."""
     expected = templates(name)[key]["labels"]
     if key not in LOST_BY_THE_REFERENCE:
         assert labels == expected, key
         return
     assert set(expected) == {-100}
-    # What the tokenizer that does not trip the reference supervises, text for text.
+    # With the other tokenizer the reference keeps its labels; the supervised texts must be equal.
     twin = templates(name)[key.replace("legacy_false", "legacy_true")]["labels"]
     tok, other = tokenizer("tok_legacy_false"), tokenizer("tok_legacy_true")
     supervised = tok.decode([i for i in labels if i >= 0])
@@ -112,12 +115,12 @@ def test_plain_equals_the_reference():
 
 @pytest.mark.parametrize("template", ["mistral_instruct_system", "mistral_instruct"])
 def test_mistral_ids_and_labels_equal_the_reference(template):
-    """Two bos, media in front of their turn, the space before eos learned."""
+    """There are two bos, media come first in their turn, and the space before eos is learned."""
     recorded = templates("templates_cumo.json")
     cases = [key for key in recorded if key.startswith(f"cumo/{template}/")]
     assert len(cases) == 12
     for key in cases:
-        # The original knows images only: other placeholders are text to it.
+        # The original knows images only, so it treats other placeholders as text.
         record = record_of(recorded[key]["conversations"], ("<image>",))
         ids, labels = flat(tokenize(pieces_of(record, template), tokenizer(key.split("/")[2])))
         assert ids == recorded[key]["input_ids"], key
@@ -165,7 +168,7 @@ def test_cumo_batches_and_prompts_equal_the_reference(root):
 
 @pytest.mark.parametrize("root", recorded_systems(), ids=lambda root: root.name)
 def test_batches_and_prompts_equal_the_reference(root):
-    # The tokenizer of the base checkpoint: its folder holds no adapters.
+    # Use the tokenizer of the base checkpoint, which is the folder without adapters.
     (base,) = (
         path.parent
         for path in root.glob("checkpoint/*/tokenizer.model")
@@ -181,10 +184,10 @@ def test_batches_and_prompts_equal_the_reference(root):
         assert ids + [0] * padding == inputs["input_ids"][row].tolist()
         assert labels + [-100] * padding == inputs["labels"][row].tolist()
     for number, query in enumerate(json.loads((root / "generate_queries.json").read_text())):
-        # The demo scripts write one placeholder per kind, in this order, however many files.
-        given = [name for key, name in PROMPT_ORDER if key in query]
-        text = "".join(f"{name}\n" for name in given) + query["query"]
-        media = {name: (MediaFile("image", ("x",)),) for name in given}
+        # The demo scripts write one placeholder per kind, in this order, for any number of files.
+        placeholders = [name for key, name in PROMPT_ORDER if key in query]
+        text = "".join(f"{name}\n" for name in placeholders) + query["query"]
+        media = {name: (MediaFile("image", ("x",)),) for name in placeholders}
         asked = messages([Turn("human", text)], media)
         ids, _ = flat(tokenize(prompt_pieces(asked, "vicuna_v1"), tok))
         assert ids == inputs[f"generate/{number}/input_ids"][0].tolist(), query["query"]

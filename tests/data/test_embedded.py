@@ -90,7 +90,7 @@ def test_folder_without_manifest_is_refused(tmp_path):
         embedded.build(tmp_path)
 
 
-def test_slower_process_takes_the_faster_ones_result(tmp_path, monkeypatch):
+def test_the_slower_of_two_processes_uses_the_result_of_the_faster(tmp_path, monkeypatch):
     original = dataset._publish
 
     def after_the_other(partial: Path, final: Path) -> None:
@@ -195,7 +195,7 @@ def test_splits_share_no_media_and_no_text(built):
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
 
 
-def test_parameters_of_no_two_files_agree():
+def test_all_files_have_different_seeds():
     plan = media.plan(embedded.Counts(), 0, 1)
     keys = [item.key for kinds in plan.values() for items in kinds.values() for item in items]
     assert len(set(keys)) == len(keys)
@@ -276,7 +276,7 @@ def mean_colour(picture: np.ndarray) -> np.ndarray:
 
 
 def outline(path: Path) -> np.ndarray:
-    """Filled share of the bounding box, height of the centre of mass, emptiness of the corners."""
+    """Filled share of the bounding box, height of the centre of mass, filled share of corners."""
     mask = pixels(path).max(-1) > 110
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -299,7 +299,8 @@ def heard(path: Path) -> np.ndarray:
 
 
 def flicker(path: Path) -> np.ndarray:
-    """Mean brightness of the brightest pixels of the mean frame, against the brightest frame's."""
+    """Mean brightness of the brightest pixels of the mean over all frames, divided by that of the
+    maximum over all frames."""
     frames = frames_of(path)[::2].max(-1).astype(float)
     bright = np.sort(frames.max(0).ravel())[-200:].mean()
     return np.array([np.sort(frames.mean(0).ravel())[-200:].mean() / bright])

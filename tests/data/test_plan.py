@@ -1,4 +1,4 @@
-"""The order of samples: complete, deterministic, well packed, balanced, within capacities."""
+"""The plan of batches: complete, deterministic, well packed, balanced, within capacities."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def all_samples(plan: BatchPlan, epoch: int) -> np.ndarray:
 
 
 def test_a_rare_large_sample_finds_a_row():
-    """Limits are judged on a part of large data, where it is not found."""
+    """Limits for large data are measured on a part of it, which may not contain the sample."""
     number = 20_010
-    looked_at = np.linspace(0, number - 1, 20_000).astype(np.int64)
-    record = np.setdiff1d(np.arange(number), looked_at)[4]
+    measured = np.linspace(0, number - 1, 20_000).astype(np.int64)
+    record = np.setdiff1d(np.arange(number), measured)[4]
     tokens, entries = np.full(number, 400), np.zeros((number, 4), np.int64)
     entries[:, 0] = 1
     tokens[record], entries[record, 0] = 1800, 12
@@ -56,9 +56,9 @@ def test_a_rare_large_sample_finds_a_row():
     assert [record] in fill_rows(tokens, entries, 2048, limit)
 
 
-def test_a_digest_tells_epochs_that_shards_change():
-    """Later epochs may need more room in a pool than was planned for; rows then move, and which
-    ones depends on the shards. A resume must notice."""
+def test_the_digest_of_an_epoch_shows_that_the_number_of_shards_changes_it():
+    """Later epochs may need more room in a pool than was planned. Some rows then move, and which
+    rows depends on the number of shards, so a resumed run must notice another number."""
     random = np.random.default_rng(2)
     number = 500
     tokens = np.clip(random.lognormal(5.3, 0.5, number), 20, 1024).astype(np.int64)
@@ -72,7 +72,8 @@ def test_a_digest_tells_epochs_that_shards_change():
         for plan in plans:
             part = plan.epoch(epoch)
             rows = [sorted(row for row in batch if row >= 0) for batch in part.batches]
-            batches.append((plan.start_of(epoch), [[part.row(r) for r in own] for own in rows]))
+            samples_of_rows = [[part.row(row) for row in batch] for batch in rows]
+            batches.append((plan.start_of(epoch), samples_of_rows))
             digests.append(plan.fingerprint(plan.start_of(epoch)))
         differ.append(batches[0] != batches[1])
         assert differ[-1] == (digests[0] != digests[1])
@@ -98,8 +99,8 @@ def test_nothing_is_lost_and_capacities_hold(packing, grouped):
                     assert packing or len(members) == 1
                     load += data.entries[members].sum(axis=0)
                     for sample in members if grouped else ():
-                        own = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
-                        assert own == signature or (packing and not own)
+                        media = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
+                        assert media == signature or (packing and not media)
                 for name, most in zip(MEDIA, load, strict=True):
                     assert most <= capacity.get(name, 0)
 
@@ -136,7 +137,7 @@ def test_order_depends_on_seed_and_epoch_only():
     other = plan_of(data, shards=2)
     assert other.fingerprint() == one.fingerprint()
     assert other.epoch(0).batches.shape == one.epoch(0).batches.shape
-    # A pickled plan, as worker processes get it, goes on alike.
+    # Worker processes get a pickled plan, which must continue in the same way.
     copy = pickle.loads(pickle.dumps(one))
     np.testing.assert_array_equal(copy.epoch(4).batches, one.epoch(4).batches)
 
@@ -191,7 +192,7 @@ def test_media_are_balanced_over_shards():
                 ]
             )
             print(sorted(signature), name, loads.mean(), np.ptp(loads, axis=1).mean())
-            # At most about one row's worth apart: a batch may lack a row.
+            # Shards differ by about one row at most, because a batch may lack a row.
             assert np.ptp(loads, axis=1).mean() < loads.mean() / 6
 
 
@@ -200,7 +201,7 @@ def test_bad_settings_are_named():
         plan_of(samples(10), shards=5)
 
 
-def test_loads_say_how_even_the_shards_of_a_step_are():
+def test_loads_of_the_shards_of_a_step():
     data = samples(8000)
     plan = plan_of(data, shards=8, rows=32, group_by_modality=False)
     ratios = []
@@ -219,8 +220,8 @@ def test_loads_say_how_even_the_shards_of_a_step_are():
 
 
 def of_kinds(numbers: dict[tuple[str, ...], int], seed=0) -> Samples:
-    """Samples with the given media. Those with media take 126 to 134 positions, so that five leave
-    much of a row of 720; text alone takes 15 to 60."""
+    """Samples with the given media. A sample with media takes 126 to 134 positions, so that five of
+    them leave much of a row of 720 free; a sample of text alone takes 15 to 60 positions."""
     random = np.random.default_rng(seed)
     tokens, entries = [], []
     for media, number in numbers.items():
@@ -263,28 +264,28 @@ def test_text_fills_rows_with_media():
             kinds = [[bool(data.entries[sample].any()) for sample in row] for row in members]
             for row, has_media in zip(members, kinds, strict=True):
                 assert data.tokens[row].sum() <= 720
-                # The text comes last, and whatever has media has the batch's.
+                # The text comes last, and the samples with media have the media of the batch.
                 assert has_media == sorted(has_media, reverse=True)
                 for sample in np.array(row)[has_media]:
-                    own = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
-                    assert own == signature
+                    media = frozenset(MEDIA[i] for i in np.flatnonzero(data.entries[sample]))
+                    assert media == signature
             if signature:
                 mixed = [any(has_media) and not all(has_media) for has_media in kinds]
                 assert np.mean(mixed) > 0.5
         assert len(rows[frozenset()]) > 8
-        # No batch but the last of the text has a free place.
+        # No batch has a free place, except the last batch of text alone.
         part = plan.epoch(epoch)
         assert (part.batches[part.signature > 0] >= 0).all()
         assert padding_of(plan, epoch) < 0.03
         assert padding_of(alone, epoch) > 0.05
-    # Text takes no room in the pools.
+    # Text needs no room in the pools.
     for signature in alone.signatures:
         assert plan.capacity(signature).keys() == alone.capacity(signature).keys() == signature
 
 
 @pytest.mark.parametrize("text", [1, 40, 150])
 def test_little_text_is_spread_over_the_signatures(text):
-    """It may all go into rows with media; no batch of text alone is left then."""
+    """All text may fit into rows with media; then there is no batch of text alone."""
     plan = plan_of(of_kinds(SAMPLES_WITH | {(): text}), rows=8, shards=2, length=720)
     assert frozenset() in plan.signatures and plan.capacity(frozenset()) == {}
     for epoch in range(3):
@@ -292,8 +293,10 @@ def test_little_text_is_spread_over_the_signatures(text):
         rows = rows_by_signature(plan, epoch)
         assert not rows[frozenset()]
         held = {
-            signature: sum(not plan.samples.entries[sample].any() for row in own for sample in row)
-            for signature, own in rows.items()
+            signature: sum(
+                not plan.samples.entries[sample].any() for row in group_rows for sample in row
+            )
+            for signature, group_rows in rows.items()
         }
         assert sum(held.values()) == text
         if text == 150:
@@ -320,15 +323,15 @@ def test_without_text_or_without_media_every_signature_is_packed_by_itself(kinds
     plan = plan_of(data, rows=8, shards=2, length=720, shuffle=shuffle)
     rows = rows_by_signature(plan, 0)
     for signature, members in rows.items():
-        own = {sample for row in members for sample in row}
+        packed = {sample for row in members for sample in row}
         wanted = (data.entries > 0) == [name in signature for name in MEDIA]
-        assert own == set(np.flatnonzero(wanted.all(axis=1)))
+        assert packed == set(np.flatnonzero(wanted.all(axis=1)))
     if not shuffle:
-        numbers = [np.sort(np.concatenate(own)) for own in rows.values()]
-        limits = [row_limit(data.tokens[own], data.entries[own], 720) for own in numbers]
-        for own, limit, members in zip(numbers, limits, rows.values(), strict=True):
-            packed = fill_rows(data.tokens[own], data.entries[own], 720, limit)
-            assert sorted(members) == sorted(own[row].tolist() for row in packed)
+        numbers = [np.sort(np.concatenate(group)) for group in rows.values()]
+        limits = [row_limit(data.tokens[group], data.entries[group], 720) for group in numbers]
+        for group, limit, members in zip(numbers, limits, rows.values(), strict=True):
+            packed = fill_rows(data.tokens[group], data.entries[group], 720, limit)
+            assert sorted(members) == sorted(group[row].tolist() for row in packed)
 
 
 def test_shards_do_not_change_which_samples_fill_a_batch():
@@ -346,18 +349,18 @@ def test_shards_do_not_change_which_samples_fill_a_batch():
         assert batches[0] == batches[1] == batches[2]
 
 
-def test_one_sample_per_row_stays_so():
+def test_without_packing_text_fills_no_rows():
     data = of_kinds({("image",): 21, (): 30})
     plan = plan_of(data, rows=8, shards=2, length=720, packing=False)
     rows = rows_by_signature(plan, 0)
-    assert {signature: len(own) for signature, own in rows.items()} == {
+    assert {signature: len(group_rows) for signature, group_rows in rows.items()} == {
         frozenset(): 30,
         frozenset({"image"}): 21,
     }
-    assert all(len(row) == 1 for own in rows.values() for row in own)
+    assert all(len(row) == 1 for group_rows in rows.values() for row in group_rows)
 
 
-def test_ends_are_filled_from_what_fits():
+def test_ends_are_filled_with_samples_that_fit():
     tokens = np.array([40, 10, 25, 7, 30, 7])
     room = np.array([5, 17, 65, 0, 33])
     added = fill_ends(tokens, room)

@@ -1,4 +1,4 @@
-"""Every way a record can be wrong is found, named and located."""
+"""Every fault that a record can have is found, named and located."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_frames_of_a_folder_stay_in_the_root(folder, monkeypatch):
     assert file.paths == (str(folder.root / "clip"),)
     (folder.root.parent / "secret.png").write_bytes((folder.root / "clip/0.png").read_bytes())
     os.symlink(folder.root.parent / "secret.png", folder.root / "clip" / "2.png")
-    meant = r"clip/2.png' is outside the data root .*, it leads to .*secret.png; set the .*`root`"
-    with pytest.raises(BadSample, match=meant) as caught:
+    message = r"clip/2.png' is outside the data root .*, it leads to .*secret.png; set the .*`root`"
+    with pytest.raises(BadSample, match=message) as caught:
         source.record(0)
     assert caught.value.reason == "outside_root"
 
@@ -122,19 +122,19 @@ def test_media_in_all_their_forms(folder):
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "message"),
     [
         (talk("<image>", images=["a.png"]), "<image> without `image`; rename `images` to it"),
         (talk("<audio>", speech="a.wav"), "<audio> without `voice`; rename `speech` to it"),
         (talk("<video><video>", video=["a.png"] * 2), r"2 <video> for 1 .*; paths in one list are"),
     ],
 )
-def test_media_in_another_form_are_told_the_right_one(folder, record, told):
+def test_messages_about_media_in_another_form_name_the_right_form(folder, record, message):
     folder.image("a.png")
     source = reader(folder.write("data.json", [record, talk("x", audio="none", images=3)]))
-    with pytest.raises(BadSample, match=told):
+    with pytest.raises(BadSample, match=message):
         source.record(0)
-    assert source.record(1).media == {}  # nothing in the text asks for them
+    assert source.record(1).media == {}  # the text has no placeholders for them
 
 
 def test_undeclared_placeholders_and_answers_are_text(folder):
@@ -204,7 +204,7 @@ def test_text_after_a_list_is_refused_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", " \n", " [ ] ", json.dumps({"data": [talk()]}, indent=1)])
-def test_files_of_another_form_are_told_what_is_expected(tmp_path, text):
+def test_messages_about_files_of_another_form_say_what_is_expected(tmp_path, text):
     path = tmp_path / "d.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"d.json: .*expected a JSON list, or one JSON object per"):
@@ -212,7 +212,7 @@ def test_files_of_another_form_are_told_what_is_expected(tmp_path, text):
 
 
 @pytest.mark.parametrize("lines", [True, False])
-def test_utf16_is_called_so(folder, lines):
+def test_utf16_is_refused_by_name(folder, lines):
     path = folder.write("d.json", [talk(), talk()], lines)
     path.write_text(path.read_text(), encoding="utf-16")
     with pytest.raises(ValueError, match=r"d.json: UTF-16; save it as UTF-8"):
@@ -246,13 +246,13 @@ def test_tally_counts_once_and_stops_at_the_share(caplog):
         tally.add([bad(11)])
     with pytest.raises(TooManyBadSamples, match=r"f.json:3: record 3: gone .*strict"):
         Tally(1000, 0.01, strict=True).add([bad(3)])
-    tally = Tally(total=10**6, max_bad_share=0.01)  # stops long before 1 % of a million failed
+    tally = Tally(total=10**6, max_bad_share=0.01)  # 11 of the first 1000 are enough
     with pytest.raises(TooManyBadSamples, match="11 of 1000 samples loaded"):
         tally.add([bad(line) for line in range(11)], loaded=20)
 
 
 def test_tallies_of_processes_are_joined():
-    """What was found while indexing all have met; what was loaded each has met its own."""
+    """All processes find the same events while indexing, but load different samples."""
 
     def bad(record):
         return Event("bad", "s", "f.json", record, 1, "missing_file", f"{record} is gone")
@@ -266,23 +266,23 @@ def test_tallies_of_processes_are_joined():
         for text in texts:
             tally.join(text)
         assert tally.as_json() == {"total": 10, "bad": {"missing_file": 4}}
-    assert "record 1: 1 is gone" in tallies[0].table()
+    assert "record 1: 1 is gone" in tallies[0].report()
 
 
-def test_records_on_one_line_are_told_apart():
+def test_records_on_one_line_are_counted_separately():
     tally = Tally(total=200, max_bad_share=0.01)
     events = [Event("bad", "s", "f.json", n, 1, "missing_file", "gone") for n in (1, 2, 17)]
     with pytest.raises(TooManyBadSamples, match="3 of 200"):
         tally.add([*events, *events])
-    assert "f.json:1: record 1: gone" in tally.table()
+    assert "f.json:1: record 1: gone" in tally.report()
 
 
-def test_the_table_shows_the_first_case_of_its_own_kind():
+def test_the_report_shows_the_first_case_of_each_kind_and_reason():
     tally = Tally(total=10, max_bad_share=1)
     cut = Event("truncated", "s", "f.json", 1, 1, "too_long", "longer than 9")
     bad = Event("bad", "s", "f.json", 2, 5, "too_long", "no label left")
     tally.add([cut, bad, cut])
-    rows = [line.split() for line in tally.table().splitlines()[1:]]
+    rows = [line.split() for line in tally.report().splitlines()[1:]]
     assert [row[:3] for row in rows] == [["bad", "too_long", "1"], ["truncated", "too_long", "1"]]
     assert [" ".join(row[-3:]) for row in rows] == ["no label left", "longer than 9"]
     assert tally.as_json() == {"total": 10, "bad": {"too_long": 1}, "truncated": {"too_long": 1}}

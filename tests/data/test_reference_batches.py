@@ -1,4 +1,5 @@
-"""Whole records of the recorded runs: every file through `Processors`, against the collator."""
+"""Whole records of the recorded runs: every file goes through `Processors` and is compared with the
+recorded output of the original collator."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def test_media_equal_the_reference_collator(root):
         names = ("images", "videos", "input_features", "features_mask", "image_mask", "video_mask")
         expected = {name: file[name] for name in names}
         voice = "audio" if "padding_masks" in file else "speech"
-    # The collator cuts or pads images as the fine-tune's config.json says.
+    # The collator crops or pads images as config.json of the fine-tuned model says.
     tuned = next(root.glob("checkpoint/*/adapter_config.json")).with_name("config.json")
     aspect = json.loads(tuned.read_text()).get("image_aspect_ratio") or "square"
     config = model(voice, expected["images"].shape[-1], aspect)
@@ -81,7 +82,7 @@ def test_media_equal_the_reference_collator(root):
                         assert expected["features_mask"][row, chunk] == number
                         chunk += 1
         assert not expected["features_mask"][row, chunk:].any()
-    # Every medium of the recorded batch, and no other.
+    # Every medium of the recorded batch was compared, and no other.
     assert compared == {
         "image": expected["image_mask"].sum(),
         "video": expected["video_mask"].sum(),
@@ -92,7 +93,7 @@ def test_media_equal_the_reference_collator(root):
 
 @pytest.mark.parametrize("root", recorded_cumo(), ids=lambda root: root.name)
 def test_cumo_samples_equal_the_reference_collator(root):
-    """One image per sample, padded to a square, zeros where the sample has none."""
+    """One image per sample, padded to a square; an image of zeros for a sample without images."""
     folder = next(root.glob("checkpoint/*/tokenizer.model")).parent
     aspect = json.loads((folder / "config.json").read_text())["image_aspect_ratio"]
     with np.load(root / "inputs.npz") as file:

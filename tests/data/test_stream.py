@@ -1,4 +1,4 @@
-"""Positions, labels and slots of a row; truncation that cuts neither media nor all labels."""
+"""Positions, labels and slots of a row; truncation keeps media whole and at least one label."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOS, EOS = text(1), text(2, supervised=True)
 
 
 def test_stream_and_row():
-    """Worked by hand: two samples in one row, image and audio pools, shard 1 of 2."""
+    """An example worked by hand: two samples in one row, image and audio pools, shard 1 of 2."""
     first = [BOS, text(5, 6), medium(0), text(7), text(8, 9, supervised=True), EOS]
     second = [BOS, medium(0, "audio"), medium(1), text(4, supervised=True)]
     one = stream_of(first, {0: 4})
@@ -52,7 +52,7 @@ def test_stream_and_row():
     image, audio = MODALITY["image"], MODALITY["audio"]
     kinds = [0] * 3 + [image] * 4 + [0] * 5 + [audio] * 6 + [image] * 4 + [0, -1, -1]
     assert row["modality_BT"] == kinds
-    # The table holds 2 images of 4 soft tokens, then 3 audio chunks of 3.
+    # The soft-token table holds 2 images of 4 soft tokens, then 3 audio chunks of 3.
     slots = [-1] * 3 + [0, 1, 2, 3] + [-1] * 5 + [*range(8, 14)] + [4, 5, 6, 7] + [-1] * 3
     assert row["slot_BT"] == slots
     assert batch.image_GIHWC[:, :, 0, 0, 0].tolist() == [[0, 0], [1, 2]]
@@ -84,7 +84,7 @@ def test_the_end_is_cut_first():
     assert truncate(spans, {0: 8}, 40) == (spans, False)
 
 
-def test_a_medium_goes_as_a_whole():
+def test_a_medium_is_dropped_as_a_whole():
     spans = [
         BOS,
         text(5),

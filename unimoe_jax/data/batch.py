@@ -1,12 +1,14 @@
-"""The contract between loader and model: one batch of numpy arrays with static shapes.
+"""The contract between the loader and the model: one batch of arrays with static shapes.
 
-A shard's soft-token table concatenates its pools in the order of `MEDIA`, leaving out pools the
-signature lacks; `slot_BT` indexes that table.
+A pool holds the media of one kind for one data shard. The model turns every pool entry into soft
+tokens and concatenates the soft tokens of all pools of a shard, in the order of `MEDIA`, to the
+soft-token table of the shard. Pools that the signature lacks are left out. `slot_BT` holds row
+numbers of that table.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +16,14 @@ from unimoe_jax.config import MediaName, ModelConfig
 from unimoe_jax.config.media import MEDIA, POOL_FIELD
 
 Signature = frozenset[MediaName]
-"""Which pools a batch carries; one compiled step per signature."""
+"""The pools that a batch has. One step is compiled per signature."""
+
+BatchArray = Any
+"""A numpy array in the loader, a jax array in the model, or an `ArraySpec` in a batch of specs."""
 
 
 class ArraySpec(NamedTuple):
-    """Shape and dtype of one batch array."""
+    """Shape and dtype of one array of a batch."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -39,25 +44,30 @@ class Batch(NamedTuple):
     audio_GJFM    float32 normalised fbank [frames, mel_bins]
     audio_length_GJ int32 valid samples of each audio chunk; a full chunk where the slot is empty
 
-    A pool that the batch's signature lacks is None.
+    A pool that the signature of the batch lacks is None.
+
+    Example: a row with the sample "<bos> a @ @ b </s>", in which @ @ are the two soft tokens of an
+    image that is the second entry of its pool, and "b </s>" is the answer:
+    token_id [1, a, 0, 0, b, 2], target [0, 0, 0, b, 2, 0], weight [0, 0, 0, 1, 1, 0],
+    position [0, 1, 2, 3, 4, 5], slot [-1, -1, 2, 3, -1, -1].
     """
 
-    token_id_BT: np.ndarray
-    target_BT: np.ndarray
-    weight_BT: np.ndarray
-    segment_BT: np.ndarray
-    position_BT: np.ndarray
-    modality_BT: np.ndarray
-    slot_BT: np.ndarray
-    image_GIHWC: np.ndarray | None = None
-    video_GIFHWC: np.ndarray | None = None
-    speech_GJMF: np.ndarray | None = None
-    audio_GJFM: np.ndarray | None = None
-    audio_length_GJ: np.ndarray | None = None
+    token_id_BT: BatchArray
+    target_BT: BatchArray
+    weight_BT: BatchArray
+    segment_BT: BatchArray
+    position_BT: BatchArray
+    modality_BT: BatchArray
+    slot_BT: BatchArray
+    image_GIHWC: BatchArray = None
+    video_GIFHWC: BatchArray = None
+    speech_GJMF: BatchArray = None
+    audio_GJFM: BatchArray = None
+    audio_length_GJ: BatchArray = None
 
 
 def entry_shapes(model: ModelConfig) -> dict[MediaName, tuple[int, ...]]:
-    """Shape of one pool entry per medium the model can take."""
+    """Return the shape of one pool entry for each medium that the model has an encoder for."""
     shapes: dict[MediaName, tuple[int, ...]] = {}
     if model.vision:
         size = model.vision.encoder.image_size
@@ -73,12 +83,15 @@ def entry_shapes(model: ModelConfig) -> dict[MediaName, tuple[int, ...]]:
 def batch_spec(
     model: ModelConfig, rows: int, row_length: int, shards: int, capacity: dict[MediaName, int]
 ) -> Batch:
-    """A `Batch` of `ArraySpec`s: `rows` x `row_length` over `shards`, `capacity` entries each."""
-    text = ArraySpec((rows, row_length), np.dtype(np.int32))
-    fields: dict[str, ArraySpec] = dict.fromkeys(
-        (name for name in Batch._fields if name.endswith("_BT")), text
-    )
+    """Return a `Batch` of `ArraySpec`s: `rows` x `row_length` positions over `shards` data shards.
+
+    capacity: pool entries per shard for each medium of the signature.
+    """
+    # Every array with one value per position has the same shape; only the weights are floats.
+    int_spec = ArraySpec((rows, row_length), np.dtype(np.int32))
+    fields = {name: int_spec for name in Batch._fields if name.endswith("_BT")}
     fields["weight_BT"] = ArraySpec((rows, row_length), np.dtype(np.float32))
+    # Pools exist only for the media of the signature.
     shapes = entry_shapes(model)
     for name in MEDIA:
         if name in capacity:

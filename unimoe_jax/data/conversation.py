@@ -1,9 +1,9 @@
 """Turns -> pieces -> token ids with labels.
 
-A template turns a conversation into pieces that know who speaks. Labels are carried from the
-pieces to the ids, so nothing is tokenised twice and no count can disagree. Placeholders split the
-text; each chunk between them is tokenised on its own, as Uni-MoE and LLaVA do, and therefore
-begins with a space of its own.
+A template turns a conversation into pieces, and marks the pieces that the model learns to write.
+These labels are carried from the pieces to the ids, so nothing is tokenised twice and no two counts
+can disagree. Placeholders split the text. Each chunk of text between them is tokenised by itself,
+as Uni-MoE and LLaVA do, and therefore begins with a space that SentencePiece adds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ VICUNA_SYSTEM = (
 )
 
 
+# -------------------------------------------------------------------------------------- pieces
+
+
 @dataclass(frozen=True)
 class Text:
-    """Text of one speaker. Supervised text is what the model learns to write.
+    """Text of one speaker. The model learns to write supervised text.
 
     Supervised text directly after other text must begin with a space.
     """
@@ -34,7 +37,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Medium:
-    """A placeholder; `file` number `index` of the record in order of appearance."""
+    """A placeholder and its file. index: its number among the media of the record, in order of
+    appearance."""
 
     placeholder: str
     file: MediaFile
@@ -58,11 +62,26 @@ Piece = Text | Medium | End | Begin
 
 @dataclass(frozen=True)
 class TemplateTurn:
-    """A turn with its placeholders cut out; an answer of None asks the model to speak."""
+    """A turn whose placeholders have been cut out of its text.
+
+    parts: texts and media in order; None in place of an answer asks the model to speak.
+    """
 
     role: str
     parts: tuple[str | Medium, ...] | None
 
+    @property
+    def text(self) -> str:
+        """The text of the turn without its media."""
+        return "".join(part for part in self.parts or () if isinstance(part, str))
+
+    @property
+    def media(self) -> list[Medium]:
+        """The media of the turn, in order."""
+        return [part for part in self.parts or () if isinstance(part, Medium)]
+
+
+# ----------------------------------------------------------------------------------- templates
 
 Template = Callable[[Iterable[TemplateTurn]], Iterator[Piece]]
 
@@ -74,17 +93,18 @@ def vicuna_v1(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
 
 
 def vicuna_turns(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
-    """The turns of Vicuna v1.1 without the system text, for models so small that it would be half
-    of what they read."""
+    """The turns of Vicuna v1.1 without the system text, for models so small that the system text
+    would be half of what they read."""
     for message in messages:
         if message.role == "human":
             yield Text("USER: ")
-            yield from _parts(message)
+            for part in message.parts or ():
+                yield part if isinstance(part, Medium) else Text(part)
             yield Text(" ")
         else:
             yield Text("ASSISTANT:")
             if message.parts is not None:
-                yield Text(" " + "".join(message.parts), supervised=True)
+                yield Text(" " + message.text, supervised=True)
                 yield End()
 
 
@@ -92,9 +112,9 @@ def plain(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """Alignment: the media, then the caption and a line break. The question is dropped."""
     for message in messages:
         if message.role == "human":
-            yield from (part for part in message.parts if isinstance(part, Medium))
+            yield from message.media
         elif message.parts is not None:
-            yield Text("".join(message.parts) + "\n", supervised=True)
+            yield Text(message.text + "\n", supervised=True)
 
 
 def mistral_instruct_system(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
@@ -105,7 +125,7 @@ def mistral_instruct_system(messages: Iterable[TemplateTurn]) -> Iterator[Piece]
 def mistral_instruct(messages: Iterable[TemplateTurn]) -> Iterator[Piece]:
     """Mistral's turns: `[INST] … [/INST] answer </s>`; media go to the front of their turn.
 
-    The original writes `<s>` into the prompt and its tokenizer adds another: two bos begin every
+    The original writes `<s>` into the prompt and its tokenizer adds another, so two bos begin every
     sample, in training and in generation. The space between answer and `</s>` is learned.
     """
     return _instructions(messages, "")
@@ -121,6 +141,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def _instructions(messages: Iterable[TemplateTurn], system: str) -> Iterator[Piece]:
+    """Mistral's turns, with `system` at the beginning of the first instruction only."""
     yield Begin()
     for message in messages:
         if message.role == "human":
@@ -129,43 +150,49 @@ def _instructions(messages: Iterable[TemplateTurn], system: str) -> Iterator[Pie
             yield Text(" [/INST]")
             system = ""
         elif message.parts is not None:
-            yield Text(f" {''.join(message.parts)} ", supervised=True)
+            yield Text(f" {message.text} ", supervised=True)
             yield End()
 
 
 def _media_first(message: TemplateTurn) -> Iterator[Piece]:
-    """Every medium and a line break, then the text without them and without outer space."""
-    media = [part for part in message.parts if isinstance(part, Medium)]
-    text = "".join(part for part in message.parts if isinstance(part, str))
-    text = text.strip() if media else text
-    for left, medium in zip(range(len(media) - 1, -1, -1), media, strict=True):
+    """Every medium and a line break, then the text without the media.
+
+    If there are media, white space at both ends of the text is removed, and the last line break is
+    left out if no text follows. Example: "what <image> is" gives <image>, "\\n" and "what  is".
+    """
+    text = message.text.strip() if message.media else message.text
+    media_left = len(message.media)
+    for medium in message.media:
+        media_left -= 1
         yield medium
-        if left or text:
+        if media_left or text:
             yield Text("\n")
     yield Text(text)
 
 
-def _parts(message: TemplateTurn) -> Iterator[Piece]:
-    for part in message.parts:
-        yield part if isinstance(part, Medium) else Text(part)
+# ---------------------------------------------------------------------------- records to pieces
 
 
 def messages(
     turns: Iterable[Turn], media: dict[str, tuple[MediaFile, ...]], index: int = 0
 ) -> list[TemplateTurn]:
-    """Cut declared placeholders out of human turns and give each its file, in order.
+    """Cut the declared placeholders out of human turns and give each its file, in order.
 
     Everything else that looks like a placeholder stays ordinary text. The caller has checked that
-    the numbers match (`RecordReader.record`). index: number of the first medium.
+    there are as many placeholders as files (`RecordReader.record`). index: number of the first
+    medium.
     """
+    # The files that have not been assigned yet, by placeholder.
     queues = {placeholder: iter(files) for placeholder, files in media.items()}
-    split = re.compile("(" + "|".join(map(re.escape, queues)) + ")") if queues else None
+    # A group in the pattern makes `split` return the placeholders too.
+    pattern = re.compile("(" + "|".join(map(re.escape, queues)) + ")") if queues else None
     result = []
     for turn in turns:
         parts: list[str | Medium] = []
-        texts = split.split(turn.text) if split and turn.role == "human" else [turn.text]
+        is_question = turn.role == "human"
+        texts = pattern.split(turn.text) if pattern and is_question else [turn.text]
         for text in texts:
-            if turn.role == "human" and text in queues:
+            if is_question and text in queues:
                 parts.append(Medium(text, next(queues[text]), index))
                 index += 1
             elif text:
@@ -184,6 +211,9 @@ def prompt_pieces(asked: Iterable[TemplateTurn], template: str) -> list[Piece]:
     return list(TEMPLATES[template]([*asked, TemplateTurn("gpt", None)]))
 
 
+# ----------------------------------------------------------------------------- pieces to spans
+
+
 @dataclass(frozen=True)
 class Span:
     """A run of positions: token ids of text, or one medium (`ids` empty)."""
@@ -194,37 +224,48 @@ class Span:
 
 
 def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer) -> list[Span]:
-    """Pieces -> spans, beginning with bos. Adjacent text of one kind forms one span."""
+    """Tokenise pieces into spans, beginning with bos. Adjacent text of one kind forms one span."""
     spans = [Span((tokenizer.bos_id,))]
-    start, after_text = True, False
-    for piece in _joined(pieces):
+    # opens_chunk: the next text opens a chunk (see `Tokenizer.encode`); after_text: it continues
+    # text of the other kind, and its ids must be those of the whole text.
+    opens_chunk, after_text = True, False
+    for piece in _join_texts(pieces):
         if isinstance(piece, Medium):
             spans.append(Span(medium=piece))
-            start, after_text = True, False
-        elif isinstance(piece, Begin | End):
-            ends = isinstance(piece, End)
-            token = tokenizer.eos_id if ends else tokenizer.bos_id
-            spans.append(Span((token,), ends and piece.supervised))
-            start, after_text = False, False
+            opens_chunk, after_text = True, False
+        elif isinstance(piece, Begin):
+            spans.append(Span((tokenizer.bos_id,)))
+            opens_chunk, after_text = False, False
+        elif isinstance(piece, End):
+            spans.append(Span((tokenizer.eos_id,), piece.supervised))
+            opens_chunk, after_text = False, False
         else:
-            encode = tokenizer.encode_after_text if after_text else None
-            ids = encode(piece.text) if encode else tokenizer.encode(piece.text, start)
+            if after_text:
+                ids = tokenizer.encode_after_text(piece.text)
+            else:
+                ids = tokenizer.encode(piece.text, opens_chunk)
             spans.append(Span(tuple(ids), piece.supervised))
             after_text = True
     return [span for span in spans if span.ids or span.medium]
 
 
-def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Join neighbouring texts of equal supervision, so that each is tokenised in one go."""
-    held: Text | None = None
+def _join_texts(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Join neighbouring texts of equal supervision, so that they are tokenised together.
+
+    Example: Text("USER: "), Text("hi"), Text(" ho", supervised=True) give Text("USER: hi") and
+    Text(" ho", supervised=True).
+    """
+    waiting: Text | None = None
     for piece in pieces:
-        if isinstance(piece, Text) and held and held.supervised == piece.supervised:
-            held = Text(held.text + piece.text, held.supervised)
+        if isinstance(piece, Text) and waiting and waiting.supervised == piece.supervised:
+            waiting = Text(waiting.text + piece.text, waiting.supervised)
             continue
-        if held:
-            yield held
-        held = piece if isinstance(piece, Text) else None
-        if held is None:
+        if waiting:
+            yield waiting
+        if isinstance(piece, Text):
+            waiting = piece
+        else:
+            waiting = None
             yield piece
-    if held:
-        yield held
+    if waiting:
+        yield waiting

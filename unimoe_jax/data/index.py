@@ -1,8 +1,9 @@
-"""Sizes of all records of a source, read once and kept on disk.
+"""The sizes of all records of a source, measured once and kept on disk.
 
-Text is tokenised and media headers are read; nothing is decoded. The file is keyed by the content
-of the JSON and by every setting that changes a size, so a stale one is never used. Records that
-were bad are looked at again each time, in case their media have been repaired.
+Measuring tokenises the text and reads the headers of the media; it decodes nothing. The name of the
+file contains a digest of the JSON file and of every setting that changes a size, so an outdated
+index is never used. Bad records are measured again each time, because their media may have been
+repaired since.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,18 @@ from unimoe_jax.data.tally import BadSample, Event
 log = logging.getLogger("unimoe_jax.data")
 
 FORMAT = 4
+"""Version of the file format; part of the digest in the name of the file."""
 BLOCK = 256
-"""Records handed to a thread at a time."""
+"""Records that a thread measures before it takes the next block."""
 
 
 @dataclass
 class SampleIndex:
-    """good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `MEDIA`;
-    whole bool [n].
+    """The sizes of n records, good and bad.
 
-    digest: SHA-256 of the JSON file.
+    good bool [n]; tokens, labels int32 [n]; entries int32 [n, 4] in the order of `MEDIA`; whole
+    bool [n]. The sizes of a bad record are 0. events: bad, truncated and capped records. digest:
+    SHA-256 of the JSON file.
     """
 
     good: np.ndarray
@@ -46,31 +49,53 @@ class SampleIndex:
     events: list[Event]
     digest: str
 
+    @classmethod
+    def empty(cls, count: int, digest: str) -> SampleIndex:
+        """An index of `count` records of which none has been measured yet."""
+        return cls(
+            good=np.zeros(count, bool),
+            tokens=np.zeros(count, np.int32),
+            labels=np.zeros(count, np.int32),
+            entries=np.zeros((count, len(MEDIA)), np.int32),
+            whole=np.zeros(count, bool),
+            events=[],
+            digest=digest,
+        )
+
+    def without_events(self) -> SampleIndex:
+        """The same index (sharing its arrays) without events."""
+        return replace(self, events=[])
+
     def size(self, number: int) -> SampleSize:
-        entries = tuple(self.entries[number].tolist())
-        whole = bool(self.whole[number])
-        return SampleSize(int(self.tokens[number]), int(self.labels[number]), entries, whole)
+        """The size of record `number`."""
+        return SampleSize(
+            tokens=int(self.tokens[number]),
+            labels=int(self.labels[number]),
+            entries=tuple(self.entries[number].tolist()),
+            whole=bool(self.whole[number]),
+        )
+
+    def store(self, number: int, size: SampleSize) -> None:
+        """Mark record `number` as good and store its size."""
+        self.good[number] = True
+        self.tokens[number] = size.tokens
+        self.labels[number] = size.labels
+        self.entries[number] = size.entries
+        self.whole[number] = size.whole
 
 
 def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4) -> SampleIndex:
-    """The index of a source, from `cache` (a folder) if it is there, else measured and stored."""
+    """Return the index of a source: read from the folder `cache` if it is there, else measured and
+    stored there."""
     path = Path(cache) / f"index-{_key(reader)}.npz" if cache else None
     index = _read(path, reader) if path and path.is_file() else None
     if index:
+        # Bad records are measured again, which finds their events again if they are still bad.
         numbers = np.flatnonzero(~index.good)
         index.events = [event for event in index.events if event.kind != "bad"]
     else:
-        count = len(reader)
-        index = SampleIndex(
-            np.zeros(count, bool),
-            np.zeros(count, np.int32),
-            np.zeros(count, np.int32),
-            np.zeros((count, len(MEDIA)), np.int32),
-            np.zeros(count, bool),
-            [],
-            reader.records.file.digest,
-        )
-        numbers = np.arange(count)
+        index = SampleIndex.empty(len(reader), reader.records.file.digest)
+        numbers = np.arange(len(reader))
     start = time.perf_counter()
     _measure(reader, index, numbers, threads)
     if len(numbers):
@@ -82,9 +107,11 @@ def build_index(reader: SampleReader, cache: str | Path | None, threads: int = 4
 
 
 def _measure(reader: SampleReader, index: SampleIndex, numbers: np.ndarray, threads: int) -> None:
-    def block(numbers: list[int]):
-        results = []
-        for number in numbers:
+    """Measure the records `numbers` in threads and store their sizes and events in `index`."""
+
+    def measure_block(block: list[int]) -> list[tuple[SampleSize | None, list[Event]]]:
+        results: list[tuple[SampleSize | None, list[Event]]] = []
+        for number in block:
             try:
                 results.append(reader.measure(number))
             except BadSample as bad:
@@ -94,22 +121,23 @@ def _measure(reader: SampleReader, index: SampleIndex, numbers: np.ndarray, thre
 
     blocks = [numbers[start : start + BLOCK].tolist() for start in range(0, len(numbers), BLOCK)]
     with ThreadPoolExecutor(threads) as pool:
-        for block_numbers, results in zip(blocks, pool.map(block, blocks), strict=True):
-            for number, (size, events) in zip(block_numbers, results, strict=True):
+        # The results are stored in the order of the records, so events come in the same order on
+        # every process.
+        for block, results in zip(blocks, pool.map(measure_block, blocks), strict=True):
+            for number, (size, events) in zip(block, results, strict=True):
                 index.events += events
                 if size is not None:
-                    index.good[number] = True
-                    index.tokens[number], index.labels[number] = size.tokens, size.labels
-                    index.entries[number], index.whole[number] = size.entries, size.whole
+                    index.store(number, size)
 
 
 def _key(reader: SampleReader) -> str:
-    """Changes with anything that could change a size."""
+    """A digest of everything that could change a size."""
     model = reader.processors.model
+    # Chunking decides how many pool entries a sound file has.
     sound = {
-        name: part.model_dump(include={"chunk_seconds", "chunk_stride", "max_chunks"})
-        for name, part in (("speech", model.speech), ("audio", model.audio))
-        if part
+        name: branch.model_dump(include={"chunk_seconds", "chunk_stride", "max_chunks"})
+        for name, branch in (("speech", model.speech), ("audio", model.audio))
+        if branch
     }
     settings = {
         "format": FORMAT,
@@ -128,9 +156,14 @@ def _key(reader: SampleReader) -> str:
 
 
 def _write(path: Path, index: SampleIndex) -> None:
+    """Write the index under a temporary name and rename it, so that `path` is always complete.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     events = json.dumps([asdict(event) for event in index.events]).encode()
-    # Processes of several hosts may have the same number: in a container each is 1.
+    # A process number does not make the name unique: in a container every program has number 1.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(partial, "wb") as file:
@@ -145,37 +178,51 @@ def _write(path: Path, index: SampleIndex) -> None:
             )
         partial.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # of an open file it is not known
+        # An error while writing into an open file has no file name yet.
+        error.filename = error.filename or str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, reader: SampleReader) -> SampleIndex | None:
-    """The stored index; None, with a line in the log, if the file is damaged."""
+    """Return the stored index; None, with a line in the log, if the file is damaged."""
+    count, digest = len(reader), reader.records.file.digest
     try:
-        # Opened here, because numpy leaves a file open that is no archive.
+        # Open the file here, because numpy would leave it open if it is no archive.
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            events = [Event(**event) for event in json.loads(file["events"].tobytes())]
-            arrays = [file[name] for name in ("good", "tokens", "labels", "entries", "whole")]
-        count = len(reader)
-        shapes = [(count,)] * 3 + [(count, len(MEDIA)), (count,)]
-        if [array.shape for array in arrays] != shapes:
-            raise ValueError("it is of other records")
-    except Exception as error:  # whatever a cut or overwritten archive provokes in its readers
+            index = SampleIndex(
+                good=file["good"],
+                tokens=file["tokens"],
+                labels=file["labels"],
+                entries=file["entries"],
+                whole=file["whole"],
+                events=[Event(**event) for event in json.loads(file["events"].tobytes())],
+                digest=digest,
+            )
+        arrays = index.good, index.tokens, index.labels, index.whole
+        if any(array.shape != (count,) for array in arrays) or (
+            index.entries.shape != (count, len(MEDIA))
+        ):
+            raise ValueError("it is the index of other records")
+    # A truncated or overwritten archive makes its readers raise almost any exception.
+    except Exception as error:
         log.warning(
-            "%s: damaged (%s: %s); source %s is measured again",
-            *(path, type(error).__name__, error, reader.records.name),
+            "%s: damaged index (%s: %s); source %s is measured again",
+            path,
+            type(error).__name__,
+            error,
+            reader.records.name,
         )
         return None
-    return SampleIndex(*arrays, events, reader.records.file.digest)
+    return index
 
 
 def none_usable(readers: Sequence[SampleReader], indices: Sequence[SampleIndex]) -> str:
-    """What to say when no source of a mixture has a good record: the first fault of each."""
-    parts = []
+    """Return the message for a mixture without any good record: the first fault of each source."""
+    faults = []
     for reader, index in zip(readers, indices, strict=True):
         first = next(event for event in index.events if event.kind == "bad")
         fault = f"{first.where}: {first.message}"
-        parts.append(f"{first.source}, {len(reader)} bad record(s), the first {fault}")
-    return f"no usable sample in {'; '.join(parts)}"
+        faults.append(f"{first.source}, {len(reader)} bad record(s), the first {fault}")
+    return f"no usable sample in {'; '.join(faults)}"

@@ -1,5 +1,7 @@
-"""The loader: sources, a mixture and a seed -> batches of numpy arrays, in an order that neither
-hosts nor workers change. Its whole state is the number of the next step.
+"""The loader: sources, a mixture and a seed -> batches of numpy arrays.
+
+The order of the batches does not depend on the number of hosts or workers. The whole state of the
+loader is the number of the next step.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ class Pipeline:
     """Batches of a mixture of sources.
 
     data: `sources` whose `path` is a real file; mixture: source -> weight, the number of times its
-    samples occur per epoch; shards: data shards G of the mesh. With `shuffle` off every epoch has
-    one fixed order, as held-out evaluation wants.
+    samples occur per epoch; shards: pool groups G of a batch, as many as the mesh has data shards
+    or a multiple of that (`loader.groups`). With `shuffle` off every epoch has the same fixed
+    order, as held-out evaluation wants.
 
     Attributes: `tally` (bad, truncated and capped samples), `signatures` (signature -> shapes of
-    its batches), `steps_per_epoch`, `plan`. Raises ValueError for an unknown source, rows that do
-    not divide among the shards or no usable sample at all, and `TooManyBadSamples`.
+    its batches), `steps_per_epoch`, `plan`. Raises ValueError for an unknown source, for rows that
+    do not divide among the shards, and if there is no usable sample at all; raises
+    `TooManyBadSamples` if too many records are bad.
     """
 
     def __init__(
@@ -60,13 +64,15 @@ class Pipeline:
         processors = Processors(
             model, ImageLimits(loader.max_image_pixels, loader.max_aspect_ratio)
         )
-        longest = min(loader.row_length, model.decoder.max_positions)
+        # A sample may fill a whole row, unless the model has fewer positions.
+        max_length = min(loader.row_length, model.decoder.max_positions)
         self.readers = [
             SampleReader(
-                _record_reader(name, data, model), tokenizer, processors, data.template, longest
+                _record_reader(name, data, model), tokenizer, processors, data.template, max_length
             )
             for name in self.names
         ]
+        # Measure all records and count the bad ones.
         self.indices = [build_index(reader, data.cache, loader.threads) for reader in self.readers]
         total = sum(map(len, self.readers))
         self.tally = Tally(total, loader.max_bad_share, loader.strict)
@@ -75,19 +81,23 @@ class Pipeline:
         if not len(samples):
             raise ValueError(none_usable(self.readers, self.indices))
         if any(reader.blank is not None for reader in self.readers):
+            # A sample without media is loaded with an image of zeros, which takes a pool entry.
             samples.entries[~samples.entries.any(axis=1), MEDIA.index("image")] = 1
         self.plan = BatchPlan(samples, loader, seed, shards, shuffle)
         self._reader = BatchReader(self.plan, self.readers, self.indices, model)
 
-    # ------------------------------------------------------------------------- what comes
+    # -------------------------------------------------------------------- steps and shapes
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of the first epoch; others may differ by a few, see `steps`."""
+        """Batches of the first epoch; other epochs may differ by a few, see `steps`."""
         return len(self.plan.epoch(0))
 
     def steps(self, epochs: float) -> int:
-        """Batches of the first `epochs` epochs, which may be a fraction."""
+        """Batches of the first `epochs` epochs; a fraction counts a part of the last epoch.
+
+        Example: with 10 batches in every epoch, 2.5 epochs are 25 steps.
+        """
         whole = int(epochs)
         rest = epochs - whole
         extra = round(rest * len(self.plan.epoch(whole))) if rest else 0
@@ -96,7 +106,7 @@ class Pipeline:
     @property
     def signatures(self) -> dict[Signature, Batch]:
         """Every signature that can occur, with the `ArraySpec`s of its global batches."""
-        return {name: self.spec(name) for name in self.plan.signatures}
+        return {signature: self.spec(signature) for signature in self.plan.signatures}
 
     def capacity(self, signature: Signature) -> dict[MediaName, int]:
         """Pool entries per shard for each medium of a signature."""
@@ -111,17 +121,17 @@ class Pipeline:
         return self.plan.signatures[self.plan.batch(step)[0]]
 
     def segments_at(self, step: int) -> list[list[tuple[str, bool]]]:
-        """For every row of the global batch of `step`, what each of its segments is: (source,
-        whether its answers are whole, none of their tokens cut to fit the row)."""
+        """The segments of every row of the global batch of `step`: (name of the source, whether
+        the answers are whole, so that none of their tokens was cut to fit the row)."""
         _, rows, epoch = self.plan.batch(step)
-        source, record = self.plan.samples.source, self.plan.samples.record
+        samples = self.plan.samples
 
-        def told(sample: int) -> tuple[str, bool]:
-            at = source[sample]
-            return self.names[at], bool(self.indices[at].whole[record[sample]])
+        def segment(sample: int) -> tuple[str, bool]:
+            source, record = samples.source[sample], samples.record[sample]
+            return self.names[source], bool(self.indices[source].whole[record])
 
         return [
-            [told(sample) for sample in (epoch.row(row) if row >= 0 else ())]
+            [segment(sample) for sample in (epoch.row(row) if row >= 0 else ())]
             for row in rows.tolist()
         ]
 
@@ -130,33 +140,42 @@ class Pipeline:
     def batches(
         self,
         start_step: int = 0,
-        parts: Sequence[int] = (0,),
-        of: int = 1,
+        shards: Sequence[int] = (0,),
+        num_shards: int = 1,
         stop_step: int | None = None,
     ) -> Iterator[tuple[int, Signature, Batch]]:
-        """(step, signature, `parts` of the batch when cut into `of`) from `start_step` on.
+        """Yield (step, signature, the data shards `shards` of the batch) from `start_step` on.
 
-        Epochs follow one another without end unless `stop_step` is given. Read ahead by threads,
-        or by `loader.workers` processes. Raises `TooManyBadSamples`, ChildProcessError. Close the
+        num_shards: data shards of the mesh; a batch is cut into so many equal parts of its rows and
+        pool groups. The default reads the whole batch as one shard.
+
+        Epochs follow one another without end unless `stop_step` is given. Threads read ahead, or
+        `loader.workers` processes. Raises `TooManyBadSamples` and ChildProcessError. Close the
         generator (or exhaust it) to end the threads or processes.
         """
-        if self.plan.shards % of:
-            raise ValueError(f"{self.plan.shards} pool groups do not divide into {of} parts")
+        if self.plan.shards % num_shards:
+            raise ValueError(
+                f"{self.plan.shards} pool groups do not divide among {num_shards} data shards"
+            )
+        # Grain needs a finite number of steps; no run takes 2^31.
         stop = start_step + 2**31 if stop_step is None else stop_step
         if stop <= start_step:
             return
-        steps = StepDataSource(self._reader, start_step, stop, parts, of)
+        steps = StepDataSource(self._reader, start_step, stop, shards, num_shards)
         iterator = iter(self._dataset(steps))
         try:
             for step in range(start_step, stop):
                 with explaining_killed_workers():
                     arrays = dict(next(iterator))
-                self.tally.add(*unpack_events(arrays.pop(EVENTS)))
+                # The tally of this process counts the events of all threads and workers.
+                events, loaded = unpack_events(arrays.pop(EVENTS))
+                self.tally.add(events, loaded)
                 yield step, self.signature_at(step), Batch(**arrays)
         finally:
             iterator.close()
 
-    def _dataset(self, steps: StepDataSource):
+    def _dataset(self, steps: StepDataSource) -> grain.IterDataset:
+        """The batches of `steps` in order, read ahead in threads or in worker processes."""
         loader = self.loader
         options = grain.ReadOptions(
             num_threads=loader.threads, prefetch_buffer_size=max(loader.prefetch, 1)
@@ -175,7 +194,8 @@ class Pipeline:
     # ------------------------------------------------------------------------------ state
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: the next step, and digests to recognise them."""
+        """The part of a checkpoint that describes the data: the next step, and digests by which
+        `check_state` recognises the data."""
         return {
             "step": step,
             "seed": self.seed,
@@ -187,13 +207,14 @@ class Pipeline:
         }
 
     def check_state(self, state: dict[str, Any]) -> int:
-        """The step to go on with; raises ValueError if the batches would not be the same.
+        """Return the step to continue with; raise ValueError if the batches would be different.
 
         Keys of `state` that `Pipeline.state` does not set are ignored.
         """
         now = self.state(state["step"])
         if all(state[key] == value for key, value in now.items()):
             return state["step"]
+        # Find out what has changed: the seed, a source, or a setting that only the plan shows.
         reasons = []
         if state["seed"] != now["seed"]:
             reasons.append(f"seed was {state['seed']}, is {now['seed']}")
@@ -211,70 +232,83 @@ class Pipeline:
             reasons.append(
                 "mixture weights, row_length, rows, optim.accumulate, packing, group_by_modality, "
                 "template, tokenizer or number of data shards changed which samples form a batch "
-                "(loader.groups, set from the start, keeps batches alike on any number of shards)"
+                "(set loader.groups from the start to get the same batches on any number of shards)"
             )
         raise ValueError(
             f"the data differ from the checkpoint's: {'; '.join(reasons)}; take the change back, "
-            "or remove the stage's folder `steps` to start it again"
+            "or remove the stage's folder `steps` to start the stage again"
         )
 
     # ----------------------------------------------------------------------------- report
 
     def padding(self) -> dict[str, float]:
-        """Shares of the first epoch that are padding: "rows", and every medium's pool."""
-        plan, part = self.plan, self.plan.epoch(0)
-        samples = plan.samples
-        chosen = part.members
-        slots = part.batches.size * self.loader.row_length
-        shares = {"rows": 1 - samples.tokens[chosen].sum() / max(slots, 1)}
-        used = samples.entries[chosen].sum(axis=0)
+        """Shares of the first epoch that are padding: "rows", and the pool of every medium.
+
+        Example: samples that fill 900 of the 1000 positions of all rows give "rows" 0.1; 30 images
+        in pools with room for 40 give "image" 0.25.
+        """
+        plan, epoch, samples = self.plan, self.plan.epoch(0), self.plan.samples
+        # Rows: positions of all samples over positions of all rows.
+        positions = epoch.batches.size * self.loader.row_length
+        shares = {"rows": 1 - samples.tokens[epoch.members].sum() / max(positions, 1)}
+        # Pools: entries of all samples over the capacity of the pools of all batches.
+        used = samples.entries[epoch.members].sum(axis=0)
         for position, name in enumerate(MEDIA):
-            room = sum(
+            capacity = sum(
                 plan.shards * plan.capacity(plan.signatures[number]).get(name, 0)
-                for number in part.signature
+                for number in epoch.signature
             )
-            if room:
-                shares[name] = 1 - used[position] / room
+            if capacity:
+                shares[name] = 1 - used[position] / capacity
         return {name: float(share) for name, share in shares.items()}
 
-    def imbalance(self, step: int, parts: int) -> dict[str, float]:
-        """How uneven a batch lies on `parts` data shards: the largest share over the mean, of
-        "tokens" and of every medium in it. 1 is even; the devices wait for the largest."""
-        loads = self.plan.loads(step).reshape(parts, -1, 1 + len(MEDIA)).sum(axis=1)
+    def imbalance(self, step: int, num_shards: int) -> dict[str, float]:
+        """How unevenly a batch is distributed over `num_shards` data shards: the largest load
+        divided by the mean, of "tokens" and of every medium in the batch. 1 is even; all devices
+        wait for the one with the largest load.
+
+        Example: shards with 300 and 100 tokens give "tokens" 300 / 200 = 1.5.
+        """
+        loads = self.plan.loads(step).reshape(num_shards, -1, 1 + len(MEDIA)).sum(axis=1)
         names = ("tokens", *MEDIA)
         return {
-            name: float(loads[:, at].max() / loads[:, at].mean())
-            for at, name in enumerate(names)
-            if loads[:, at].any()
+            name: float(loads[:, column].max() / loads[:, column].mean())
+            for column, name in enumerate(names)
+            if loads[:, column].any()
         }
 
     def token_budget(self) -> dict[str, int]:
         """Positions of the first epoch: "text", each medium, and "labels" among the text."""
         samples, chosen = self.plan.samples, self.plan.epoch(0).members
-        per_entry = self.model.tokens_per_medium()
+        tokens_per_entry = self.model.tokens_per_medium()
+        # Count entries and labels in the index: the plan also counts blank images, which have no
+        # position.
         entries, labels = np.zeros(len(MEDIA), np.int64), 0
         for source, index in enumerate(self.indices):
             records = samples.record[chosen[samples.source[chosen] == source]]
             entries += index.entries[records].sum(axis=0)
             labels += int(index.labels[records].sum())
         media = {
-            name: int(entries[position]) * per_entry[name]
+            name: int(entries[position]) * tokens_per_entry[name]
             for position, name in enumerate(MEDIA)
-            if name in per_entry
+            if name in tokens_per_entry
         }
+        # Every position that is not a soft token is text.
         text = int(samples.tokens[chosen].sum()) - sum(media.values())
         return {"text": text, **media, "labels": labels}
 
     def preview(self, number: int) -> list[str]:
         """Samples of the first epoch as text, one of each combination of media in turn (see
         `render`)."""
-        part, entries = self.plan.epoch(0), self.plan.samples.entries
+        epoch, entries = self.plan.epoch(0), self.plan.samples.entries
+        # One queue of samples per combination of media, in the order of the batches.
         queues: dict[tuple[bool, ...], list[int]] = {}
-        for row in part.batches[part.batches >= 0]:
-            for sample in part.row(row):
+        for row in epoch.batches[epoch.batches >= 0]:
+            for sample in epoch.row(row):
                 queues.setdefault(tuple(entries[sample] > 0), []).append(sample)
-        turns = zip_longest(*queues.values())
-        samples = (sample for turn in turns for sample in turn if sample is not None)
+        # Take one sample from each queue in turn, until all queues are empty.
+        rounds = zip_longest(*queues.values())
+        samples = (sample for members in rounds for sample in members if sample is not None)
         return [self.render(sample) for sample in islice(samples, number)]
 
     def render(self, sample: int) -> str:
@@ -284,12 +318,14 @@ class Pipeline:
 
 
 def _record_reader(name: str, data: DataConfig, model: ModelConfig) -> RecordReader:
+    """The reader of one source, which accepts the media that the model has encoders for."""
     source = data.sources[name]
     accepts = frozenset(model.tokens_per_medium())
     voice = source.voice
-    heard = accepts & {"speech", "audio"}
-    if voice is None and len(heard) == 1:
-        (voice,) = heard
+    # A model with one sound encoder leaves no choice for `voice` files.
+    sounds = accepts & {"speech", "audio"}
+    if voice is None and len(sounds) == 1:
+        (voice,) = sounds
     root = source.root or Path(source.path).parent
     return RecordReader(name, RecordFile(source.path), root, voice, accepts)
 
@@ -297,23 +333,23 @@ def _record_reader(name: str, data: DataConfig, model: ModelConfig) -> RecordRea
 def _good_samples(
     names: tuple[str, ...], indices: list[SampleIndex], weights: tuple[float, ...]
 ) -> Samples:
+    """The good records of all sources, source by source."""
     records = [np.flatnonzero(index.good) for index in indices]
+    tokens = [index.tokens[good] for index, good in zip(indices, records, strict=True)]
+    entries = [index.entries[good] for index, good in zip(indices, records, strict=True)]
     return Samples(
-        source=np.repeat(np.arange(len(names)), [len(part) for part in records]),
+        source=np.repeat(np.arange(len(names)), [len(good) for good in records]),
         record=np.concatenate(records),
-        tokens=np.concatenate(
-            [index.tokens[part] for index, part in zip(indices, records, strict=True)]
-        ).astype(np.int64),
-        entries=np.concatenate(
-            [index.entries[part] for index, part in zip(indices, records, strict=True)]
-        ).astype(np.int64),
+        tokens=np.concatenate(tokens).astype(np.int64),
+        entries=np.concatenate(entries).astype(np.int64),
         names=names,
         weights=weights,
     )
 
 
 def _mark_flags_parsed() -> None:
-    """Grain's worker processes read absl flags, which only `absl.app` would have parsed."""
+    """Mark absl's flags as parsed: grain's worker processes read them, and only `absl.app` would
+    have parsed them."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

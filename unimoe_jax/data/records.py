@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from unimoe_jax.config.media import MISSPELT_KEYS, RECORD_PLACEHOLDERS, MediaName
 from unimoe_jax.data.media.videos import frame_files
@@ -31,6 +31,8 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Turn:
+    """One question ("human") or answer ("gpt")."""
+
     role: Role
     text: str
 
@@ -64,35 +66,42 @@ class RecordReader:
         self.name = name
         self.file = file
         self.root = os.path.realpath(root)
-        self.voice = voice
+        self.voice: MediaName | None = voice
         self.accepts = accepts
 
     def __len__(self) -> int:
         return len(self.file)
 
     def line(self, number: int) -> int:
+        """The line of the file on which record `number` begins."""
         return int(self.file.lines[number])
 
     def record(self, number: int) -> Record:
-        """The validated record `number`; raises `BadSample`."""
+        """Return the validated record `number`; raises `BadSample`."""
         content = self.file.read(number)
         turns = turns_of(content)
         media = {RECORD_PLACEHOLDERS[key]: self._files(key, content) for key in RECORD_PLACEHOLDERS}
         media = {placeholder: files for placeholder, files in media.items() if files}
         _check_counts(turns, media)
         _check_keys(content, turns, media)
+        # Records for training have an `id`, records of question files a `question_id`.
         name = content.get("id", content.get("question_id", number))
         return Record(str(name), turns, media, self.name, self.line(number))
 
     def _files(self, key: str, content: dict) -> tuple[MediaFile, ...]:
+        """The files that a record declares under `key`, each with its modality."""
         groups = path_groups(key, content.get(key))
         if not groups:
             return ()
+        # Python cannot pass half of a surrogate pair to the file system.
         for path in (path for group in groups for path in group):
             _check_unicode(path, key)
-        modalities = [key] * len(groups)
+        # `image` and `video` are modalities; `voice` files are speech or audio.
+        modalities: list[MediaName]
         if key == "voice":
-            modalities = self._voices(content.get("voice_modality"), len(groups))
+            modalities = self._voice_modalities(content.get("voice_modality"), len(groups))
+        else:
+            modalities = [cast(MediaName, key)] * len(groups)
         for modality in modalities:
             if modality not in self.accepts:
                 raise BadSample(
@@ -103,9 +112,9 @@ class RecordReader:
             for modality, paths in zip(modalities, groups, strict=True)
         )
 
-    def _voices(self, given, number: int) -> list[str]:
-        voices = [given] * number if isinstance(given, str) else given
-        if voices is None:
+    def _voice_modalities(self, setting: Any, number: int) -> list[MediaName]:
+        """The modality of each of `number` voice files. setting: the record's `voice_modality`."""
+        if setting is None:
             if self.voice is None:
                 raise BadSample(
                     "voice_modality",
@@ -113,30 +122,34 @@ class RecordReader:
                     "`voice_modality` to one of them",
                 )
             return [self.voice] * number
+        voices: Any = [setting] * number if isinstance(setting, str) else setting
         valid = isinstance(voices, list) and all(v in ("speech", "audio") for v in voices)
         if not valid or len(voices) != number:
             raise BadSample(
                 "voice_modality",
-                f"voice_modality must be speech or audio, once or per file; got {given!r}",
+                f"voice_modality must be speech or audio, once or per file; got {setting!r}",
             )
         return voices
 
     def _resolve(self, path: str, modality: MediaName) -> str:
-        """The file or folder that is meant; all of it lies in the root."""
+        """The real path of a file or folder, which must be inside the data root with all its
+        frames."""
         full = self._inside(path)
         if modality == "video" and os.path.isdir(full):
             for frame in frame_files((full,)):
-                if os.path.islink(frame):  # the others are where their folder is
+                # A frame that is not a link is where its folder is, inside the root.
+                if os.path.islink(frame):
                     self._inside(frame)
         return full
 
     def _inside(self, path: str) -> str:
+        """The real path of an existing file or folder inside the data root; links are followed."""
         if "\0" in path:
             raise BadSample("outside_root", f"a path with a NUL byte: {path!r}")
-        named = os.path.join(self.root, path)
-        full = os.path.realpath(named)
+        unresolved = os.path.join(self.root, path)
+        full = os.path.realpath(unresolved)
         if not Path(full).is_relative_to(self.root):
-            link = "" if full == os.path.normpath(named) else f", it leads to {full}"
+            link = "" if full == os.path.normpath(unresolved) else f", it leads to {full}"
             raise BadSample(
                 "outside_root",
                 f"{path!r} is outside the data root {self.root}{link}; set the source's `root` to "
@@ -147,8 +160,12 @@ class RecordReader:
         return full
 
 
-def path_groups(key: str, value) -> list[tuple[str, ...]]:
-    """The paths of each medium declared under `key`."""
+def path_groups(key: str, value: Any) -> list[tuple[str, ...]]:
+    """Return the paths of each medium that a record declares under `key`.
+
+    Example: two paths under `image` are two media of one path, [("a.png",), ("b.png",)]; under
+    `video` they are the frames of one video, [("a.png", "b.png")].
+    """
     if value is None or value == [] or value == "":
         return []
     if isinstance(value, str):
@@ -160,39 +177,33 @@ def path_groups(key: str, value) -> list[tuple[str, ...]]:
     raise BadSample("malformed_record", f"{key}: expected a path or a list of paths: {value!r:.80}")
 
 
-def _check_unicode(text: str, what: str) -> None:
-    """JSON may hold half of a surrogate pair, which is no character: no tokenizer and no file
-    system can take it."""
+def _check_unicode(text: str, name: str) -> None:
+    """Refuse half of a surrogate pair, which JSON allows: it is no character, so no tokenizer and
+    no file system accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadSample(
             "lone_surrogate",
-            f"{what}: {text[error.start]!a} at character {error.start} is half of a pair",
+            f"{name}: {text[error.start]!a} at character {error.start} is half of a pair",
         ) from error
 
 
 def turns_of(content: dict) -> tuple[Turn, ...]:
-    """Questions and answers in turn; raises `BadSample` where they are not."""
-    conversations = content.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        keys = ", ".join(map(ascii, content)) or "nothing"
-        problem = "`conversations` is missing or empty"
-        if "conversations" not in content:
-            wraps = any(isinstance(value, list) for value in content.values())
-            problem = f"no `conversations`, only {keys:.80}{f'; {FORM}' if wraps else ''}"
-        raise BadSample("malformed_record", problem)
-    turns = []
-    for number, turn in enumerate(conversations):
-        known = isinstance(turn, dict) and turn.get("from") in ("human", "gpt")
-        if not known or not isinstance(turn.get("value"), str):
+    """Return questions and answers in turn; raise `BadSample` if they do not alternate."""
+    turns: list[Turn] = []
+    for number, turn in enumerate(_conversations(content)):
+        is_known = isinstance(turn, dict) and turn.get("from") in ("human", "gpt")
+        if not is_known or not isinstance(turn.get("value"), str):
             raise BadSample(
                 "malformed_record",
                 f"conversations[{number}] needs `from` (human or gpt) and a string `value`",
             )
         _check_unicode(turn["value"], f"conversations[{number}]")
-        if turns or turn["from"] == "human":  # leading turns of the assistant are dropped
+        # Leading turns of the assistant are dropped.
+        if turns or turn["from"] == "human":
             turns.append(Turn(turn["from"], turn["value"]))
+    # What is left must be question, answer, question, answer, ...
     for number, turn in enumerate(turns):
         if turn.role != ("human", "gpt")[number % 2]:
             raise BadSample("roles", f"roles must alternate; turn {number} is {turn.role}")
@@ -203,28 +214,49 @@ def turns_of(content: dict) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def _conversations(content: dict) -> list:
+    """The value of `conversations`; raises `BadSample` if there is none."""
+    conversations = content.get("conversations")
+    if isinstance(conversations, list) and conversations:
+        return conversations
+    problem = "`conversations` is missing or empty"
+    if "conversations" not in content:
+        keys = ", ".join(map(ascii, content)) or "nothing"
+        # An object that holds a list is probably the whole data set, wrapped in one object.
+        has_list = any(isinstance(value, list) for value in content.values())
+        problem = f"no `conversations`, only {keys:.80}{f'; {FORM}' if has_list else ''}"
+    raise BadSample("malformed_record", problem)
+
+
 def _check_counts(turns: tuple[Turn, ...], media: dict[str, tuple[MediaFile, ...]]) -> None:
-    """A placeholder whose medium is not declared is ordinary text; declared ones must match."""
+    """Check that there are as many placeholders as declared files of each kind.
+
+    A placeholder of a kind for which the record declares no file is ordinary text.
+    """
     for placeholder, files in media.items():
-        found = _count(placeholder, turns)
-        if found != len(files):
-            told = f"{found} {placeholder} for {len(files)} declared file(s)"
+        count = _count(placeholder, turns)
+        if count != len(files):
+            message = f"{count} {placeholder} for {len(files)} declared file(s)"
             if any(len(file.paths) > 1 for file in files):
-                told += "; paths in one list are one video's frames, [[path], [path]] two videos"
-            raise BadSample("placeholder_count", told)
+                message += "; paths in one list are one video's frames, [[path], [path]] two videos"
+            raise BadSample("placeholder_count", message)
 
 
 def _check_keys(
     content: dict, turns: tuple[Turn, ...], media: dict[str, tuple[MediaFile, ...]]
 ) -> None:
-    """Without its medium a sample would be learned as text, and nobody be told."""
+    """Refuse a record that declares its media under the key of another data set.
+
+    Its placeholders would be learned as ordinary text, without any message.
+    """
     for key, placeholder in RECORD_PLACEHOLDERS.items():
-        given = [other for other in MISSPELT_KEYS[key] if content.get(other)]
-        if given and placeholder not in media and _count(placeholder, turns):
+        misspelt = [other for other in MISSPELT_KEYS[key] if content.get(other)]
+        if misspelt and placeholder not in media and _count(placeholder, turns):
             raise BadSample(
-                "malformed_record", f"{placeholder} without `{key}`; rename `{given[0]}` to it"
+                "malformed_record", f"{placeholder} without `{key}`; rename `{misspelt[0]}` to it"
             )
 
 
 def _count(placeholder: str, turns: tuple[Turn, ...]) -> int:
+    """How often a placeholder occurs in the questions."""
     return sum(turn.text.count(placeholder) for turn in turns if turn.role == "human")

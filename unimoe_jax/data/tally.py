@@ -1,7 +1,7 @@
-"""What went wrong while reading data, counted: bad samples by reason, truncations, capped chunks.
+"""Count the faults of the data while they are read: bad, truncated and capped samples, by reason.
 
-Workers cannot share counters, so every loaded batch carries its `Event`s and the main process adds
-them up here.
+Worker processes cannot share counters with the main process, so every batch that they load carries
+its `Event`s, and the main process adds them up here.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from typing import Any, Literal
 import numpy as np
 
 log = logging.getLogger("unimoe_jax.data")
-# What every process of a run meets alike; one of them tells (see `distributed.initialize`).
+# Events found while indexing are the same on every process of a run, so only process 0 logs them
+# (see `distributed.initialize`).
 index_log = logging.getLogger("unimoe_jax.data.index")
 
 MIN_SEEN = 1000
-"""The bad share is judged over at least so many samples (or all there are)."""
-
-
-MOST_TOLD = 50
+"""The share of bad samples is judged over at least so many samples (or all there are)."""
+MAX_LOGGED = 50
 """Samples of one kind and reason that are logged."""
+
+EventKind = Literal["bad", "truncated", "capped"]
+_Key = tuple[str, str, int, str, str]
+"""(source, file, record, kind, reason) of an event; every key is counted once."""
 
 
 class BadSample(Exception):
-    """A record that cannot be trained on. `reason` is a short key, `message` names the culprit."""
+    """A record that cannot be trained on. `reason` is a short key; `message` names the file, field
+    or turn that is wrong."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -35,6 +39,7 @@ class BadSample(Exception):
         self.message = message
 
     def __reduce__(self):
+        # Exceptions are pickled with one argument, but this class takes two.
         return BadSample, (self.reason, self.message)
 
 
@@ -44,13 +49,14 @@ class TooManyBadSamples(RuntimeError):
 
 @dataclass(frozen=True)
 class Event:
-    """One thing worth counting. `kind` "bad" skips the sample; the others changed it.
+    """Something that happened to one sample and is counted. A "bad" sample was skipped; the other
+    kinds changed the sample.
 
-    record: its place in the file, from 1; line: where it begins, which many records of a JSON list
-    may have in common.
+    record: number of the record in the file, from 1; line: the line on which it begins, which many
+    records of a JSON list may have in common.
     """
 
-    kind: Literal["bad", "truncated", "capped"]
+    kind: EventKind
     source: str
     file: str
     record: int
@@ -78,9 +84,10 @@ def unpack_events(data: np.ndarray) -> tuple[list[Event], int]:
 
 @dataclass
 class Tally:
-    """Counts of a pipeline. Every sample is counted once per reason, the first ones are logged.
+    """Counts of a pipeline. Every sample is counted once per reason, and the first ones are logged.
 
-    total: samples of the data set, good and bad; loaded: samples read for batches so far.
+    total: samples of the data set, good and bad; loaded: samples read for batches so far; counts:
+    samples by (kind, reason); examples: the first message of each (kind, reason).
     """
 
     total: int
@@ -89,93 +96,109 @@ class Tally:
     loaded: int = 0
     counts: Counter = field(default_factory=Counter)
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
-    _met: set = field(default_factory=set)
-    _met_loading: list = field(default_factory=list)
-    _bad_loads: int = 0
+    _seen: set[_Key] = field(default_factory=set)
+    _seen_while_loading: list[_Key] = field(default_factory=list)
+    _bad_while_loading: int = 0
 
     def add(self, events: list[Event], loaded: int = 0) -> None:
-        """Count `events`, met while loading `loaded` samples (0: while indexing).
+        """Count `events`, which occurred while `loaded` samples were loaded (0: while indexing).
 
-        Raises `TooManyBadSamples`, with a table, when bad samples pass the allowed share of the
-        data set or of what was loaded so far; with `strict` at the first.
+        Raises `TooManyBadSamples`, with a report, when the bad samples exceed the allowed share of
+        the data set or of the samples loaded so far; with `strict`, at the first bad sample.
+
+        Example: with an allowed share of 0.01, a data set of 5000 samples may have 50 bad ones. Of
+        the first 1000 samples that are loaded, 10 may be bad, and the 11th stops the run.
         """
         self.loaded += loaded
         for event in events:
             key = (event.source, event.file, event.record, event.kind, event.reason)
-            if key in self._met:
+            # In later epochs the same samples have the same events again.
+            if key in self._seen:
                 continue
-            told = f"{event.where}: {event.message}"
-            self._count(key, told)
+            message = f"{event.where}: {event.message}"
+            self._count(key, message)
             if loaded:
-                self._met_loading.append(key)
-            self._tell(event, told, log if loaded else index_log)
+                self._seen_while_loading.append(key)
+            self._log(event, message, log if loaded else index_log)
             if event.kind == "bad":
-                self._bad_loads += loaded > 0
+                self._bad_while_loading += loaded > 0
                 if self.strict:
-                    raise TooManyBadSamples(f"{told} ({event.reason}; strict)")
+                    raise TooManyBadSamples(f"{message} ({event.reason}; strict)")
         self._check(self.bad, self.total, "of the data set")
-        seen = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
-        self._check(self._bad_loads, seen, "loaded")
+        # Judge early failures over MIN_SEEN samples, so that one bad sample among the first few
+        # does not stop the run; after the first epoch, over all samples.
+        base = max(min(self.loaded, self.total), min(self.total, MIN_SEEN))
+        self._check(self._bad_while_loading, base, "loaded")
 
-    def _count(self, key: tuple, told: str) -> None:
-        self._met.add(key)
-        self.counts[key[-2:]] += 1
-        self.examples.setdefault(key[-2:], told)
+    def _count(self, key: _Key, message: str) -> None:
+        kind, reason = key[-2:]
+        self._seen.add(key)
+        self.counts[kind, reason] += 1
+        self.examples.setdefault((kind, reason), message)
 
     def as_text(self) -> str:
-        """What `join` needs of another tally of the same data; while indexing all meet the same."""
-        examples = [[*kind, told] for kind, told in self.examples.items()]
-        return json.dumps({"met": self._met_loading, "examples": examples})
+        """The part of the tally that `join` adds to another tally of the same data.
+
+        Events found while indexing are left out, because every process has found them itself.
+        """
+        examples = [[kind, reason, text] for (kind, reason), text in self.examples.items()]
+        return json.dumps({"met": self._seen_while_loading, "examples": examples})
 
     def join(self, text: str) -> None:
-        """Count what another process, or an earlier sitting of the run, has met too; it loads other
-        samples, in later epochs the same.
+        """Add the events of another process, or of an earlier start of the run (see `as_text`).
 
-        The shares that are allowed are each tally's own.
+        Processes load different samples within an epoch, but the same ones in later epochs, so an
+        event that is known already is not counted again. Nothing is checked here. From the next
+        `add` on, joined bad samples count towards the allowed share of the data set, but not of the
+        samples that this process has loaded.
         """
         other = json.loads(text)
-        examples = {(kind, reason): told for kind, reason, told in other["examples"]}
-        for key in map(tuple, other["met"]):
-            if key not in self._met:
-                self._count(key, examples[key[-2:]])
+        examples = {(kind, reason): message for kind, reason, message in other["examples"]}
+        for source, file, record, kind, reason in other["met"]:
+            key = (source, file, record, kind, reason)
+            if key not in self._seen:
+                self._count(key, examples[kind, reason])
 
-    def _tell(self, event: Event, told: str, teller: logging.Logger) -> None:
+    def _log(self, event: Event, message: str, logger: logging.Logger) -> None:
+        """Log the first `MAX_LOGGED` events of a kind and reason: a wrong file has a bad sample on
+        every line."""
         number = self.counts[event.kind, event.reason]
         level = logging.WARNING if event.kind == "bad" else logging.INFO
-        if number <= MOST_TOLD:
-            teller.log(level, "%s (%s: %s)", told, event.kind, event.reason)
-        if number == MOST_TOLD:  # a wrong file has a bad sample on every line
-            teller.log(level, "more of these (%s: %s) are only counted", event.kind, event.reason)
+        if number <= MAX_LOGGED:
+            logger.log(level, "%s (%s: %s)", message, event.kind, event.reason)
+        if number == MAX_LOGGED:
+            logger.log(level, "more of these (%s: %s) are only counted", event.kind, event.reason)
 
-    def _check(self, bad: int, base: int, of_what: str) -> None:
+    def _check(self, bad: int, base: int, description: str) -> None:
+        """Raise if `bad` is more than the allowed share of `base` samples."""
         if bad > self.max_bad_share * base:
             raise TooManyBadSamples(
-                f"{bad} of {base} samples {of_what} are bad ({bad / max(base, 1):.2%}, allowed "
-                f"{self.max_bad_share:.2%})\n{self.table()}"
+                f"{bad} of {base} samples {description} are bad ({bad / max(base, 1):.2%}, allowed "
+                f"{self.max_bad_share:.2%})\n{self.report()}"
             )
 
     @property
     def bad(self) -> int:
-        """Distinct bad samples."""
-        return sum(count for (kind, _), count in self.counts.items() if kind == "bad")
+        """Number of distinct bad samples."""
+        return self.count("bad")
 
     def count(self, kind: str, reason: str | None = None) -> int:
-        """Distinct samples of a kind, of one reason or of all."""
+        """Number of distinct samples of a kind, with one reason or (None) with any reason."""
         return sum(
             number
-            for (a_kind, a_reason), number in self.counts.items()
-            if a_kind == kind and reason in (None, a_reason)
+            for (counted_kind, counted_reason), number in self.counts.items()
+            if counted_kind == kind and reason in (None, counted_reason)
         )
 
     def as_json(self) -> dict[str, Any]:
         """For summary.json: {"total": samples of the data set, kind: {reason: samples}}."""
-        found: dict[str, Any] = {"total": self.total}
+        content: dict[str, Any] = {"total": self.total}
         for (kind, reason), number in sorted(self.counts.items()):
-            found.setdefault(kind, {})[reason] = number
-        return found
+            content.setdefault(kind, {})[reason] = number
+        return content
 
-    def table(self) -> str:
-        """One line per kind and reason: how often, and the first case."""
+    def report(self) -> str:
+        """One line per kind and reason: the number of samples, and the first case."""
         if not self.counts:
             return "no bad, truncated or capped samples"
         lines = [f"{'kind':<10} {'reason':<18} {'samples':>8}  first case"]

@@ -1,4 +1,4 @@
-"""What a process that reads data for a program does about signals, and about the program's end."""
+"""Worker processes: how they react to signals and to the end of their program."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import time
 from collections.abc import Iterator
 
 WATCH_SECONDS = 1.0
+"""How often a worker looks whether its program is still running."""
 _KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
 
 
 def stay_with_parent(index: int, count: int) -> None:
-    """For `worker_init_fn` of grain: the program alone decides when its workers end.
+    """Make a worker end when its program ends, and not before (`worker_init_fn` of grain).
 
-    Ctrl-C in a terminal, and SLURM's signals, reach all processes at once. The program then takes
-    another step and saves; it needs batches for that. A program that was killed ends nothing.
+    Ctrl-C in a terminal and SLURM's signals reach the program and its workers at once. The program
+    then takes another step and saves, and it needs batches for that, so its workers ignore these
+    signals. A program that was killed cannot end its workers, so they watch for its end.
     """
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -27,6 +29,7 @@ def stay_with_parent(index: int, count: int) -> None:
 
 
 def _watch(parent: int) -> None:
+    # A process whose parent has ended gets another parent.
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     os._exit(1)
@@ -34,8 +37,7 @@ def _watch(parent: int) -> None:
 
 @contextlib.contextmanager
 def explaining_killed_workers() -> Iterator[None]:
-    """What grain raises where a worker was killed is one line; faults of a worker's own stay as
-    they are.
+    """Turn grain's error about a killed worker into one line; other errors pass unchanged.
 
     Raises:
         ChildProcessError: a worker was killed.
@@ -43,17 +45,18 @@ def explaining_killed_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = _KILLED.search(str(error))
-        if found is None:
+        killed = _KILLED.search(str(error))
+        if killed is None:
             raise
         raise ChildProcessError(
-            f"a process that reads data (loader.workers) was killed by {_name(int(found[1]))}, "
-            "for want of memory perhaps: set fewer workers, or a smaller loader.prefetch"
+            f"a process that reads data (loader.workers) was killed by "
+            f"{_signal_name(int(killed[1]))}, perhaps because memory ran out: set fewer workers, "
+            "or a smaller loader.prefetch"
         ) from error
 
 
-def _name(number: int) -> str:
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # of real-time signals only the first and the last have one
+    except ValueError:  # only the first and the last real-time signal have a name
         return f"signal {number}"

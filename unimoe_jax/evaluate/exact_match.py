@@ -40,7 +40,9 @@ def exact_match(
     """
     right, total = Counter(), Counter()
     batches = pipeline.batches(
-        parts=own_data_shards(mesh), of=data_shards(mesh), stop_step=pipeline.steps_per_epoch
+        shards=own_data_shards(mesh),
+        num_shards=data_shards(mesh),
+        stop_step=pipeline.steps_per_epoch,
     )
     # Results are fetched after the last step, so that the devices never wait for the host.
     pending = []

@@ -17,7 +17,7 @@ from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config.load import load_config
 from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.conversation import TEMPLATES
-from unimoe_jax.data.sources import load_tokenizer
+from unimoe_jax.data.sources import has_too_many_pieces, load_tokenizer
 from unimoe_jax.data.tokenizer import Tokenizer
 from unimoe_jax.generate.errors import GenerationError
 
@@ -111,7 +111,7 @@ def _of_import(folder: Path, template: str | None) -> Found:
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )
     tokenizer, rows = _tokenizer(folder), config.decoder.vocab_size
-    if tokenizer.vocab_size > rows:  # looked up, the rest would all be the last row
+    if has_too_many_pieces(tokenizer, rows):
         raise GenerationError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, but the model's "
             f"vocab_size is {rows}; copy the tokenizer.model that belongs to it there"

@@ -62,7 +62,7 @@ def train_stage(context: RunContext, settings: StageSettings) -> StageSummary | 
     run.sum_up()
     leave_results(context, stage, run.params, run.summary)
     if pipeline.tally.counts:
-        context.announce(pipeline.tally.table())
+        context.announce(pipeline.tally.report())
     return run.summary
 
 
@@ -152,8 +152,8 @@ class StageRun:
         every, mesh = self.context.run.checkpoint.every, self.context.mesh
         batches = self.pipeline.batches(
             start_step=self.done,
-            parts=own_data_shards(mesh),
-            of=data_shards(mesh),
+            shards=own_data_shards(mesh),
+            num_shards=data_shards(mesh),
             stop_step=self.stage.steps,
         )
         self.log.since = time.monotonic()

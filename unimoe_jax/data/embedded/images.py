@@ -1,4 +1,4 @@
-"""Pictures of one coloured shape on a dark, noisy ground."""
+"""Pictures of one coloured shape on a dark, noisy background."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ SHAPES = ("ring", "square", "triangle", "cross")
 
 
 class Placing(NamedTuple):
-    """Where a shape lies: centre and radius in pixels, rotation in radians."""
+    """The place of a shape: centre and radius in pixels, rotation in radians."""
 
     x: float
     y: float
@@ -30,25 +30,28 @@ class Placing(NamedTuple):
 
 
 def place(rng: np.random.Generator, low: float = 13.0, high: float = 18.0) -> Placing:
-    """Draws a placing near the middle whose shape lies inside the picture."""
+    """Draw a placing near the middle, so that the whole shape is inside the picture."""
     radius = rng.uniform(low, high)
     x, y = SIZE / 2 + rng.uniform(-4, 4, 2)
     return Placing(x, y, radius, rng.uniform(-0.15, 0.15))
 
 
 def coverage(shape: str, placing: Placing) -> np.ndarray:
-    """Share of each pixel inside the shape: float [48, 48] in 0..1."""
+    """Share of each pixel that is inside the shape: float [48, 48] in 0..1."""
+    # Coordinates of the centres of all sub-pixels, in units of the shape's radius.
     step = 1 / SUPERSAMPLE
     axis = np.arange(SIZE * SUPERSAMPLE) * step + step / 2
     x = (axis[None, :] - placing.x) / placing.radius
     y = (axis[:, None] - placing.y) / placing.radius
+    # Rotate them back by the angle of the shape.
     cos, sin = np.cos(placing.angle), np.sin(placing.angle)
     inside = _inside(shape, cos * x + sin * y, cos * y - sin * x)
     return inside.reshape(SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE).mean((1, 3))
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Membership in the shape of radius 1; `v` points down, as in pictures."""
+    """Whether points are inside the shape of radius 1: bool, as u and v; v points down, as in
+    pictures."""
     match shape:
         case "ring":
             return (u**2 + v**2 < 1.0) & (u**2 + v**2 > 0.3)
@@ -62,7 +65,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def ground(rng: np.random.Generator) -> np.ndarray:
-    """A dark background with a slight tint: float [3], values 0..255."""
+    """Draw a dark background with a slight tint: float [3], values 0..255."""
     return rng.uniform(10, 45) + rng.uniform(-8, 8, 3)
 
 
@@ -73,7 +76,7 @@ def paint(
     rng: np.random.Generator,
     noise: float = 9.0,
 ) -> np.ndarray:
-    """Blends shape and ground and adds noise: uint8 [48, 48, 3]."""
+    """Blend shape and background and add noise: uint8 [48, 48, 3]."""
     alpha = coverage_HW[..., None]
     picture = alpha * colour_C + (1 - alpha) * ground_C
     picture += rng.normal(0, noise, picture.shape)
@@ -81,12 +84,12 @@ def paint(
 
 
 def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
-    """The named colour with a little jitter of its brightness: float [3], values 0..255."""
+    """Draw a shade of the named colour, a little brighter or darker: float [3], values 0..255."""
     return np.array(COLOURS[colour]) * rng.uniform(0.82, 1.05)
 
 
 def write(path: Path, labels: dict[str, str], rng: np.random.Generator) -> None:
-    """Writes a PNG of the labels `colour` and `shape`."""
+    """Write a PNG of the labels `colour` and `shape`."""
     mask = coverage(labels["shape"], place(rng))
     pixels = paint(mask, tint(labels["colour"], rng), ground(rng), rng)
     Image.fromarray(pixels).save(path, format="PNG")

@@ -1,4 +1,4 @@
-"""Which media files there are: their paths, labels and the keys that seed their parameters."""
+"""Which media files the data set has: their paths, their labels, the seeds of their parameters."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import numpy as np
 
 from unimoe_jax.data.embedded import images, sounds, speech, videos
 
-VERSION = 7  # raise it whenever the same seed gives other files
-DRAWS = 6  # raise it to draw other labels and parameters from the same seed
+VERSION = 7  # part of the folder's name; raise it whenever the same seed gives other files
+DRAWS = 6  # part of every seed; raise it to draw other labels and parameters from the same seed
 SPLITS = ("train", "heldout")
 
 
@@ -28,17 +28,23 @@ class Counts:
     heldout: int = 96
 
     def of(self, kind: str, split: str, size: int) -> int:
-        """Files of a kind in a split; `size` scales the training split only."""
+        """Number of files of a kind in a split; `size` scales the training split only."""
         return self.heldout if split == "heldout" else size * getattr(self, kind)
 
 
 class Kind(NamedTuple):
-    """One kind of file. Values within an axis group are balanced jointly, groups independently."""
+    """One kind of media file.
+
+    suffix: of the file name; write: writes a file of given labels; groups: the values of each
+    label. All combinations of values within a group are equally frequent; the groups are drawn
+    independently. blocks: number of question types; the files are divided into so many equal
+    blocks, and the labels are balanced within each block.
+    """
 
     suffix: str
     write: Callable[[Path, dict[str, str], np.random.Generator], None]
     groups: tuple[dict[str, tuple[str, ...]], ...]
-    blocks: int  # question types: labels are balanced within each of so many equal blocks
+    blocks: int
 
 
 _COLOURS, _SOUNDS = tuple(images.COLOURS), tuple(sounds.SOUNDS)
@@ -62,7 +68,11 @@ KINDS: dict[str, Kind] = {
 
 
 class Item(NamedTuple):
-    """One media file: path relative to the data set, labels, and the seed of its parameters."""
+    """One media file.
+
+    path: relative to the folder of the data set; key: seed of the file's parameters; block: which
+    question is asked about it when it is held out.
+    """
 
     kind: str
     path: str
@@ -75,33 +85,40 @@ DatasetPlan = dict[str, dict[str, list[Item]]]  # split -> kind -> items
 
 
 def plan(counts: Counts, seed: int, size: int) -> DatasetPlan:
-    """Lists every media file of the data set, without writing any."""
+    """List every media file of the data set, without writing any."""
     return {
         split: {
-            kind: _items(kind, split, counts.of(kind, split, size), (DRAWS, seed, k, s))
-            for k, kind in enumerate(KINDS)
+            kind: _items(
+                kind, split, counts.of(kind, split, size), (DRAWS, seed, kind_number, split_number)
+            )
+            for kind_number, kind in enumerate(KINDS)
         }
-        for s, split in enumerate(SPLITS)
+        for split_number, split in enumerate(SPLITS)
     }
 
 
 def write(folder: Path, item: Item) -> None:
-    """Draws the file's parameters from its own key and writes it below `folder`."""
+    """Draw the parameters of a file from its key and write it below `folder`.
+
+    Every file has a different key, so files can be written in any order and in threads.
+    """
     KINDS[item.kind].write(folder / item.path, item.labels, np.random.default_rng(item.key))
 
 
 def _items(kind: str, split: str, count: int, key: tuple[int, ...]) -> list[Item]:
-    suffix, _, groups, blocks = KINDS[kind]
+    """The files of one kind in one split; `key` seeds their labels."""
+    form = KINDS[kind]
     rng = np.random.default_rng(key)
-    block = np.arange(count) * blocks // count
-    sizes = np.bincount(block, minlength=blocks)
+    # Example: 5 files in 2 blocks are in the blocks 0, 0, 0, 1, 1.
+    block = np.arange(count) * form.blocks // count
+    sizes = np.bincount(block, minlength=form.blocks)
     columns: dict[str, list[str]] = {}
-    for group in groups:
+    for group in form.groups:
         columns |= _balanced(group, sizes, rng)
     return [
         Item(
             kind=kind,
-            path=f"media/{kind}/{split}-{i:05d}.{suffix}",
+            path=f"media/{kind}/{split}-{i:05d}.{form.suffix}",
             labels={name: column[i] for name, column in columns.items()},
             key=(*key, i),
             block=int(block[i]),
@@ -113,10 +130,21 @@ def _items(kind: str, split: str, count: int, key: tuple[int, ...]) -> list[Item
 def _balanced(
     axes: dict[str, tuple[str, ...]], sizes: np.ndarray, rng: np.random.Generator
 ) -> dict[str, list[str]]:
-    """Columns of labels in which, per block, all combinations are equally frequent up to one."""
+    """Draw columns of labels in which, within each block, the numbers of any two combinations of
+    values differ by at most one.
+
+    axes: the values of each label; sizes int [blocks]: files per block.
+
+    Example: 2 colours x 2 shapes are 4 combinations. A block of 6 files gets every combination
+    once, and 2 of them, chosen at random, twice.
+    """
     shape = tuple(len(values) for values in axes.values())
-    cells = math.prod(shape)
-    codes = [rng.permutation(rng.permutation(cells)[np.arange(n) % cells]) for n in sizes]
+    combinations = math.prod(shape)
+    # The first permutation decides which combinations occur once more; the second one shuffles.
+    codes = []
+    for size in sizes:
+        order = rng.permutation(combinations)
+        codes.append(rng.permutation(order[np.arange(size) % combinations]))
     indices = np.unravel_index(np.concatenate(codes), shape)
     return {
         name: [values[i] for i in index]

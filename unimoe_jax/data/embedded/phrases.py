@@ -1,4 +1,4 @@
-"""All wording of the data set: questions, answers and the scenes that text-only records tell."""
+"""All wording of the data set: questions, answers, and the scenes of text-only records."""
 
 from unimoe_jax.data.embedded.images import COLOURS, SHAPES
 from unimoe_jax.data.embedded.sounds import SOUNDS
@@ -63,7 +63,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What a text-only record tells before it asks; fields are filled from the answers below.
+# The statement before the question of a text-only record; its fields are filled from ANSWERS.
 SCENES: dict[str, tuple[str, ...]] = {
     "colour": (
         "A picture shows a {colour} {shape}.",
@@ -90,8 +90,8 @@ SCENES: dict[str, tuple[str, ...]] = {
     ),
 }
 SCENES["shape"] = SCENES["colour"]
-# Which labels a scene of a kind tells.
-TOLD: dict[str, tuple[str, ...]] = {
+# The labels that the scenes of each kind mention.
+SCENE_LABELS: dict[str, tuple[str, ...]] = {
     "colour": ("colour", "shape"),
     "shape": ("colour", "shape"),
     "light": ("shape", "light"),
@@ -109,7 +109,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 
 
 def article(sound: str) -> str:
-    """`a ` before what can be counted: a bell, but rain."""
+    """`a ` before a countable sound: a bell, but rain."""
     return "" if sound == "rain" else "a "
 
 
@@ -130,6 +130,6 @@ def answer(kind: str, labels: dict[str, str]) -> str:
 
 
 def answer_words() -> list[str]:
-    """Every word that an answer to a question is made of, sorted."""
+    """Return every word that occurs in an answer to a question, sorted."""
     words = {word for kind in ANSWERS.values() for text in kind for word in text.split()}
     return sorted(words | set(WORDS))

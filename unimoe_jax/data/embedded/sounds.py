@@ -1,4 +1,4 @@
-"""Short sound events: six classes, synthesised."""
+"""Short synthesised sound events in six classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,43 +10,45 @@ RATE = 16_000  # samples per second
 LONGEST = 2.0  # seconds
 
 Synth = Callable[[int, np.random.Generator], np.ndarray]
+"""(samples, random generator) -> a sound float [samples]."""
 
 
 def _time(length: int) -> np.ndarray:
+    """The time of each of `length` samples, in seconds."""
     return np.arange(length) / RATE
 
 
 def _add(signal: np.ndarray, part: np.ndarray, start: int) -> None:
-    """Mixes `part` into `signal` from sample `start` on, cut at the end."""
+    """Add `part` to `signal` (in place) from sample `start` on, cut at the end of `signal`."""
     part = part[: max(0, len(signal) - start)]
     signal[start : start + len(part)] += part
 
 
 def _fade(signal: np.ndarray, seconds: float) -> np.ndarray:
-    """Ramps both ends, so that nothing clicks."""
+    """Fade both ends in and out, so that nothing clicks."""
     n = min(int(seconds * RATE), len(signal) // 2)
     ramp = np.sin(np.linspace(0, np.pi / 2, n)) ** 2
     return signal * np.concatenate([ramp, np.ones(len(signal) - 2 * n), ramp[::-1]])
 
 
-def coloured_noise(length: int, gain: Callable[[np.ndarray], np.ndarray], rng) -> np.ndarray:
-    """Noise whose spectrum follows `gain(frequency in Hz)`; RMS 1."""
+def coloured_noise(
+    length: int, gain: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator
+) -> np.ndarray:
+    """Noise whose spectrum follows `gain(frequency in Hz)`, with RMS 1: float [length]."""
     spectrum = np.fft.rfft(rng.normal(size=length))
     noise = np.fft.irfft(spectrum * gain(np.fft.rfftfreq(length, 1 / RATE)), length)
     return noise / np.sqrt(np.mean(noise**2))
 
 
 def _bell(length: int, rng: np.random.Generator) -> np.ndarray:
-    """One or two strokes of slightly inharmonic partials, higher ones dying sooner."""
+    """One or two strokes of slightly inharmonic partials; higher partials fade sooner."""
     ratios = np.array([0.5, 1.0, 1.2, 1.5, 2.0, 2.7, 4.1])
     pitch, decay = rng.uniform(500, 1000), rng.uniform(2.5, 5.0)
     t = _time(length)
-    stroke = sum(
-        rng.uniform(0.5, 1)
-        * np.exp(-decay * np.sqrt(ratio) * t)
-        * np.sin(2 * np.pi * pitch * ratio * t)
-        for ratio in ratios
-    )
+    stroke = np.zeros(length)
+    for ratio in ratios:
+        envelope = rng.uniform(0.5, 1) * np.exp(-decay * np.sqrt(ratio) * t)
+        stroke += envelope * np.sin(2 * np.pi * pitch * ratio * t)
     signal = stroke.copy()
     if rng.random() < 0.5:
         _add(signal, stroke, int(rng.uniform(0.4, 0.7) * RATE))
@@ -59,12 +61,14 @@ def _siren(length: int, rng: np.random.Generator) -> np.ndarray:
     frequency = centre * 2 ** (
         rng.uniform(0.4, 0.7) * np.sin(2 * np.pi * rate * _time(length) + phase)
     )
+    # The phase is the integral of the frequency.
     angle = 2 * np.pi * np.cumsum(frequency) / RATE
     return np.sin(angle) + 0.4 * np.sin(2 * angle) + 0.15 * np.sin(3 * angle)
 
 
 def _rain(length: int, rng: np.random.Generator) -> np.ndarray:
     """Broadband noise that swells slowly, with the clicks of single drops."""
+    # The noise is strongest between a low and a high frequency.
     low, high = rng.uniform(300, 800), rng.uniform(5000, 7500)
     noise = coloured_noise(
         length, lambda f: 1 / (1 + (low / (f + 1)) ** 2) / (1 + (f / high) ** 4), rng
@@ -76,11 +80,12 @@ def _rain(length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _drum(length: int, rng: np.random.Generator) -> np.ndarray:
-    """Two to five low thumps at a steady tempo, their pitch falling."""
+    """Two to five low thumps at a steady tempo, with falling pitch."""
     pitch, beat = rng.uniform(60, 120), rng.uniform(0.25, 0.5)
     t = _time(int(0.4 * RATE))
     angle = 2 * np.pi * pitch * (t + 0.03 * (1 - np.exp(-t / 0.03)))
     thump = np.exp(-t * rng.uniform(9, 16)) * np.sin(angle)
+    # The stick adds a short burst of noise.
     thump += 0.3 * np.exp(-t * 90) * rng.normal(size=len(t))
     signal = np.zeros(length)
     for stroke in range(rng.integers(2, 6)):
@@ -89,7 +94,7 @@ def _drum(length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _bird(length: int, rng: np.random.Generator) -> np.ndarray:
-    """A string of short, high chirps, all sweeping the same way."""
+    """A series of short, high chirps, which all sweep up or all sweep down."""
     pitch, sweep = rng.uniform(3000, 5000), rng.uniform(0.15, 0.4) * rng.choice([-1, 1])
     duration, gap = rng.uniform(0.06, 0.14), rng.uniform(0.05, 0.12)
     t = _time(int(duration * RATE))
@@ -123,8 +128,10 @@ SOUNDS: dict[str, Synth] = {
 
 
 def synthesise(name: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """A sound event of the class `name` in light noise: float [samples], |x| < 1, 16 kHz."""
+    """Synthesise a sound event of the class `name` in light noise: float [samples], |x| < 1,
+    16 kHz."""
     length = int(seconds * RATE)
+    # The event begins after up to 12 % of the recording.
     onset = int(rng.uniform(0, 0.12) * length)
     event = _fade(SOUNDS[name](length - onset, rng), 0.01)
     signal = np.zeros(length)
@@ -133,7 +140,7 @@ def synthesise(name: str, seconds: float, rng: np.random.Generator) -> np.ndarra
 
 
 def finish(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random gain and a light noise floor on a signal of peak 1."""
+    """Scale a signal of peak 1 by a random gain and add a light noise floor."""
     signal = rng.uniform(0.35, 0.9) * signal + rng.uniform(0.001, 0.004) * rng.normal(
         size=len(signal)
     )
@@ -141,10 +148,10 @@ def finish(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def save(path: Path, signal: np.ndarray) -> None:
-    """Writes float [samples] as 16-bit mono WAV at 16 kHz."""
+    """Write float [samples] as 16-bit mono WAV at 16 kHz."""
     soundfile.write(path, signal, RATE, subtype="PCM_16", format="WAV")
 
 
 def write(path: Path, labels: dict[str, str], rng: np.random.Generator) -> None:
-    """Writes a WAV of the label `sound`, 1.2 to 2 seconds long."""
+    """Write a WAV of the label `sound`, 1.2 to 2 seconds long."""
     save(path, synthesise(labels["sound"], rng.uniform(1.2, LONGEST), rng))

@@ -1,7 +1,7 @@
-"""A small SentencePiece model of the data set's own language.
+"""A small SentencePiece model of the language of the data set.
 
-Settings follow the LLaMA tokenizer. The text is all wording there is, not a sample of records, so
-the model is the same for every seed and size and checkpoints fit all of them.
+Settings follow the LLaMA tokenizer. The model is trained on all wording of the data set, not on a
+sample of records, so it is the same for every seed and size, and a checkpoint fits all of them.
 """
 
 import io
@@ -15,7 +15,7 @@ from unimoe_jax.data.embedded.phrases import ANSWERS, QUESTIONS, answer, answer_
 from unimoe_jax.data.embedded.tasks import text_turns
 
 VOCAB = 512
-# Any conversation holds the Vicuna v1 system text, so its words must be in the vocabulary.
+# Every conversation contains the Vicuna v1 system text, so its words must be in the vocabulary.
 TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -38,7 +38,10 @@ CONFIG = {
 
 
 def corpus() -> Iterator[str]:
-    """The sentences that the model is trained on."""
+    """The sentences that the model is trained on.
+
+    Frequent words become single pieces, so short texts are repeated often.
+    """
     for _ in range(200):
         yield TEMPLATE
         yield "USER: ASSISTANT:"
@@ -48,6 +51,7 @@ def corpus() -> Iterator[str]:
     for questions in QUESTIONS.values():
         for question in questions:
             yield from [question] * 50
+    # One answer of each kind shows how answers are built; the answer words follow below.
     labels = {kind: values[0] for kind, values in ANSWERS.items()} | {"times": "1"}
     for kind in QUESTIONS:
         yield from [answer(kind, labels)] * 50
@@ -56,11 +60,15 @@ def corpus() -> Iterator[str]:
 
 
 def train() -> bytes:
-    """Trains the model and returns its file. Raises if an answer word is not a single piece."""
+    """Train the model and return the content of its file.
+
+    Raises RuntimeError if an answer word is not a single piece.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(),
         model_writer=model,
+        # As the LLaMA tokenizer: every character can be encoded, and white space is kept.
         model_type="bpe",
         vocab_size=VOCAB,
         character_coverage=1.0,
@@ -70,6 +78,7 @@ def train() -> bytes:
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
+        # The ids of LLaMA's control tokens; there is no padding token.
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -82,6 +91,7 @@ def train() -> bytes:
 
 
 def _check(model: bytes) -> None:
+    """Raise RuntimeError unless every answer word is a single piece."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     split = [word for word in answer_words() if len(processor.encode(word)) != 1]
     if split:
@@ -89,6 +99,6 @@ def _check(model: bytes) -> None:
 
 
 def write(folder: Path) -> None:
-    """Writes `tokenizer.model` and `tokenizer_config.json` into a folder."""
+    """Write `tokenizer.model` and `tokenizer_config.json` into a folder."""
     (folder / "tokenizer.model").write_bytes(train())
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
