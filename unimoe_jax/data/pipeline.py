@@ -6,7 +6,7 @@ loader is the number of the next step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Pipeline:
         shards: Sequence[int] = (0,),
         num_shards: int = 1,
         stop_step: int | None = None,
-    ) -> Iterator[tuple[int, Signature, Batch]]:
+    ) -> Generator[tuple[int, Signature, Batch], None, None]:
         """Yield (step, signature, the data shards `shards` of the batch) from `start_step` on.
 
         num_shards: data shards of the mesh; a batch is cut into so many equal parts of its rows and

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-Stages = dict[str, list[dict]]
+Stages = dict[str, list[Mapping[str, Any]]]
 """{stage: its records}."""
 
 

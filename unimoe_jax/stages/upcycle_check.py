@@ -95,7 +95,9 @@ def check_upcycled(
         found = jax.jit(run, out_shardings=replicated(mesh))(params, dense_layers, batch)
     difference, largest = (float(value) for value in found[what])
     names = tuple(dict.fromkeys(take.upcycle for take in takes.values() if take.upcycle))
-    comparison = Comparison(what, difference, largest, tuple(name for name in sorted(MODULES) if name in modules), names)
+    comparison = Comparison(
+        what, difference, largest, tuple(name for name in sorted(MODULES) if name in modules), names
+    )
     if not comparison.is_rounding:
         raise ParamError(
             f"init of stage {stage.settings.name}: {comparison}: this is more than rounding "

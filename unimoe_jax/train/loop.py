@@ -175,7 +175,7 @@ class StageRun:
         self._account()
         return True
 
-    def step(self, batches: Generator[tuple[int, Signature, Any]]) -> None:
+    def step(self, batches: Generator[tuple[int, Signature, Any], None, None]) -> None:
         """Take the next batch, start its step on the devices, and read the step before it."""
         waiting_since = time.monotonic()
         index, signature, batch = next(batches)
