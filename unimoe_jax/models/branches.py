@@ -87,6 +87,7 @@ class Vision(nn.Module):
         if pictures.image_GIHWC is not None:
             add(pictures.image_GIHWC, pictures.used_GI, MODALITY["image"])
         if pictures.video_GIFHWC is not None:
+            # Every frame is a picture, and it is used if its video is.
             frames_GIHWC = rearrange(pictures.video_GIFHWC, "g i f h w c -> g (i f) h w c")
             used_GI = pictures.used_GV
             if used_GI is not None:

@@ -179,6 +179,7 @@ def _layer(reader: _Reader, where: Place, moe: MoEConfig | None, layout: ExpertL
         else:
             kernels = {name: part(f"moe/experts/{name}/kernel") for name in PROJECTIONS}
             experts = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    # Attention and norms; `part` turns the kernels from [in, out] to [out, in].
     return Layer(
         attention_norm=part("attention_norm/scale"),
         q=part("attention/q_proj/kernel", transposed=True),

@@ -101,6 +101,7 @@ class UniMoE(nn.Module):
             read_BT=None if want == "logits" else batch.weight_BT > 0,
             segment_BT=batch.segment_BT,
         )
+        # Compute logits of all positions, or only the loss.
         if decoded.aux is not None:
             aux["decoder"] = decoded.aux
         logits, loss = None, None
@@ -175,6 +176,7 @@ class UniMoE(nn.Module):
             """
             if pool is None:
                 return None
+            # Compare every slot of the shard's rows with the first slot of every entry.
             first_I = start + size * jnp.arange(pool.shape[1])
             slot_GN = batch.slot_BT.reshape(pool.shape[0], -1)
             return (slot_GN[..., None] == first_I[None, None]).any(axis=1)
