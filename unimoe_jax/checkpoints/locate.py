@@ -26,10 +26,13 @@ class Located:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` was written by this package. Its manifest or its checksums may be missing, so
-    that a damaged checkpoint is recognised and reported as damaged."""
-    described = (path / MANIFEST).is_file() or (path / SUMS).is_file()
-    return described and (path / "params").is_dir()
+    """Whether this package has written `path`.
+
+    Files may be missing: a list of checksums is enough, or a manifest beside parameters, so that a
+    damaged checkpoint is recognised and then reported as damaged.
+    """
+    described = (path / MANIFEST).is_file() and (path / "params").is_dir()
+    return described or (path / SUMS).is_file()
 
 
 def locate(path: Path) -> Located:
