@@ -37,10 +37,10 @@ def test_a_video_is_the_mean_of_all_its_frames(model, frames, tmp_path, count: i
 def test_no_number_of_frames_needs_a_program_of_its_own(model, frames):
     videos = [MediaFile("video", tuple(map(str, frames[:count]))) for count in (3, 4, 5)]
     model.media.warm_up(videos[:1])
-    compiled = list(model.media.programs.compiled)
+    compiled = list(model.media.program_cache.compiled)
     model.media.warm_up(videos)
     model.media.encode(videos)
-    assert list(model.media.programs.compiled) == compiled
+    assert list(model.media.program_cache.compiled) == compiled
 
 
 def test_a_broken_frame_is_named(model, frames, tmp_path):
@@ -79,13 +79,13 @@ def test_what_another_thread_forgets_is_not_missed(model, frames, monkeypatch):
     """Many may ask one model; each drops what is too old of what all of them remember."""
     images = [MediaFile("image", (str(path),)) for path in frames[:2]]
     expected = model.media.encode(images)
-    encoded = model.media._encoded
+    encoded = model.media._encode
 
     def meanwhile(file: MediaFile) -> np.ndarray:
         model.media._remembered.clear()
         return encoded(file)
 
     model.media._remembered.clear()
-    monkeypatch.setattr(model.media, "_encoded", meanwhile)
+    monkeypatch.setattr(model.media, "_encode", meanwhile)
     for soft, own in zip(model.media.encode(images), expected, strict=True):
         np.testing.assert_array_equal(soft, own)

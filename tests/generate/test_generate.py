@@ -10,6 +10,9 @@ import pytest
 
 from tests.generate.conftest import TRACED
 from unimoe_jax.config import MeshConfig
+from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
+from unimoe_jax.generate.engine.engine import Engine
+from unimoe_jax.generate.engine.program_cache import ProgramCache
 from unimoe_jax.generate.engine.settings import Sampling
 from unimoe_jax.generate.loader import LoadOptions, load
 from unimoe_jax.generate.request import Answer, Message, Request, ask
@@ -58,7 +61,7 @@ def test_eight_devices_equal_one(checkpoint, mixed, singles, devices):
     """Experts on four devices each, prompts and rows over all eight."""
     assert len(devices) == 8
     many = load(checkpoint, LoadOptions(mesh=MeshConfig(expert=4)))
-    assert many.engine.programs.rows == 8
+    assert many.engine.programs.program_cache.data_shards == 8
     assert tokens(many.generate(mixed)) == tokens(singles)
 
 
@@ -74,18 +77,18 @@ def test_bfloat16_runs_and_is_close(checkpoint, mixed, singles):
 def test_nothing_is_compiled_after_warm_up(model, mixed):
     prepared = [model.prepare(request) for request in mixed]
     model.warm_up(prepared, 2)
-    compiled = list(model.engine.programs.compiled)
+    compiled = list(model.engine.programs.program_cache.compiled)
     with _no_compilation():
         for _ in model.answers(prepared, 2):
             pass
-    assert list(model.engine.programs.compiled) == compiled
+    assert list(model.engine.programs.program_cache.compiled) == compiled
 
 
 def test_prompts_are_prefilled_together(model, mixed, singles):
     """As many as fill at least half of a program; their answers stay their own."""
     three = model.generate([mixed[2], mixed[0], mixed[1]], batch_size=4)
     assert tokens(three) == [tokens(singles)[number] for number in (2, 0, 1)]
-    assert any(name.startswith("prefill 4 x ") for name in model.engine.programs.compiled)
+    assert any(name.startswith("prefill 4 x ") for name in model.engine.programs.program_cache.compiled)
 
 
 class _no_compilation:
@@ -109,7 +112,7 @@ class _no_compilation:
 def test_rings_grow(model, mixed):
     """A long answer crosses a bucket and goes on as if the ring had been long from the start."""
     prompt = model.prepare(mixed[1])
-    length = 256 - prompt.size.prompt + 20
+    length = 256 - prompt.size.prompt_length + 20
     settings = Sampling(max_new_tokens=length)
     longer = [replace(request, sampling=settings) for request in mixed[:2]]
     both = model.generate(longer)
@@ -187,13 +190,14 @@ def test_eos_stops(model, mixed, singles, checkpoint):
     """With a token of the answer as the end token, it ends there."""
     answer = singles[0]
     at = next(i for i, token in enumerate(answer.tokens) if answer.tokens.index(token) == i > 1)
-    engine = type(model.engine)(
-        model.engine.decoder,
-        model.engine.weights,
-        type(model.engine.programs)(model.engine.programs.mesh),
-        (answer.tokens[at],),
+    programs = model.engine.programs
+    ends_there = DecodingPrograms(
+        programs.decoder,
+        programs.weights,
+        ProgramCache(programs.program_cache.mesh),
+        eos=(answer.tokens[at],),
     )
-    (stopped,) = replace(model, engine=engine).generate([mixed[0]])
+    (stopped,) = replace(model, engine=Engine(ends_there)).generate([mixed[0]])
     assert stopped.stop == "eos"
     assert stopped.tokens == answer.tokens[: at + 1]
     assert ask("x").sampling == Sampling()

@@ -18,7 +18,7 @@ from unimoe_jax.checkpoints.checksums import seal
 from unimoe_jax.generate import __main__ as generate
 from unimoe_jax.generate import loader
 from unimoe_jax.generate.chat import Chat, run_chat
-from unimoe_jax.generate.engine.settings import Sampling
+from unimoe_jax.generate.engine.settings import CheckedSampling, Sampling
 from unimoe_jax.generate.errors import GenerationError
 from unimoe_jax.generate.found import Found
 from unimoe_jax.generate.generation_config import generation_settings
@@ -312,7 +312,7 @@ def test_generation_config_is_honoured():
         do_sample=True, temperature=0.9, top_p=0.6, eos_token_id=[7, 8], max_new_tokens=30
     )
     assert eos == (7, 8)
-    assert sampling.checked() == Sampling(0.9, 0.6, 50, 0, 30)
+    assert sampling.checked() == CheckedSampling(0.9, 0.6, 50, 0, 30)
     assert not notes
     # Without do_sample the other settings say nothing.
     assert settings(temperature=0.9)[1].checked().temperature == 0
@@ -339,7 +339,7 @@ def test_what_is_not_followed_is_told():
     silent |= {"transformers_version": "4.31.0", "max_length": 4096, "suppress_tokens": None}
     assert not settings(**silent)[2]
     (note,) = settings(temperature=0.2, do_sample=False)[2]
-    assert "temperature = 0.2 says nothing without do_sample" in note
+    assert "temperature = 0.2 has no effect without do_sample" in note
     assert not settings(temperature=0.2, do_sample=True)[2]
     with pytest.raises(GenerationError, match=r"do_sample = 'false'; allowed"):
         settings(do_sample="false")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.generate.conftest import tokenizer_folder
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.generate.engine.settings import Sampling
+from unimoe_jax.generate.engine.settings import CheckedSampling, Sampling
 from unimoe_jax.generate.errors import GenerationError
 from unimoe_jax.generate.prompt import make_prompt, unanswered_tags
 from unimoe_jax.generate.request import Media, Message, Request, ask, request_of
@@ -136,7 +136,7 @@ def test_numbers_of_numpy_are_numbers():
     """What is checked goes into JSON, which takes Python's own."""
     given = Sampling(np.float32(0.5), np.float64(0.25), np.int32(7), np.uint32(2**31), np.int64(3))
     checked = given.checked()
-    assert checked == Sampling(0.5, 0.25, 7, 2**31, 3)
+    assert checked == CheckedSampling(0.5, 0.25, 7, 2**31, 3)
     assert json.loads(json.dumps(asdict(checked))) == asdict(checked)
 
 
@@ -149,7 +149,7 @@ def test_bad_numbers_of_numpy(value):
 def test_own_settings_win():
     defaults = Sampling(0.7, 0.9, 10, 0, 100)
     assert Sampling(temperature=0.0).over(defaults) == Sampling(0.0, 0.9, 10, 0, 100)
-    assert Sampling().checked() == Sampling(0.0, 1.0, 50, 0, 1024)
+    assert Sampling().checked() == CheckedSampling(0.0, 1.0, 50, 0, 1024)
 
 
 def test_questions_as_json():

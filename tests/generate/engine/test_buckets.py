@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unimoe_jax.generate.engine.buckets import TOGETHER, next_group, prompt_bucket, rows_together
+from unimoe_jax.generate.engine.buckets import GROUP_POSITIONS, next_group, prompt_bucket, rows_together
 
 MOST = 4096
 
@@ -12,12 +12,12 @@ MOST = 4096
 @pytest.mark.parametrize(
     ("length", "rows", "shards", "together"),
     [
-        (64, 32, 1, TOGETHER // 64),
+        (64, 32, 1, GROUP_POSITIONS // 64),
         (64, 4, 1, 4),
         (192, 32, 1, 4),
-        (TOGETHER, 32, 1, 1),
-        (2 * TOGETHER, 32, 1, 1),
-        (TOGETHER // 2, 32, 8, 16),
+        (GROUP_POSITIONS, 32, 1, 1),
+        (2 * GROUP_POSITIONS, 32, 1, 1),
+        (GROUP_POSITIONS // 2, 32, 8, 16),
         (64, 8, 8, 8),
     ],
 )
