@@ -111,8 +111,11 @@ def _build(
     layout = options.experts or ("separate" if on_cpu and mesh.size == 1 else "stacked")
     if layout == "separate" and mesh.size > 1:
         raise GenerationError("experts = separate: only on one device")
+    # Declare the parameters outside of the mesh: the shape-only batch has one row, which would not
+    # divide by the data shards.
+    axes = logical_axes(config)
     with use_mesh(mesh, mesh_config.rules):
-        weights, encoders = _place_params(config, params, mesh, dtype, layout)
+        weights, encoders = _place_params(config, params, axes, mesh, dtype, layout)
     # All programs of the model, encoders included, share one cache.
     program_cache = ProgramCache(mesh, mesh_config.rules, log)
     eos, defaults, notes = generation_settings(found)
@@ -133,12 +136,12 @@ def _build(
 def _place_params(
     config: ModelConfig,
     params: dict[str, np.ndarray],
+    axes: dict[str, tuple[str | None, ...]],
     mesh: jax.sharding.Mesh,
     dtype: Any,
     layout: ExpertLayout,
 ) -> tuple[Weights, dict[str, Any]]:
     """(weights of the decoder, {branch: parameters} of encoders and connectors), on the devices."""
-    axes = logical_axes(config)
 
     def place(path: str, value: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
         value = np.asarray(value, held_dtype(path, dtype))
