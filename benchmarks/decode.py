@@ -115,7 +115,8 @@ def jax_side(folder: Path, precision: str):
     weights = inference_weights(config.decoder, params, logical_axes(config), "separate", place)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     decoder, keep_logits = InferenceDecoder(config.decoder, dtype), frozenset({"logits"})
-    engine = Engine(DecodingPrograms(decoder, weights, ProgramCache(mesh), eos=()))
+    program_cache = ProgramCache(mesh)
+    engine = Engine(DecodingPrograms(decoder, weights, program_cache, eos=()))
     traced = Engine(DecodingPrograms(decoder, weights, ProgramCache(mesh), (), keep_logits))
     soft = np.zeros((0, config.decoder.hidden_size), dtype)
 
@@ -141,7 +142,7 @@ def jax_side(folder: Path, precision: str):
         assert all(len(sequence.tokens) == NEW for sequence in given)
         return first, time.perf_counter() - started
 
-    return logits, measure, lambda: sum(programs.compiled.values())
+    return logits, measure, lambda: sum(program_cache.compiled.values())
 
 
 class Clock:
