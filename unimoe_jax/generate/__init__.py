@@ -1,7 +1,8 @@
-"""Ask a trained or converted model: one question, a conversation, or a file of questions.
+"""`python -m unimoe_jax.generate`: ask a trained or converted model.
 
-May import models, checkpoints, params, nn, data, parallel, config and runtime.
+Imports models, checkpoints, params, nn, data, parallel, config and runtime.
 
+__main__           the command line and its exit codes
 errors             `GenerationError`: one line for the user
 request            `Media`, `Message`, `Request` and `Answer`, and requests from JSON
 prompt             a request -> token ids and placeholders, as the conversation template writes it
@@ -14,5 +15,4 @@ loader             a path -> a `Model` on the devices
 routing            the experts that an answer used, as a table and as JSON
 chat               a conversation in a terminal
 question_files     a file of questions -> a file of answers, resumable
-__main__           the command line
 """
