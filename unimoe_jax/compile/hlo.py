@@ -274,8 +274,8 @@ def _convolution_flops(left: tuple, right: tuple, result: tuple, rest: str) -> f
     )
     features = result[out.index("f")] * right[kernel.index("i")]
     total = 2.0 * result[out.index("b")] * features
-    # Along every dimension of space, multiply by the pairs of output and kernel elements that meet
-    # an element of the input.
+    # Along every dimension of space, count the pairs of output and kernel elements that multiply an
+    # element of the input.
     for number, window in enumerate(_windows(rest, sum(letter.isdigit() for letter in lhs))):
         length, outputs = left[lhs.index(str(number))], result[out.index(str(number))]
         total *= _pairs(length, outputs, window)
@@ -323,13 +323,13 @@ def _windows(rest: str, dimensions: int) -> Iterator[_Window]:
 
 
 def _pairs(length: int, outputs: int, window: _Window) -> int:
-    """Pairs of an output and a kernel element that meet an element of the input.
+    """Pairs of an output and a kernel element that multiply an element of the input.
 
-    Example: 8 inputs, a kernel of 3, stride 2 and padding 1 give 4 outputs. The first meets 2
-    inputs, because its first kernel element is in the padding, and the others 3 each: 11 pairs.
+    Example: 8 inputs, a kernel of 3, stride 2 and padding 1 give 4 outputs. The first one uses 2
+    inputs, because its first kernel element is in the padding, and the others use 3: 11 pairs.
     """
     if outputs * window.size > 1 << 22:
-        # A long plain convolution: only the outputs at its ends meet padding, so ignore that.
+        # In a long convolution only the outputs at the ends reach padding, so ignore that.
         return outputs * window.size // window.input_dilation
     last = (length - 1) * window.input_dilation
     count = 0

@@ -207,7 +207,7 @@ def _tuple_element(inside: Computation, operands: list[str], index: int) -> Valu
 def _offset(instruction: Instruction, operand: Instruction) -> int:
     """Which of the operand's arrays a get-tuple-element begins with.
 
-    Tuples inside tuples only occur with asynchronous operations, whose arrays are all of one kind,
-    so the last array stands for any that the index does not reach.
+    The index counts elements, and an element that is a tuple itself has several arrays. This only
+    occurs with asynchronous operations, whose arrays are all of one kind, so any of them will do.
     """
     return min(int(instruction.required("index")), len(operand.arrays) - 1)

@@ -181,6 +181,7 @@ def check(args: argparse.Namespace) -> None:
         GenerationError: flags exclude each other, a value is not allowed, or a file cannot be read
             or written; the message names the flag.
     """
+    # One command is one conversation, one file of questions, or one question.
     modes = {"--chat": args.chat, "--input": args.input, "--prompt": args.prompt is not None}
     chosen = [flag for flag, is_given in modes.items() if is_given]
     if len(chosen) > 1 or (not chosen and not args.media):
@@ -196,12 +197,14 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.show_routing and (args.input or args.chat):
         raise GenerationError("--show-routing belongs to one question")
+    # Values, and paths of files.
     if args.batch_size < 1:
         raise GenerationError(f"--batch-size {args.batch_size}; allowed: 1 or more")
     if args.input and not args.input.exists():
         raise GenerationError(f"--input {args.input}: no such file")
     _check_writable("--output", args.output)
     _check_writable("--show-routing", args.show_routing)
+    # Settings: both calls raise an error if a value is not allowed.
     sampling_of(args).checked()
     mesh_of(args.mesh)
 

@@ -98,7 +98,7 @@ class MediaEncoder:
         """The frames of a video that have to be encoded as images, one by one.
 
         A video may be given as a folder or list of frames. The video program takes a fixed number
-        of frames; any other number would need a program of its own.
+        of frames, and any other number would need another program.
         """
         if file.modality != "video":
             return []
@@ -185,7 +185,7 @@ class MediaEncoder:
 
 
 def _branch_name(kind: MediaName) -> str:
-    """Images and videos share one encoder; every other kind of media has its own."""
+    """Images and videos share the vision encoder; every other kind has the encoder of its name."""
     return "vision" if kind in ("image", "video") else kind
 
 

@@ -64,7 +64,7 @@ def make_prompt(
     _check_turns(request.messages)
     turns: list[conversation.TemplateTurn] = []
     known: set[str] = set()
-    index = 0
+    index = 0  # of the next file among all files of the conversation
     for number, message in enumerate(request.messages):
         files = _files_by_placeholder(message, accepts)
         known |= files.keys()
@@ -141,6 +141,7 @@ def _with_placeholders(message: Message, number: int, known: set[str]) -> str:
     text, front = message.text, ""
     if message.role == "assistant":
         return text
+    # Compare the number of files with the number of placeholders, kind by kind.
     for placeholder in PLACEHOLDER_ORDER:
         files = sum(PLACEHOLDER[medium.kind] == placeholder for medium in message.media)
         written = text.count(placeholder)

@@ -127,7 +127,7 @@ class Answer:
     stop: "eos", or "length" if max_new_tokens has cut the answer.
     modality_T: modality of every position of the prompt, see `config.media.MODALITY`.
     expert_LTK: if traced, int32 experts of every MoE layer for every position that was fed to the
-        model (the prompt, then all tokens but the last); the number of experts stands for none.
+        model (the prompt, then all tokens but the last); the number of experts means no expert.
     logits_TV: if traced, float32 logits that each token was chosen from.
     """
 

@@ -55,6 +55,7 @@ class DecodingPrograms:
         positions has at most T soft tokens.
         """
         width = self.decoder.config.hidden_size
+        # Only the shapes and dtypes of these arrays are used.
         ids = np.empty((rows, length), np.int32)
         soft = np.empty((rows, length, width), self.decoder.dtype)
         specs = self.program_cache.batch_structs((ids, ids, ids, soft, np.empty(rows, np.int32)))
@@ -84,12 +85,14 @@ class DecodingPrograms:
             f"insert {prompts[0]} x {prompts[1]} into {rows} x {slots}{_name_suffix(greedy)}",
             partial(states.insert, eos=self.eos, greedy_only=greedy),
             inputs,
+            # The rings are changed in place, so that a batch needs memory for one state only.
             donate=(0,),
             outputs=(self._state_shardings(), self._replicated()),
         )
 
     def grow_program(self, rows: int, slots: int, longer: int) -> Any:
         """`state.grow` from rings of `slots` to rings of `longer`: (state) -> state."""
+        # The state is not donated: longer rings cannot reuse the memory of shorter ones.
         return self.program_cache.get(
             f"grow {rows} x {slots} to {longer}",
             partial(states.grow, slots=longer),

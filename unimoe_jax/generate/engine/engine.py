@@ -3,7 +3,7 @@
 Tokens in, tokens out. The input is a `Sequence` of token ids and soft tokens, the output is the
 list `tokens` of the same object. Text, files, requests and users are the business of the callers:
 `generate.model` today. Several sequences are decoded side by side, and each enters and leaves the
-batch on its own (continuous batching).
+batch independently of the others (continuous batching).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from unimoe_jax.generate.errors import GenerationError
 class Engine:
     """Decodes sequences with the programs of one model.
 
-    An engine holds no sequences between calls: every call of `run` has a batch of its own, and the
-    compiled programs in `programs` are shared by all of them.
+    An engine holds no sequences between calls: every call of `run` makes a new batch. All calls
+    share the compiled programs in `programs`.
     """
 
     def __init__(self, programs: DecodingPrograms):

@@ -54,6 +54,7 @@ class ProgramCache:
         """
         if name not in self._programs:
             started = time.monotonic()
+            # Functions name logical axes, which are resolved while they are traced.
             with use_mesh(self.mesh, self.rules):
                 jitted = jax.jit(
                     function,

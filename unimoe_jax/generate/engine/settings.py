@@ -62,6 +62,7 @@ class Sampling:
             GenerationError: a value is not allowed; the message names the setting and the value.
         """
         full = self.over(Sampling(0.0, 1.0, TOP_K, 0, MAX_NEW_TOKENS))
+        # Limits come from the dtypes of `RowSampling` and `DecodingRows`.
         rules = {
             "temperature": (_as_float(full.temperature) >= 0, f"a number from 0 to {FLOAT32}"),
             "top_p": (0 < _as_float(full.top_p) <= 1, "a number above 0, at most 1"),
