@@ -70,6 +70,8 @@ def read(text: str) -> Stats:
 
 @dataclass
 class _Reader:
+    """Walks from computation to computation and adds up statistics."""
+
     computations: Computations
     stats: Stats
 
@@ -100,6 +102,7 @@ class _Reader:
                 self._add_collective(instruction, inside, count, seen, conditional, fused)
             elif instruction.op == "while":
                 self._walk_loop(instruction, count, known=known, conditional=conditional)
+            # Follow calls into other computations.
             elif instruction.op in ("fusion", "call", "async-start"):
                 within = fused or instruction.op == "fusion"
                 for other in instruction.called():

@@ -71,6 +71,8 @@ def occupied(array: Array) -> int:
 
 
 class _Reader:
+    """Answers questions about the computations of one program."""
+
     def __init__(self, computations: Computations):
         self.computations = computations
         self._passes: dict[str, frozenset[str]] = {}

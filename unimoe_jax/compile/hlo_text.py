@@ -85,6 +85,7 @@ class Instruction:
 Computation = dict[str, Instruction]
 """{name: instruction} in the order in which they run; the last one is the result."""
 Computations = dict[str, Computation]
+"""{name: computation}."""
 
 
 def parse(text: str) -> tuple[Computations, str]:
