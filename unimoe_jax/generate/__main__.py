@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from pydantic import ValidationError
 
 from unimoe_jax.checkpoints.checksums import CheckpointError
@@ -43,8 +42,7 @@ from unimoe_jax.generate.question_files import answer_file
 from unimoe_jax.generate.request import Media, ask
 from unimoe_jax.generate.routing import report_lines, routed_layers, routing_report, save_report
 from unimoe_jax.parallel.sharding import ShardingError
-from unimoe_jax.runtime.cpu import settle_cpu
-from unimoe_jax.runtime.memory import keep_freed_memory
+from unimoe_jax.runtime.cpu import prepare, settle_cpu
 from unimoe_jax.runtime.pipes import exit_quietly_on_closed_pipe
 from unimoe_jax.runtime.program import program_name
 
@@ -226,13 +224,9 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def run_command(args: argparse.Namespace) -> int:
     """Load the model and do what the flags ask for. Returns the exit code."""
-    # Prepare the process: XLA on CPUs, and a cache of compiled programs that outlives it.
+    # Prepare the process. Compiled programs are kept for later commands.
     settle_cpu()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unimoe_jax/xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    prepare(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unimoe_jax/xla")
     # Load the model. Messages go to stderr, so that stdout holds answers alone.
     options = LoadOptions(
         precision=args.precision,
