@@ -53,7 +53,7 @@ class Chat:
         self.history, self.attached = [], []
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece. Question and answer enter the history when it is whole.
+        """Yield the answer piece by piece. A complete answer and its question enter the history.
 
         Raises:
             GenerationError: the question cannot be answered; the history does not change.

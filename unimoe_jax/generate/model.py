@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, cast
@@ -84,14 +84,14 @@ class Model:
             answers[number] = answer
         return [answers[number] for number in range(len(prepared))]
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
         """Yield the answer piece by piece. The generator returns the whole `Answer`.
 
         Raises:
             GenerationError: the request cannot be answered.
         """
         prepared = self.prepare(request)
-        # Decode media first, so that a bad file is reported before anything is compiled.
+        # Encode media first, so that a bad file is reported before the decoder is compiled.
         sequence = self.sequence(prepared)
         self.warm_up([prepared], 1)
         shown = ""
