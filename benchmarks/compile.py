@@ -23,7 +23,8 @@ from pathlib import Path
 import yaml
 from common import ROOT
 
-from unimoe_jax.compile.hlo import parse, product_flops, trips
+from unimoe_jax.compile.hlo import product_flops, trips
+from unimoe_jax.compile.hlo_text import parse
 
 RESULTS = ROOT / "benchmarks/results/compile"
 GIB = 2**30

@@ -94,6 +94,7 @@ def jax_side(folder: Path, precision: str):
     import jax.numpy as jnp
 
     from unimoe_jax.config import MeshConfig, ModelConfig
+    from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
     from unimoe_jax.generate.engine.engine import Engine
     from unimoe_jax.generate.engine.program_cache import ProgramCache
     from unimoe_jax.generate.engine.sequence import Sequence
@@ -112,9 +113,11 @@ def jax_side(folder: Path, precision: str):
         return jnp.asarray(value, "float32" if "/router/" in path else dtype)
 
     weights = inference_weights(config.decoder, params, logical_axes(config), "separate", place)
-    programs = ProgramCache(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    engine = Engine(InferenceDecoder(config.decoder, dtype), weights, programs, eos=())
-    traced = Engine(engine.decoder, weights, ProgramCache(programs.mesh), (), frozenset({"logits"}))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    decoder, keep_logits = InferenceDecoder(config.decoder, dtype), frozenset({"logits"})
+    program_cache = ProgramCache(mesh)
+    engine = Engine(DecodingPrograms(decoder, weights, program_cache, eos=()))
+    traced = Engine(DecodingPrograms(decoder, weights, ProgramCache(mesh), (), keep_logits))
     soft = np.zeros((0, config.decoder.hidden_size), dtype)
 
     def sequences(batch: int, new: int) -> list[Sequence]:
@@ -139,7 +142,7 @@ def jax_side(folder: Path, precision: str):
         assert all(len(sequence.tokens) == NEW for sequence in given)
         return first, time.perf_counter() - started
 
-    return logits, measure, lambda: sum(programs.compiled.values())
+    return logits, measure, lambda: sum(program_cache.compiled.values())
 
 
 class Clock:

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimoe_jax.compile.__main__ import EFFORT, set_effort
-from unimoe_jax.compile.hlo import parse as parse_hlo
 from unimoe_jax.compile.hlo import product_flops, read
+from unimoe_jax.compile.hlo_text import parse as parse_hlo
 from unimoe_jax.compile.targets import target_devices
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.nn.moe import grouped

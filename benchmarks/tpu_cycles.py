@@ -32,7 +32,8 @@ import numpy as np
 from exchange import EXPERTS, TOP_K, random_loads, trips_of_blocks
 from jax.sharding import SingleDeviceSharding
 
-from unimoe_jax.compile.hlo import Instruction, parse, product_flops, trips
+from unimoe_jax.compile.hlo import product_flops, trips
+from unimoe_jax.compile.hlo_text import Instruction, parse
 from unimoe_jax.compile.targets import target_devices
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.nn.attention.attend import attend

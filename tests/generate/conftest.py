@@ -1,9 +1,10 @@
-"""A checkpoint of a tiny model with every encoder, in the format of an import, and media for it."""
+"""A checkpoint of a tiny model with every encoder, as an import writes it, and media for it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +34,13 @@ def tokenizer_folder() -> Path:
     return next(path.parent for path in golden_dir("preprocessing").rglob("tokenizer.model"))
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, **manifest) -> Path:
-    """Random parameters, as `unimoe_jax.convert import` leaves a model."""
-    bare = config.model_copy(update={"lora": ()})
-    params = random_params(UniMoE(bare, LayerOptions()), full_batch(bare), scale=0.7)
+def write_checkpoint(folder: Path, config: ModelConfig, **manifest: Any) -> Path:
+    """A model with random parameters, written as `unimoe_jax.convert import` does."""
+    merged = config.model_copy(update={"lora": ()})
+    params = random_params(UniMoE(merged, LayerOptions()), full_batch(merged), scale=0.7)
     shapes = {path: list(value.shape) for path, value in params.items()}
-    about = {"family": "unimoe-speech", "shapes": shapes, "moe_layers": [], **manifest}
-    save_final(folder, {path: np.asarray(value) for path, value in params.items()}, about)
+    manifest = {"family": "unimoe-speech", "shapes": shapes, "moe_layers": [], **manifest}
+    save_final(folder, {path: np.asarray(value) for path, value in params.items()}, manifest)
     content = {"model": config.model_dump(mode="json")}
     (folder / "model.yaml").write_text(yaml.safe_dump(content))
     for file in tokenizer_folder().iterdir():
@@ -87,15 +88,15 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def mixed(files) -> list[Request]:
-    """Text, one image, two images, speech and video."""
+    """Four requests: text, one image, two images, speech and video."""
 
     def media(kind: str, name: str) -> Media:
         return Media(kind, (str(files[name]),))
 
-    settings = Sampling(max_new_tokens=9)
+    sampling = Sampling(max_new_tokens=9)
     return [
-        ask("Where is the fox?", sampling=settings),
-        ask("What is this?", [media("image", "a")], settings),
-        ask("Compare <image> with <image>", [media("image", "a"), media("image", "b")], settings),
-        ask("Describe.", [media("speech", "long"), media("video", "video")], settings),
+        ask("Where is the fox?", sampling=sampling),
+        ask("What is this?", [media("image", "a")], sampling),
+        ask("Compare <image> with <image>", [media("image", "a"), media("image", "b")], sampling),
+        ask("Describe.", [media("speech", "long"), media("video", "video")], sampling),
     ]

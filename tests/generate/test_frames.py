@@ -1,4 +1,4 @@
-"""Videos given as frames, of which every one counts; and what is remembered of files."""
+"""Videos that are given as frames, and files whose soft tokens are remembered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def frames(tmp_path_factory) -> list[Path]:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_a_video_is_the_mean_of_all_its_frames(model, frames, tmp_path, count: int):
-    """The model's videos have two frames in training."""
+    """The video program of this model takes two frames; other numbers are encoded as images."""
     paths = frames[:count]
     for path in paths:
         (tmp_path / path.name).symlink_to(path)
@@ -34,13 +34,13 @@ def test_a_video_is_the_mean_of_all_its_frames(model, frames, tmp_path, count: i
         np.testing.assert_allclose(soft, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_number_of_frames_needs_a_program_of_its_own(model, frames):
+def test_any_number_of_frames_uses_the_same_program(model, frames):
     videos = [MediaFile("video", tuple(map(str, frames[:count]))) for count in (3, 4, 5)]
     model.media.warm_up(videos[:1])
-    compiled = list(model.media.programs.compiled)
+    compiled = list(model.media.program_cache.compiled)
     model.media.warm_up(videos)
     model.media.encode(videos)
-    assert list(model.media.programs.compiled) == compiled
+    assert list(model.media.program_cache.compiled) == compiled
 
 
 def test_a_broken_frame_is_named(model, frames, tmp_path):
@@ -50,8 +50,8 @@ def test_a_broken_frame_is_named(model, frames, tmp_path):
         model.media.encode([MediaFile("video", (str(frames[0]), str(broken), str(frames[1])))])
 
 
-def test_a_frame_that_is_written_anew_counts(model, frames, tmp_path):
-    """In its place, as cameras do; the folder itself has not changed then."""
+def test_a_frame_that_was_overwritten_is_encoded_again(model, frames, tmp_path):
+    """Cameras overwrite a frame in its place, which does not change the folder."""
     place = tmp_path / "frame.png"
     place.write_bytes(frames[0].read_bytes())
     video = [MediaFile("video", (str(tmp_path),))]
@@ -64,7 +64,7 @@ def test_a_frame_that_is_written_anew_counts(model, frames, tmp_path):
 
 
 def test_an_animated_image_is_a_video_file(model, frames, tmp_path):
-    """Of which the model takes as many frames as in training; written anew it is another one."""
+    """As many frames are taken as in training. An overwritten file is encoded again."""
     place = tmp_path / "moving.png"
     for order in (frames, frames[::-1]):
         first, *others = map(Image.open, order)
@@ -75,17 +75,17 @@ def test_an_animated_image_is_a_video_file(model, frames, tmp_path):
         np.testing.assert_allclose(soft, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_another_thread_forgets_is_not_missed(model, frames, monkeypatch):
-    """Many may ask one model; each drops what is too old of what all of them remember."""
+def test_another_thread_may_empty_the_memory(model, frames, monkeypatch):
+    """All threads that use a model share its remembered files, and each drops the oldest."""
     images = [MediaFile("image", (str(path),)) for path in frames[:2]]
     expected = model.media.encode(images)
-    encoded = model.media._encoded
+    encode = model.media._encode
 
-    def meanwhile(file: MediaFile) -> np.ndarray:
+    def encode_while_another_thread_clears(file: MediaFile) -> np.ndarray:
         model.media._remembered.clear()
-        return encoded(file)
+        return encode(file)
 
     model.media._remembered.clear()
-    monkeypatch.setattr(model.media, "_encoded", meanwhile)
-    for soft, own in zip(model.media.encode(images), expected, strict=True):
-        np.testing.assert_array_equal(soft, own)
+    monkeypatch.setattr(model.media, "_encode", encode_while_another_thread_clears)
+    for soft, wanted in zip(model.media.encode(images), expected, strict=True):
+        np.testing.assert_array_equal(soft, wanted)

@@ -1,4 +1,4 @@
-"""Batches, meshes, sampling and program counts of a whole model."""
+"""Answers of a whole model: batches, meshes, sampling, and the programs that are compiled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 
 from tests.generate.conftest import TRACED
 from unimoe_jax.config import MeshConfig
+from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
+from unimoe_jax.generate.engine.engine import Engine
+from unimoe_jax.generate.engine.program_cache import ProgramCache
 from unimoe_jax.generate.engine.settings import Sampling
 from unimoe_jax.generate.loader import LoadOptions, load
 from unimoe_jax.generate.request import Answer, Message, Request, ask
@@ -21,24 +24,24 @@ def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def singles(model, mixed) -> list[Answer]:
-    """Each request on its own."""
+    """The answer to each request, generated alone."""
     return [model.generate([request])[0] for request in mixed]
 
 
 def test_the_answers_differ(singles):
-    """Otherwise the tests below could not fail."""
+    """If all answers were the same, the tests below could not fail."""
     assert len({answer.tokens[:4] for answer in singles}) == len(singles)
     assert len({token for answer in singles for token in answer.tokens}) > 10
 
 
 @pytest.mark.parametrize("rows", [4, 2])
 def test_a_mixed_batch_equals_single_runs(model, mixed, singles, rows):
-    """With two rows, the later requests take rows that others have left, at another cursor."""
+    """With two rows, later requests take rows that became free, while the cursor has moved on."""
     batch = model.generate(mixed, batch_size=rows)
     assert tokens(batch) == tokens(singles)
-    for one, other in zip(batch, singles, strict=True):
-        np.testing.assert_allclose(one.logits_TV, other.logits_TV, atol=1e-4)
-        np.testing.assert_array_equal(one.expert_LTK, other.expert_LTK)
+    for answer, single in zip(batch, singles, strict=True):
+        np.testing.assert_allclose(answer.logits_TV, single.logits_TV, atol=1e-4)
+        np.testing.assert_array_equal(answer.expert_LTK, single.expert_LTK)
 
 
 def test_streaming_gives_the_same_answer(model, mixed, singles):
@@ -55,15 +58,15 @@ def test_streaming_gives_the_same_answer(model, mixed, singles):
 
 
 def test_eight_devices_equal_one(checkpoint, mixed, singles, devices):
-    """Experts on four devices each, prompts and rows over all eight."""
+    """Experts are split over four devices, prompts and rows over all eight."""
     assert len(devices) == 8
     many = load(checkpoint, LoadOptions(mesh=MeshConfig(expert=4)))
-    assert many.engine.programs.rows == 8
+    assert many.engine.programs.program_cache.data_shards == 8
     assert tokens(many.generate(mixed)) == tokens(singles)
 
 
 def test_bfloat16_runs_and_is_close(checkpoint, mixed, singles):
-    """Eight features, and experts that change places on rounding: close is not equal here."""
+    """Rounding changes which experts are chosen, so logits are only compared by correlation."""
     half = load(checkpoint, replace(TRACED, precision="bfloat16"))
     (answer,) = half.generate(mixed[:1])
     assert answer.logits_TV.dtype == np.float32
@@ -74,22 +77,24 @@ def test_bfloat16_runs_and_is_close(checkpoint, mixed, singles):
 def test_nothing_is_compiled_after_warm_up(model, mixed):
     prepared = [model.prepare(request) for request in mixed]
     model.warm_up(prepared, 2)
-    compiled = list(model.engine.programs.compiled)
+    compiled = list(model.engine.programs.program_cache.compiled)
     with _no_compilation():
         for _ in model.answers(prepared, 2):
             pass
-    assert list(model.engine.programs.compiled) == compiled
+    assert list(model.engine.programs.program_cache.compiled) == compiled
 
 
 def test_prompts_are_prefilled_together(model, mixed, singles):
-    """As many as fill at least half of a program; their answers stay their own."""
+    """Three prompts fill more than half of a program of four rows. No answer changes."""
     three = model.generate([mixed[2], mixed[0], mixed[1]], batch_size=4)
     assert tokens(three) == [tokens(singles)[number] for number in (2, 0, 1)]
-    assert any(name.startswith("prefill 4 x ") for name in model.engine.programs.compiled)
+    assert any(
+        name.startswith("prefill 4 x ") for name in model.engine.programs.program_cache.compiled
+    )
 
 
 class _no_compilation:
-    """No program is compiled inside, by whatever way."""
+    """Fails if JAX compiles anything inside the block."""
 
     def __enter__(self):
         self.seen: list[str] = []
@@ -107,17 +112,16 @@ class _no_compilation:
 
 
 def test_rings_grow(model, mixed):
-    """A long answer crosses a bucket and goes on as if the ring had been long from the start."""
+    """An answer that outgrows its ring goes on as if the ring had been long from the start."""
     prompt = model.prepare(mixed[1])
-    length = 256 - prompt.size.prompt + 20
-    settings = Sampling(max_new_tokens=length)
-    longer = [replace(request, sampling=settings) for request in mixed[:2]]
+    length = 256 - prompt.size.prompt_length + 20
+    sampling = Sampling(max_new_tokens=length)
+    longer = [replace(request, sampling=sampling) for request in mixed[:2]]
     both = model.generate(longer)
     again = [model.generate([request])[0] for request in longer]
     assert tokens(both) == tokens(again)
-    # Without a cache, from the same tokens: the last logits.
-    fed = longer[1].messages[0]
-    sequence = model.sequence(model.prepare(replace(mixed[1], messages=(fed,))))
+    # Prefill the prompt with the whole answer: the last logits must be the same without a cache.
+    sequence = model.sequence(model.prepare(mixed[1]))
     text = np.array(both[1].tokens[:-1], np.int32)
     sequence.token_id = np.append(sequence.token_id, text)
     sequence.modality = np.append(sequence.modality, np.zeros_like(text))
@@ -131,20 +135,20 @@ def test_rings_grow(model, mixed):
 # -------------------------------------------------------------------------------- sampling
 
 
-def test_a_seed_means_the_same_alone_and_in_company(model, mixed):
-    hot = [
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(model, mixed):
+    sampled = [
         replace(request, sampling=Sampling(1.5, 0.9, 20, seed, 8))
         for seed, request in enumerate(mixed)
     ]
-    batch = tokens(model.generate(hot))
-    assert batch == [model.generate([request])[0].tokens for request in hot]
-    other = replace(hot[0], sampling=replace(hot[0].sampling, seed=99))
+    batch = tokens(model.generate(sampled))
+    assert batch == [model.generate([request])[0].tokens for request in sampled]
+    other = replace(sampled[0], sampling=replace(sampled[0].sampling, seed=99))
     assert model.generate([other])[0].tokens != batch[0]
 
 
 def test_greedy_and_sampled_rows_share_a_batch(model, mixed, singles):
-    hot = replace(mixed[0], sampling=Sampling(1.5, seed=3, max_new_tokens=9))
-    answers = model.generate([hot, *mixed[1:]])
+    sampled = replace(mixed[0], sampling=Sampling(1.5, seed=3, max_new_tokens=9))
+    answers = model.generate([sampled, *mixed[1:]])
     assert tokens(answers[1:]) == tokens(singles[1:])
     assert answers[0].tokens != singles[0].tokens
 
@@ -154,8 +158,8 @@ def test_greedy_and_sampled_rows_share_a_batch(model, mixed, singles):
 
 def test_history_is_part_of_the_prompt(model, mixed, singles):
     first = mixed[1].messages[0]
-    talk = (first, Message("assistant", "A fox."), Message("user", "Where is the fox?"))
-    answer = model.generate([Request(talk, Sampling(max_new_tokens=9))])[0]
+    turns = (first, Message("assistant", "A fox."), Message("user", "Where is the fox?"))
+    answer = model.generate([Request(turns, Sampling(max_new_tokens=9))])[0]
     assert answer.prompt_tokens > singles[1].prompt_tokens
     assert answer.tokens not in tokens(singles)
 
@@ -167,14 +171,14 @@ def test_media_are_encoded_once(model, mixed, monkeypatch):
 
 
 def test_answers_of_one_token_come_one_after_another(model, mixed):
-    """They end where they are prefilled, and their rows are free again: no reason to wait."""
+    """They are finished when they are prefilled, so their row is free for the next one at once."""
     read = []
 
     def sequences():
         for number in range(5):
             read.append(number)
-            one = replace(mixed[0], sampling=Sampling(max_new_tokens=1))
-            yield model.sequence(model.prepare(one))
+            request = replace(mixed[0], sampling=Sampling(max_new_tokens=1))
+            yield model.sequence(model.prepare(request))
 
     steps = model.engine.run(sequences(), 1, greedy=True)
     for number, (sequence,) in enumerate(steps):
@@ -184,16 +188,18 @@ def test_answers_of_one_token_come_one_after_another(model, mixed):
 
 
 def test_eos_stops(model, mixed, singles, checkpoint):
-    """With a token of the answer as the end token, it ends there."""
+    """If a token of the answer is made the end token, the answer ends with it."""
     answer = singles[0]
-    at = next(i for i, token in enumerate(answer.tokens) if answer.tokens.index(token) == i > 1)
-    engine = type(model.engine)(
-        model.engine.decoder,
-        model.engine.weights,
-        type(model.engine.programs)(model.engine.programs.mesh),
-        (answer.tokens[at],),
+    # A token that is not in the answer before.
+    place = next(i for i, token in enumerate(answer.tokens) if answer.tokens.index(token) == i > 1)
+    programs = model.engine.programs
+    ends_there = DecodingPrograms(
+        programs.decoder,
+        programs.weights,
+        ProgramCache(programs.program_cache.mesh),
+        eos=(answer.tokens[place],),
     )
-    (stopped,) = replace(model, engine=engine).generate([mixed[0]])
+    (stopped,) = replace(model, engine=Engine(ends_there)).generate([mixed[0]])
     assert stopped.stop == "eos"
-    assert stopped.tokens == answer.tokens[: at + 1]
+    assert stopped.tokens == answer.tokens[: place + 1]
     assert ask("x").sampling == Sampling()

@@ -1,4 +1,4 @@
-"""Small files of a checkpoint that are broken: one line, and nothing is parsed before its sum."""
+"""Small files of a checkpoint: damaged ones are named in one line, and edited ones are used."""
 
 from __future__ import annotations
 
@@ -24,26 +24,35 @@ from unimoe_jax.generate.generation_config import generation_settings
 
 @pytest.fixture
 def copy(checkpoint, tmp_path) -> Path:
-    """The small files alone; parameters are read after them."""
+    """A copy of the checkpoint with an empty `params`, which is read after the small files."""
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("params"))
+    (folder / "params").mkdir()
     return folder
 
 
-def said(capsys, folder: Path) -> str:
+def error_line(capsys, folder: Path) -> str:
+    """The message of a command that asks the model in `folder` and fails."""
     assert generate.main(["--model", str(folder), "--prompt", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def write_result(final: Path) -> None:
+    """The folder that the stage `tune` leaves, without parameters."""
+    (final / "params").mkdir(parents=True)
+    (final / "manifest.json").write_text('{"stage": "tune"}')
+    seal(final)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ": [", "5", ""])
 @pytest.mark.parametrize("name", ["manifest.json", "model.yaml", "tokenizer.model"])
 def test_broken_small_files(copy, capsys, name, text):
     (copy / name).write_text(text)
-    assert said(capsys, copy).startswith(f"error: {copy / name}: damaged")
+    assert error_line(capsys, copy).startswith(f"error: {copy / name}: damaged")
     if name == "tokenizer.model" or text in ("[]", "5", ""):
-        seal(copy)  # somebody sealed nonsense
-        assert said(capsys, copy).startswith(f"error: {copy}")
+        seal(copy)  # the checksum is right now, so the content is parsed
+        assert error_line(capsys, copy).startswith(f"error: {copy}")
 
 
 def test_generation_config_may_be_edited(copy):
@@ -54,14 +63,14 @@ def test_generation_config_may_be_edited(copy):
     assert sampling.temperature == 0.5
 
 
-def test_null_in_generation_config_means_nothing_is_said(copy):
+def test_null_in_generation_config_is_no_setting(copy):
     file = copy / "generation_config.json"
     file.write_text(json.dumps({"do_sample": True}))
-    silent = generation_settings(find(copy, None))
+    without_keys = generation_settings(find(copy, None))
     keys = ("eos_token_id", "temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
     file.write_text(json.dumps({"do_sample": True} | dict.fromkeys((*keys, "num_beams"))))
-    assert generation_settings(find(copy, None)) == silent
-    eos, sampling, notes = silent
+    assert generation_settings(find(copy, None)) == without_keys
+    eos, sampling, notes = without_keys
     assert (eos, sampling.temperature, notes) == ((2,), 1.0, ())
 
 
@@ -73,12 +82,12 @@ def test_end_tokens_are_ids(copy, value):
 
 
 def test_a_tokenizer_of_another_model(copy, capsys):
-    """Of pieces that the embedding lacks, every one would silently be its last row."""
+    """Every piece beyond the embedding would silently read its last row."""
     content = yaml.safe_load((copy / "model.yaml").read_text())
     content["model"]["decoder"]["vocab_size"] -= 1
     (copy / "model.yaml").write_text(yaml.safe_dump(content))
     seal(copy)
-    line, pieces = said(capsys, copy), Tokenizer.load(copy).vocab_size
+    line, pieces = error_line(capsys, copy), Tokenizer.load(copy).vocab_size
     assert f"{pieces} pieces" in line
     assert f"vocab_size is {pieces - 1}" in line
     overrides = [f"tokenizer={copy}", f"model.decoder.vocab_size={pieces - 1}"]
@@ -89,13 +98,12 @@ def test_a_tokenizer_of_another_model(copy, capsys):
 
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_settings_beside_the_tokenizer_of_a_run(tmp_path, named):
-    """The run's setting names its folder or the file in it."""
+    """The `tokenizer` setting of a run may name a folder or the file in it."""
     source, run = tokenizer_folder(), tmp_path / "run"
     beside = tmp_path / "base"
     shutil.copytree(source, beside)
     (beside / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
-    (run / "checkpoints/tune/final").mkdir(parents=True)
-    (run / "checkpoints/tune/final/manifest.json").write_text("{}")
+    write_result(run / "checkpoints/tune/final")
     overrides = [
         f"tokenizer={beside if named == 'folder' else beside / 'tokenizer.model'}",
         f"model.decoder.vocab_size={Tokenizer.load(source).vocab_size}",
@@ -106,12 +114,10 @@ def test_settings_beside_the_tokenizer_of_a_run(tmp_path, named):
 
 
 @pytest.mark.parametrize("named", ["..", "link to the stage", "link to another disk"])
-def test_what_a_stage_left_is_of_its_run_however_it_is_named(tmp_path, named):
+def test_a_stage_is_found_by_any_path_that_leads_to_it(tmp_path, named):
     run = tmp_path / "run"
     final = run / "checkpoints/tune/final"
-    final.mkdir(parents=True)
-    (final / "manifest.json").write_text('{"stage": "tune"}')
-    seal(final)
+    write_result(final)
     overrides = [f"tokenizer={tokenizer_folder()}", "model.decoder.vocab_size=400"]
     (run / "config.yaml").write_text(dump_config(load_config("configs/run/tiny.yaml", overrides)))
     path = run / "checkpoints/../checkpoints/align/../tune/final"

@@ -1,4 +1,4 @@
-"""The command line, conversations and loading: what a user meets."""
+"""Conversations, routing, the command line, and models that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unimoe_jax.checkpoints.checksums import seal
 from unimoe_jax.generate import __main__ as generate
 from unimoe_jax.generate import loader
 from unimoe_jax.generate.chat import Chat, run_chat
-from unimoe_jax.generate.engine.settings import Sampling
+from unimoe_jax.generate.engine.settings import CheckedSampling, Sampling
 from unimoe_jax.generate.errors import GenerationError
 from unimoe_jax.generate.found import Found
 from unimoe_jax.generate.generation_config import generation_settings
@@ -46,25 +46,25 @@ def test_chat(model, files):
         "never read",
     ]
     run_chat(chat, lines, out)
-    said = out.getvalue()
-    assert said.count("error: ") == 3
-    assert "nowhere.png" in said
+    printed = out.getvalue()
+    assert printed.count("error: ") == 3
+    assert "nowhere.png" in printed
     assert [message.text for message in chat.history[::2]] == ["Who are you?"]
     assert not chat.attached
 
 
-def test_chat_remembers(model, files):
+def test_a_chat_keeps_its_history(model, files):
     chat = Chat(model, SHORT)
     first = "".join(chat.ask("Where is the fox?"))
     list(chat.ask("Why?"))
     assert [message.role for message in chat.history] == ["user", "assistant"] * 2
     assert chat.history[1].text == first
     with pytest.raises(GenerationError):
-        list(chat.ask("<image>" * 3 + "\0"[:0] + " " if chat.attached else " "))
+        list(chat.ask(" "))  # an empty question without attached files
     assert len(chat.history) == 4
 
 
-def test_a_chat_knows_the_home_folder(model, files, monkeypatch):
+def test_a_chat_expands_the_home_folder(model, files, monkeypatch):
     monkeypatch.setenv("HOME", str(files["a"].parent))
     chat, out = Chat(model, SHORT), io.StringIO()
     run_chat(chat, [f"/image ~/{files['a'].name}", "/image ~nobody-here/a.png"], out)
@@ -72,8 +72,8 @@ def test_a_chat_knows_the_home_folder(model, files, monkeypatch):
     assert "error: no such file: ~nobody-here/a.png" in out.getvalue()
 
 
-def test_a_chat_survives(model, capsys):
-    """Names that are too long, bytes that are no text; a tag without a file is told."""
+def test_a_chat_survives_bad_input(model, capsys):
+    """A file name is too long, a question is no valid text, and a placeholder has no file."""
     chat, out = Chat(model, SHORT), io.StringIO()
     run_chat(chat, [f"/image /tmp/{'a' * 300}.png", "caf\udce9", "<image> fox", "/exit"], out)
     assert out.getvalue().count("error: ") == 2
@@ -138,28 +138,28 @@ def test_hostile_media(model, checkpoint, tmp_path, capsys):
         kind = "audio" if name.endswith("wav") else "image"
         with pytest.raises(GenerationError, match=name):
             model.generate([generate.ask("x", [Media(kind, (str(path),))], SHORT)])
-    status, said = run(
+    status, stderr = run(
         capsys, "--model", checkpoint, "--image", files["cut.png"], "--prompt", "x", "--quiet"
     )
     assert status == 2
-    assert "cut.png" in said
-    assert said.count("error:") == 1
+    assert "cut.png" in stderr
+    assert stderr.count("error:") == 1
 
 
 def test_sound_that_is_longer_than_its_header_says(model, files, tmp_path, monkeypatch):
-    """Refused as if the header had said so, never cut."""
+    """The sound is refused as if its header had said so, and never cut."""
     import soundfile
 
     sound = Media("speech", (str(tmp_path / "long.wav"),))
-    most = model.config.speech.max_chunks
-    soundfile.write(sound.paths[0], np.ones(16000 * (most + 1), np.float32) / 9, 16000)
+    limit = model.config.speech.max_chunks
+    soundfile.write(sound.paths[0], np.ones(16000 * (limit + 1), np.float32) / 9, 16000)
     monkeypatch.setattr(model.media.processors, "count", lambda file: (1, 1))
-    with pytest.raises(GenerationError, match=f"{most + 1} chunks .* this model takes {most}"):
+    with pytest.raises(GenerationError, match=f"{limit + 1} chunks .* this model takes {limit}"):
         model.generate([generate.ask("x", [sound], SHORT)])
 
 
-def test_settings_are_checked():
-    """Nothing is passed over, and nothing fails only when a question comes."""
+def test_load_options_are_checked():
+    """A wrong option is refused when it is given, not when a question is asked."""
     wrong = {"precision": "fp16", "template": "vicuna", "experts": "apart", "trace": {"expert"}}
     for name, value in wrong.items():
         with pytest.raises(GenerationError, match=f"{name} = .*; allowed: "):
@@ -192,27 +192,27 @@ def test_settings_are_checked():
     ],
 )
 def test_bad_arguments(arguments, pieces, checkpoint, capsys):
-    status, said = run(capsys, "--model", checkpoint, *arguments)
+    status, stderr = run(capsys, "--model", checkpoint, *arguments)
     assert status == 2
-    assert said.startswith("error: ")
+    assert stderr.startswith("error: ")
     for piece in pieces:
-        assert piece in said
+        assert piece in stderr
 
 
 @pytest.mark.parametrize("flag", ["--show-routing", "--output"])
-def test_places_are_checked_before_the_model(flag, tmp_path, capsys, monkeypatch):
+def test_output_paths_are_checked_before_the_model(flag, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate, "load", None)
     (tmp_path / "q.jsonl").write_text("")
-    asked = ["--prompt", "x"] if flag == "--show-routing" else ["--input", tmp_path / "q.jsonl"]
+    flags = ["--prompt", "x"] if flag == "--show-routing" else ["--input", tmp_path / "q.jsonl"]
     for place, piece in ((tmp_path / "no" / "x.json", "no such folder"), (tmp_path, "a folder")):
-        status, said = run(capsys, "--model", "m", *asked, flag, place)
+        status, stderr = run(capsys, "--model", "m", *flags, flag, place)
         assert status == 2
-        assert said.startswith(f"error: {flag} {place}: ")
-        assert piece in said
+        assert stderr.startswith(f"error: {flag} {place}: ")
+        assert piece in stderr
     monkeypatch.setattr(generate.os, "access", lambda place, mode: place != tmp_path)
-    status, said = run(capsys, "--model", "m", *asked, flag, tmp_path / "x.json")
+    status, stderr = run(capsys, "--model", "m", *flags, flag, tmp_path / "x.json")
     assert status == 2
-    assert said == f"error: {flag} {tmp_path}/x.json: cannot be written; name a file elsewhere\n"
+    assert stderr == f"error: {flag} {tmp_path}/x.json: cannot be written; name a file elsewhere\n"
 
 
 def test_an_empty_folder_of_frames_is_named(model, tmp_path):
@@ -223,13 +223,13 @@ def test_an_empty_folder_of_frames_is_named(model, tmp_path):
 
 
 @pytest.mark.parametrize("requests", ["x", [None], None, generate.ask("x"), [generate.ask(None)]])
-def test_what_is_no_list_of_requests(model, requests):
+def test_requests_must_be_a_list_of_requests(model, requests):
     with pytest.raises(GenerationError, match=r"expected|must be a string"):
         model.generate(requests)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])
-def test_batches_hold_at_least_one(model, size):
+def test_a_batch_has_at_least_one_row(model, size):
     with pytest.raises(GenerationError, match=f"batch_size = {size}"):
         model.generate([generate.ask("x")], batch_size=size)
     with pytest.raises(GenerationError, match="batch_size"):
@@ -237,20 +237,20 @@ def test_batches_hold_at_least_one(model, size):
 
 
 def test_resuming_with_another_model_is_refused(checkpoint, tmp_path, capsys):
-    """The same command goes on; a checkpoint with one other byte is another model."""
+    """The same command continues its file. A checkpoint with one other byte is another model."""
     source, target = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     source.write_text('{"prompt": 1}\n')
-    asked = ["--input", source, "--output", target]
-    assert run(capsys, "--model", checkpoint, *asked)[0] == 0
+    flags = ["--input", source, "--output", target]
+    assert run(capsys, "--model", checkpoint, *flags)[0] == 0
     whole = target.read_bytes()
-    assert run(capsys, "--model", checkpoint, *asked)[0] == 0
+    assert run(capsys, "--model", checkpoint, *flags)[0] == 0
     other = copy_of(checkpoint, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"another": 1}))
     seal(other)
-    status, said = run(capsys, "--model", other, *asked)
+    status, stderr = run(capsys, "--model", other, *flags)
     assert status == 2
-    assert f"error: {target}:1: answered with another model" in said
+    assert f"error: {target}:1: answered with another model" in stderr
     assert target.read_bytes() == whole
 
 
@@ -260,35 +260,35 @@ def copy_of(checkpoint: Path, folder: Path) -> Path:
 
 
 def test_models_that_cannot_answer(checkpoint, config, tmp_path, capsys):
-    def said(path: Path) -> str:
+    def error_of(path: Path) -> str:
         status, text = run(capsys, "--model", path, "--prompt", "x")
         assert status == 2
         return text
 
-    assert "no such folder" in said(tmp_path / "nowhere")
+    assert "no such folder" in error_of(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "convert import" in said(tmp_path / "empty")
+    assert "convert import" in error_of(tmp_path / "empty")
 
     strange = copy_of(checkpoint, tmp_path / "strange")
     manifest = json.loads((strange / "manifest.json").read_text())
     (strange / "manifest.json").write_text(json.dumps(manifest | {"family": "clip"}))
     seal(strange)
-    assert "no template is known for family 'clip'" in said(strange)
+    assert "no template is known for family 'clip'" in error_of(strange)
 
     damaged = copy_of(checkpoint, tmp_path / "damaged")
     (damaged / "model.yaml").write_text((damaged / "model.yaml").read_text() + "\n")
-    assert "damaged" in said(damaged)
+    assert "damaged" in error_of(damaged)
 
     larger = decoder_config(vocab_size=config.decoder.vocab_size, num_layers=5)
     missing = write_checkpoint(tmp_path / "missing", replace_decoder(config, larger))
     shutil.copyfile(checkpoint / "model.yaml", missing / "model.yaml")
     seal(missing)
-    assert "needs" in said(missing) or "parameters" in said(missing)
+    assert "needs" in error_of(missing) or "parameters" in error_of(missing)
 
     part = write_checkpoint(tmp_path / "part", model_config(decoder=config.decoder))
     shutil.copyfile(checkpoint / "model.yaml", part / "model.yaml")
     seal(part)
-    assert "lacks" in said(part)
+    assert "lacks" in error_of(part)
 
 
 def replace_decoder(config, decoder):
@@ -298,31 +298,33 @@ def replace_decoder(config, decoder):
 # -------------------------------------------------------------------------- generation_config
 
 
-def settings(**given):
+def settings(**content):
+    """The settings of a checkpoint whose generation_config.json has this content."""
+
     class Tokenizer:
         eos_id = 2
 
-    found = Found(Path("x"), None, Tokenizer, "vicuna_v1", given)
+    found = Found(Path("x"), None, Tokenizer, "vicuna_v1", content)
     return generation_settings(found)
 
 
-def test_generation_config_is_honoured():
+def test_generation_config_is_followed():
     assert settings()[:2] == ((2,), Sampling(temperature=0.0))
     eos, sampling, notes = settings(
         do_sample=True, temperature=0.9, top_p=0.6, eos_token_id=[7, 8], max_new_tokens=30
     )
     assert eos == (7, 8)
-    assert sampling.checked() == Sampling(0.9, 0.6, 50, 0, 30)
+    assert sampling.checked() == CheckedSampling(0.9, 0.6, 50, 0, 30)
     assert not notes
-    # Without do_sample the other settings say nothing.
+    # Without do_sample the other settings have no effect.
     assert settings(temperature=0.9)[1].checked().temperature == 0
     with pytest.raises(GenerationError, match="top_p = 3"):
         settings(do_sample=True, top_p=3)
 
 
-def test_what_is_not_followed_is_told():
-    """Whatever it is: not the settings alone that somebody thought of."""
-    asked = {
+def test_every_key_that_is_not_followed_gives_a_note():
+    """This holds for unknown keys too, such as a misspelt one."""
+    ignored = {
         "num_beams": 5,
         "min_p": 0.1,
         "stop_strings": ["."],
@@ -330,22 +332,22 @@ def test_what_is_not_followed_is_told():
         "repetition_penalty": 1.2,
         "temprature": 0.3,
     }
-    notes = settings(**asked)[2]
-    assert len(notes) == len(asked)
-    for key, value in asked.items():
+    notes = settings(**ignored)[2]
+    assert len(notes) == len(ignored)
+    for key, value in ignored.items():
         assert f"generation_config.json: {key} = {value!r} is not followed" in notes
     silent = {"num_beams": 1, "repetition_penalty": 1, "min_new_tokens": 0, "bad_words_ids": []}
     silent |= {"_from_model_config": True, "bos_token_id": 1, "pad_token_id": 0, "use_cache": True}
     silent |= {"transformers_version": "4.31.0", "max_length": 4096, "suppress_tokens": None}
     assert not settings(**silent)[2]
     (note,) = settings(temperature=0.2, do_sample=False)[2]
-    assert "temperature = 0.2 says nothing without do_sample" in note
+    assert "temperature = 0.2 has no effect without do_sample" in note
     assert not settings(temperature=0.2, do_sample=True)[2]
     with pytest.raises(GenerationError, match=r"do_sample = 'false'; allowed"):
         settings(do_sample="false")
 
 
-def test_defaults_of_the_model_hold(model):
+def test_defaults_of_the_model_are_used(model):
     warm = replace(model, defaults=Sampling(temperature=1.5, max_new_tokens=3))
     prepared = warm.prepare(generate.ask("x"))
     assert prepared.sampling.temperature == 1.5

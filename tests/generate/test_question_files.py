@@ -1,4 +1,4 @@
-"""Files of questions and answers: order, resumption, and lines that are no good question."""
+"""Files of questions and answers: their order, interrupted runs, and bad questions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answers(path: Path) -> list[dict]:
 
 
 def test_a_file_of_questions(model, files, tmp_path):
-    """Order kept, bad ones recorded; the same from where it broke off."""
+    """Answers keep the order, bad questions are recorded, and an interrupted file is continued."""
     source, target = questions(tmp_path, files), tmp_path / "answers.jsonl"
     out = io.StringIO()
     assert answer_file(model, source, target, SHORT, 2, out) == (4, 3)
@@ -52,14 +52,14 @@ def test_a_file_of_questions(model, files, tmp_path):
 
     whole = target.read_text()
     lines = whole.splitlines(keepends=True)
-    target.write_text("".join(lines[:2]) + lines[2][:9])  # broken off inside the third line
+    target.write_text("".join(lines[:2]) + lines[2][:9])  # interrupted inside the third line
     assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (2, 3)
     assert target.read_text() == whole
     assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 0)
 
 
-def test_a_broken_line_is_cut_away_alone(model, tmp_path, monkeypatch):
-    """Whole answers are never written again: what interrupts that would lose them."""
+def test_only_the_incomplete_line_is_cut_off(model, tmp_path, monkeypatch):
+    """Complete answers are not written again, because an interruption would lose them."""
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
     assert answer_file(model, source, target, SHORT, 2, io.StringIO()) == (0, 2)
@@ -71,8 +71,8 @@ def test_a_broken_line_is_cut_away_alone(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["notes, and no line end", '{"loss": 0.5}', '{"id": 8', "\0x"])
-def test_what_is_no_broken_answer_is_not_cut_away(model, tmp_path, text):
-    """A file of one line without an end may be anything, and somebody's."""
+def test_only_an_incomplete_answer_is_cut_off(model, tmp_path, text):
+    """A file without a complete line may be some other file, so it is left as it is."""
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text('{"id": 7, "prompt": 1}\n')
     target.write_text(text)
@@ -98,8 +98,8 @@ def test_answers_to_other_questions_are_refused(model, files, tmp_path):
         answer_file(model, source, target, SHORT, 2, io.StringIO())
 
 
-def test_answers_asked_otherwise_are_refused(model, tmp_path):
-    """Error lines know it as well. Nothing is written then."""
+def test_answers_with_other_settings_are_refused(model, tmp_path):
+    """This holds for error lines as well, and nothing is written."""
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
 
@@ -109,9 +109,12 @@ def test_answers_asked_otherwise_are_refused(model, tmp_path):
     assert answer() == (0, 2)
     whole = target.read_text()
     target.write_text(whole[:-5])
-    other = [{"sampling": replace(SHORT, seed=1)}, {"asked": replace(model, checksums="b")}]
-    other += [{"asked": replace(model, template="vicuna_v1", defaults=Sampling(0.5))}]
-    for change in other:
+    changes = [
+        {"sampling": replace(SHORT, seed=1)},
+        {"asked": replace(model, checksums="b")},
+        {"asked": replace(model, template="vicuna_v1", defaults=Sampling(0.5))},
+    ]
+    for change in changes:
         with pytest.raises(GenerationError, match=r"answers.jsonl:1: .*another --output"):
             answer(**change)
         assert target.read_text() == whole[:-5]
@@ -137,7 +140,7 @@ HOSTILE_LINES = {
 
 
 def test_hostile_questions_are_recorded(model, tmp_path):
-    """Each as an error that says what is wrong, in JSON that every reader takes."""
+    """Each is recorded as an error that names the fault, in JSON that every reader accepts."""
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text("\n".join(HOSTILE_LINES))
     found = answer_file(model, source, target, SHORT, 2, io.StringIO())
@@ -150,8 +153,8 @@ def test_hostile_questions_are_recorded(model, tmp_path):
 
 
 def test_lines_of_a_questions_file(model, tmp_path):
-    """A mark at the beginning and other line ends are no part of a question; a line separator
-    inside a string is."""
+    """A byte order mark and Windows line ends do not belong to a question; a line separator inside
+    a string does."""
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     text = '{"id": "a", "prompt": 1}\r\n\n{"id": "b\u2028c\x85", "prompt": 2}'
     source.write_bytes(b"\xef\xbb\xbf" + text.encode())

@@ -1,4 +1,4 @@
-"""Requests -> prompts: where media stand, what is refused, and with which words."""
+"""Requests -> prompts: places of media, and the messages for requests that are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.generate.conftest import tokenizer_folder
 from unimoe_jax.data.tokenizer import Tokenizer
-from unimoe_jax.generate.engine.settings import Sampling
+from unimoe_jax.generate.engine.settings import CheckedSampling, Sampling
 from unimoe_jax.generate.errors import GenerationError
 from unimoe_jax.generate.prompt import make_prompt, unanswered_tags
 from unimoe_jax.generate.request import Media, Message, Request, ask, request_of
@@ -24,7 +24,7 @@ IMAGE, SPEECH, SOUND, VIDEO = (
 
 
 def shown(request: Request, accepts=ALL) -> str:
-    """The prompt as text, media by their files."""
+    """The prompt as text, with file names in place of media."""
     prompt = make_prompt(request, "vicuna_turns", TOKENIZER, accepts)
     parts = [
         f"[{span.medium.file.paths[0]}]" if span.medium else TOKENIZER.decode(span.ids)
@@ -40,7 +40,7 @@ def test_media_come_first_in_the_originals_order():
     assert text.endswith("What? ASSISTANT:")
 
 
-def test_placeholders_decide():
+def test_placeholders_decide_the_order_of_media():
     text = shown(ask("Hear <audio> then <audio> and see <image>.", [IMAGE, SOUND, SPEECH]))
     order = [part for part in text.split("|") if part.startswith("[")]
     assert order == ["[audio.x]", "[speech.x]", "[image.x]"]
@@ -51,19 +51,19 @@ def test_a_placeholder_without_files_is_text():
 
 
 def test_a_placeholder_that_was_text_stays_text():
-    """A later file does not make one of it: that turn was answered without."""
-    talk = (
+    """A later file does not change that: the turn was answered without it."""
+    turns = (
         Message("user", "What is <image> in HTML?"),
         Message("assistant", "A tag."),
         Message("user", "And this?", (IMAGE,)),
         Message("assistant", "<image>"),
         Message("user", "<image> or <audio>?", (SOUND, Media("image", ("b.x",)))),
     )
-    text = shown(Request(talk))
+    text = shown(Request(turns))
     order = [part for part in text.split("|") if part.startswith("[")]
     assert order == ["[image.x]", "[b.x]", "[audio.x]"]
     assert text.count("<image>") == 2
-    prompt = make_prompt(Request(talk), "vicuna_turns", TOKENIZER, ALL)
+    prompt = make_prompt(Request(turns), "vicuna_turns", TOKENIZER, ALL)
     stream = prompt.stream([2, 1, 3])
     assert stream.modality[stream.slot >= 0].tolist() == [1, 1, 1, 4, 4, 4]
     assert stream.slot[stream.slot >= 0].tolist() == list(range(6))
@@ -132,11 +132,11 @@ def test_bad_sampling(name: str, value):
         Sampling(**{name: value}).checked()
 
 
-def test_numbers_of_numpy_are_numbers():
-    """What is checked goes into JSON, which takes Python's own."""
+def test_numbers_of_numpy_become_plain():
+    """Checked settings are written as JSON, which only takes numbers of Python."""
     given = Sampling(np.float32(0.5), np.float64(0.25), np.int32(7), np.uint32(2**31), np.int64(3))
     checked = given.checked()
-    assert checked == Sampling(0.5, 0.25, 7, 2**31, 3)
+    assert checked == CheckedSampling(0.5, 0.25, 7, 2**31, 3)
     assert json.loads(json.dumps(asdict(checked))) == asdict(checked)
 
 
@@ -146,10 +146,10 @@ def test_bad_numbers_of_numpy(value):
         Sampling(top_k=value).checked()
 
 
-def test_own_settings_win():
+def test_settings_of_a_request_come_before_defaults():
     defaults = Sampling(0.7, 0.9, 10, 0, 100)
     assert Sampling(temperature=0.0).over(defaults) == Sampling(0.0, 0.9, 10, 0, 100)
-    assert Sampling().checked() == Sampling(0.0, 1.0, 50, 0, 1024)
+    assert Sampling().checked() == CheckedSampling(0.0, 1.0, 50, 0, 1024)
 
 
 def test_questions_as_json():
@@ -158,15 +158,18 @@ def test_questions_as_json():
     request = request_of(content, root, Sampling(max_new_tokens=7))
     assert request.sampling == Sampling(temperature=0.5, max_new_tokens=7)
     assert [m.paths for m in request.messages[0].media] == [("/data/a.png",), ("/data/b.png",)]
-    talk = [{"role": "user", "text": "a", "video": [["1.png", "2.png"]]}]
-    talk += [{"role": "assistant", "text": "b"}, {"role": "user", "text": "c"}]
-    request = request_of({"messages": talk}, root, Sampling())
+    turns = [
+        {"role": "user", "text": "a", "video": [["1.png", "2.png"]]},
+        {"role": "assistant", "text": "b"},
+        {"role": "user", "text": "c"},
+    ]
+    request = request_of({"messages": turns}, root, Sampling())
     assert [message.role for message in request.messages] == ["user", "assistant", "user"]
     assert request.messages[0].media == (Media("video", ("/data/1.png", "/data/2.png")),)
 
 
 def test_a_list_of_images_is_one_video():
-    """As in the training data; files of videos are one each."""
+    """The training data give frames like this. A list of video files is several videos."""
 
     def videos(value) -> list[tuple[str, ...]]:
         request = request_of({"prompt": "x", "video": value}, Path("/d"), Sampling())
@@ -179,8 +182,8 @@ def test_a_list_of_images_is_one_video():
     assert videos([]) == []
 
 
-def test_what_a_question_leaves_open_is_the_command_lines():
-    """The seed too, though `Sampling` has one without being told."""
+def test_a_question_takes_other_settings_from_the_command_line():
+    """This includes the seed, although the seed of a new `Sampling` is 0 and not None."""
     defaults = Sampling(0.7, seed=5)
     for content, seed in (({}, 5), ({"seed": None}, 5), ({"seed": 0}, 0)):
         request = request_of({"prompt": "x", **content}, Path("."), defaults)
@@ -216,7 +219,7 @@ def test_bad_questions(line: str):
         ({"prompt": "x", "video": [["a.png", ""]]}, ["video", "''"]),
     ],
 )
-def test_what_would_be_dropped_is_refused(content, pieces):
+def test_keys_that_would_be_ignored_are_refused(content, pieces):
     with pytest.raises(GenerationError) as error:
         request_of(content, Path("/data"), Sampling())
     assert all(piece in str(error.value) for piece in pieces)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unimoe_jax.compile.hlo import parse, read
+from unimoe_jax.compile.hlo import read
+from unimoe_jax.compile.hlo_text import parse
 from unimoe_jax.config import LoRARule, MeshConfig
 from unimoe_jax.nn import head as head_module
 from unimoe_jax.nn.head import Head, token_loss

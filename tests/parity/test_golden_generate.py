@@ -151,6 +151,6 @@ def test_without_a_cache(recorded, model, asked):
             list(model.engine.run([sequence], 1, greedy=True))
             tokens += sequence.tokens
             logits += sequence.logits
-            if tokens[-1] in model.engine.eos:
+            if tokens[-1] in model.engine.programs.eos:
                 break  # as the recorded run, which may be shorter than the longest
         recorded.check(number, Answer("", tuple(tokens), "length", logits_TV=np.stack(logits)))

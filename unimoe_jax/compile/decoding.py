@@ -67,10 +67,10 @@ def decoding_program(
     programs = DecodingPrograms(decoder, weights, ProgramCache(mesh, mesh_rules), eos=(0,))
     rows, memory = programs.round_rows(rows), {"weights": _size(weights)}
     if program == "prefill":
-        size = prompt_bucket(length, programs.most)
-        rows = rows_together(size, rows, programs.programs.rows)
+        size = prompt_bucket(length, programs.max_length)
+        rows = rows_together(size, rows, programs.program_cache.data_shards)
         return DecodingProgram(rows, size, memory, lambda: programs.prefill_program(rows, size))
-    slots = ring_bucket(length, programs.most)
+    slots = ring_bucket(length, programs.max_length)
     memory["cache"] = _size(programs.state_structs(rows, slots))
     return DecodingProgram(
         rows, slots, memory, lambda: programs.advance_program(rows, slots, greedy=True)

@@ -1,79 +1,37 @@
-"""What a compiled program does, read from its optimised HLO text: products and collectives.
+"""FLOPs and collectives of a compiled program, read from its optimised HLO text.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as the loop runs,
-where the compiler knows that. Loops whose number of trips depends on the data are kept apart.
+XLA's own cost analysis counts the body of a loop once. Here a body counts as often as the loop
+runs, if the compiler knows that; loops whose number of trips depends on the data are summed apart.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+from unimoe_jax.compile.hlo_text import (
+    Computation,
+    Computations,
+    Instruction,
+    matched_text,
+    parse,
+)
+
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
     r"collective-broadcast)(-start)?$"
 )
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(
-    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
-)
-
-
-@dataclass(frozen=True)
-class Array:
-    """dtype, shape and layout of an HLO value, as `1,0:T(8,128)`: dimensions from the fastest."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    layout: str = field(default="", compare=False)
-
-    @property
-    def bytes(self) -> float:
-        digits = re.search(r"\d+", self.dtype)
-        bits = _BITS.get(self.dtype) if self.dtype in _BITS else int(digits[0])
-        return math.prod(self.shape) * bits / 8
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of HLO. `arrays`: its result, several for a tuple; `rest`: operands, attributes."""
-
-    name: str
-    op: str
-    arrays: tuple[Array, ...]
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", _balanced("(" + self.rest))
-
-    def called(self) -> list[str]:
-        """Computations that run inside, branches aside."""
-        return _CALLED.findall(self.rest)
-
-    def branches(self) -> list[str]:
-        """Computations of which one runs."""
-        names = []
-        for several, one in _BRANCHES.findall(self.rest):
-            names += [name.strip(" %") for name in several.split(",")] if several else [one]
-        return names
-
-    def attribute(self, name: str) -> str | None:
-        """The word after `name=`."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else None
 
 
 @dataclass
 class Collective:
     """One collective operation of the program.
 
-    bytes: what one device sends or receives in one run of it, as the larger of operand and result;
-    count: runs per step; group: devices that take part; conditional: in a branch that may not run.
+    bytes: what one device sends or receives in one run, whichever of operand and result is larger.
+    count: runs per step. group: devices that take part, 0 for all. conditional: whether the
+    operation is in a branch that may not run.
     """
 
     op: str
@@ -86,8 +44,12 @@ class Collective:
 
 @dataclass
 class Stats:
-    """flops: of matrix products and convolutions per device and step. flops_unknown: of one trip of
-    every loop whose trips depend on the data; they are not in `flops`."""
+    """What one device does in one step.
+
+    flops: of matrix products and convolutions. flops_unknown: of one trip of every loop whose
+    number of trips depends on the data, which `flops` leaves out. loops_unknown: how many such
+    loops there are.
+    """
 
     flops: float = 0.0
     flops_unknown: float = 0.0
@@ -96,54 +58,20 @@ class Stats:
 
 
 def read(text: str) -> Stats:
-    """Statistics of the HLO module `text`, as `compiled.as_text()` gives it."""
+    """Statistics of the HLO module `text`, which is the result of `compiled.as_text()`."""
     computations, entry = parse(text)
     reader = _Reader(computations, Stats())
     reader.walk(entry, 1.0, set(), known=True, conditional=False)
     return reader.stats
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """({computation: {instruction: …}} in the order they run, the name of the first to run)."""
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" ") and "=" not in line.split("(")[0]:
-            current = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-        elif current is not None and " = " in line:
-            instruction = _instruction(line)
-            current[instruction.name] = instruction
-    return computations, entry
-
-
-def _instruction(line: str) -> Instruction:
-    left, right = line.split(" = ", 1)
-    shape = _balanced(right) if right.startswith("(") else right.split(" ", 1)[0]
-    op, _, rest = right[len(shape) :].strip().partition("(")
-    arrays = tuple(
-        Array(dtype, tuple(int(n.strip("<=")) for n in sizes.split(",") if n), layout)
-        for dtype, sizes, layout in _SHAPE.findall(shape)
-    )
-    return Instruction(left.replace("ROOT", "").strip(" %"), op, arrays, rest)
-
-
-def _balanced(text: str) -> str:
-    """The parenthesis that `text` starts with, to its end."""
-    depth = 0
-    for at, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return text[: at + 1]
-    return text
-
-
-Computations = dict[str, dict[str, Instruction]]
+# ------------------------------------------------------------------------------------ walking
 
 
 @dataclass
 class _Reader:
+    """Walks from computation to computation and adds up statistics."""
+
     computations: Computations
     stats: Stats
 
@@ -151,47 +79,70 @@ class _Reader:
         self,
         name: str,
         count: float,
-        met: set,
+        seen: set[Hashable],
         *,
         known: bool,
         conditional: bool,
         fused: bool = False,
     ) -> None:
-        """Add what computation `name` does when it runs `count` times.
+        """Add everything that a computation does when it runs `count` times per step.
 
-        met: collectives in fusions of the enclosing loop body. A TPU compiler spreads one
-        collective over several fusions, each of which shows it with the same channel, shape and
-        source. Outside of fusions every collective is one of its own; channels do not tell them
-        apart, since all that stem from `shard_map` have the same.
+        seen: collectives in fusions of the enclosing loop body, see `_add_collective`. known:
+        whether `count` is the real number of runs. conditional: whether it may not run at all.
+        fused: whether it is part of a fusion.
         """
         inside = self.computations[name]
-        for one in inside.values():
-            flops = count * product_flops(one, inside)
+        for instruction in inside.values():
+            flops = count * product_flops(instruction, inside)
             if known:
                 self.stats.flops += flops
             else:
                 self.stats.flops_unknown += flops
-            kind = _COLLECTIVE.match(one.op)
-            if kind:
-                key = (one.attribute("channel_id"), one.arrays, _source(one)) if fused else one.name
-                if key not in met:
-                    found = _collective(one, kind[1], inside, count, conditional)
-                    self.stats.collectives.append(found)
-                met.add(key)
-            elif one.op == "while":
-                self._loop(one, count, known=known, conditional=conditional)
-            elif one.op in ("fusion", "call", "async-start"):
-                within = fused or one.op == "fusion"
-                for other in one.called():
-                    self.walk(other, count, met, known=known, conditional=conditional, fused=within)
-            for other in one.branches():
+            if _COLLECTIVE.match(instruction.op):
+                self._add_collective(instruction, inside, count, seen, conditional, fused)
+            elif instruction.op == "while":
+                self._walk_loop(instruction, count, known=known, conditional=conditional)
+            # Follow calls into other computations.
+            elif instruction.op in ("fusion", "call", "async-start"):
+                within = fused or instruction.op == "fusion"
+                for other in instruction.called():
+                    self.walk(
+                        other, count, seen, known=known, conditional=conditional, fused=within
+                    )
+            for other in instruction.branches():
                 self.walk(other, count, set(), known=known, conditional=True)
 
-    def _loop(self, one: Instruction, count: float, *, known: bool, conditional: bool) -> None:
-        length = trips(one, self.computations)
+    def _add_collective(
+        self,
+        instruction: Instruction,
+        inside: Computation,
+        count: float,
+        seen: set[Hashable],
+        conditional: bool,
+        fused: bool,
+    ) -> None:
+        """Add a collective, unless it is another part of one that was added before.
+
+        A TPU compiler spreads one collective over several fusions, each of which shows it with the
+        same channel, shape and source. Outside of fusions every collective counts. Its channel
+        would not identify it, since all collectives of one `shard_map` share a channel.
+        """
+        key: Hashable = instruction.name
+        if fused:
+            channel, source = instruction.attribute("channel_id"), _source(instruction)
+            key = (channel, instruction.arrays, source)
+        if key not in seen:
+            self.stats.collectives.append(_collective(instruction, inside, count, conditional))
+        seen.add(key)
+
+    def _walk_loop(
+        self, loop: Instruction, count: float, *, known: bool, conditional: bool
+    ) -> None:
+        """Add everything that a loop does; one trip of it if its number of trips is unknown."""
+        length = trips(loop, self.computations)
         self.stats.loops_unknown += length is None
         self.walk(
-            one.attribute("body"),
+            loop.required("body"),
             count * (length or 1),
             set(),
             known=known and length is not None,
@@ -199,68 +150,89 @@ class _Reader:
         )
 
 
-def trips(one: Instruction, computations: Computations) -> int | None:
-    """How often a `while` runs; None where that depends on the data."""
-    known = re.search(r"known_trip_count\D*(\d+)", one.rest)
+# -------------------------------------------------------------------------------- loop trips
+
+
+def trips(loop: Instruction, computations: Computations) -> int | None:
+    """How often a `while` runs; None if that depends on the data.
+
+    Example: a counter that starts at 0, grows by 2 and must stay below 5 gives 3 trips.
+    """
+    known = re.search(r"known_trip_count\D*(\d+)", loop.rest)
     if known:
         return int(known[1])
-    # A scan counts from 0 up to a constant. So does a product that passes the parts of an operand
-    # round its devices, but it may take several of them in a trip.
-    inside = computations[one.attribute("condition")]
+    # TPU programs carry no count, but a scan compares a counter that starts at 0 with a constant. A
+    # product that passes the parts of an operand round its devices does the same, and its counter
+    # may grow by more than 1, because a trip may take several parts.
+    inside = computations[loop.required("condition")]
     last = list(inside.values())[-1]
     if last.op != "compare" or last.attribute("direction") != "LT":
         return None
-    counter, limit = (_copied(inside, name) for name in last.operands)
+    counter, limit = (_origin(inside, name) for name in last.operands)
     if limit.op != "constant" or counter.op != "get-tuple-element":
         return None
-    step = _step(computations[one.attribute("body")], int(counter.attribute("index")))
+    body = computations[loop.required("body")]
+    step = _counter_step(body, int(counter.required("index")))
     return None if step is None else -(-_integer(limit) // step)
 
 
-def _step(body: dict[str, Instruction], index: int) -> int | None:
-    """What a loop's body adds to element `index` of what it carries; None if it is no constant."""
+def _counter_step(body: Computation, index: int) -> int | None:
+    """The constant that a loop's body adds to element `index` of its state; None without one."""
     root = list(body.values())[-1]
     if root.op != "tuple":
         return None
-    new = _copied(body, root.operands[index])
-    parts = [_copied(body, name) for name in new.operands] if new.op == "add" else []
-    steps = [_integer(part) for part in parts if part.op == "constant"]
-    old = [part for part in parts if part.op == "get-tuple-element"]
-    if len(steps) != 1 or not old or int(old[0].attribute("index")) != index:
+    new = _origin(body, root.operands[index])
+    summands = [_origin(body, name) for name in new.operands] if new.op == "add" else []
+    steps = [_integer(summand) for summand in summands if summand.op == "constant"]
+    old = [summand for summand in summands if summand.op == "get-tuple-element"]
+    if len(steps) != 1 or not old or int(old[0].required("index")) != index:
         return None
     return steps[0]
 
 
-def _copied(inside: dict[str, Instruction], name: str) -> Instruction:
-    """Where a value comes from, copies aside."""
-    one = inside[name]
-    return _copied(inside, one.operands[0]) if one.op in ("copy", "bitcast") else one
+def _origin(inside: Computation, name: str) -> Instruction:
+    """The instruction that made a value, behind all copies."""
+    instruction = inside[name]
+    if instruction.op in ("copy", "bitcast"):
+        return _origin(inside, instruction.operands[0])
+    return instruction
 
 
 def _integer(constant: Instruction) -> int:
+    """The value of `constant(6)`."""
     return int(constant.rest.partition(")")[0])
 
 
-def _source(one: Instruction) -> str:
-    """Where in the traced program an instruction comes from, as far as the text says."""
-    metadata = re.search(r"metadata=\{([^}]*)\}", one.rest)
+# ------------------------------------------------------------------------------- collectives
+
+
+def _source(instruction: Instruction) -> str:
+    """The place in the traced program that made an instruction; empty if the text has none."""
+    metadata = re.search(r"metadata=\{([^}]*)\}", instruction.rest)
     return metadata[1] if metadata else ""
 
 
 def _collective(
-    one: Instruction, op: str, inside: dict[str, Instruction], count: float, conditional: bool
+    instruction: Instruction, inside: Computation, count: float, conditional: bool
 ) -> Collective:
-    operands = [inside[name] for name in one.operands if name in inside]
+    operands = [inside[name] for name in instruction.operands if name in inside]
     sent = sum(array.bytes for operand in operands for array in operand.arrays)
-    # A start's result holds the operands again, beside what will be received.
-    received = sum(array.bytes for array in one.arrays) - (sent if "-start" in one.op else 0)
-    return Collective(op, one.name, max(sent, received), count, group_size(one.rest), conditional)
+    received = sum(array.bytes for array in instruction.arrays)
+    op = instruction.op
+    if "-start" in op:
+        # The result of an asynchronous start holds the operands again, beside what is received.
+        op, received = op.removesuffix("-start"), received - sent
+    group = group_size(instruction.rest)
+    return Collective(op, instruction.name, max(sent, received), count, group, conditional)
 
 
 def group_size(rest: str) -> int:
-    """Devices per group: `[4,2]<=[8]` is 4 groups of 2, `{{0,1},{2,3}}` lists them, and
-    `mesh['a'=2,'b'=4] {'b'}` names the axes of a mesh, whose devices may stand in an order of their
-    own (`, device_ids=(…)` before the axes); without groups all devices, as 0."""
+    """Devices per group of a collective; 0 if no groups are written, which means all devices.
+
+    HLO has three notations: `[4,2]<=[8]` is 4 groups of 2; `{{0,1},{2,3}}` lists the groups;
+    `mesh['a'=2,'b'=4] {'b'}` is one group along axis b of a mesh, here of 4 devices. An order of
+    the mesh's devices, `, device_ids=(…)`, may come before the axes.
+    """
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", rest)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -272,63 +244,100 @@ def group_size(rest: str) -> int:
     return len(listed[1].split(",")) if listed else 0
 
 
-# -------------------------------------------------------------------------------- products
+# ----------------------------------------------------------------------------------- products
 
 
-def product_flops(one: Instruction, inside: dict[str, Instruction]) -> float:
-    """Of one instruction, if it is a matrix product or a convolution; else 0."""
-    library = one.op == "custom-call" and "__cublas$" in one.rest  # a GPU's matrix products
-    if one.op not in ("dot", "convolution") and not library:
+def product_flops(instruction: Instruction, inside: Computation) -> float:
+    """FLOPs of a matrix product or a convolution, two per multiply-add; 0 for anything else."""
+    # GPU programs call a library for their matrix products.
+    is_library_call = instruction.op == "custom-call" and "__cublas$" in instruction.rest
+    if instruction.op not in ("dot", "convolution") and not is_library_call:
         return 0.0
-    left, right = (inside[name].arrays[0].shape for name in one.operands[:2])
-    result = one.arrays[0].shape
-    if one.op == "convolution":
-        return _convolution(left, right, result, one.rest)
-    contracted = re.search(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)", one.rest)[1]
+    left, right = (inside[name].arrays[0].shape for name in instruction.operands[:2])
+    result = instruction.arrays[0].shape
+    if instruction.op == "convolution":
+        return _convolution_flops(left, right, result, instruction.rest)
+    # `lhs_contracting_dims={1}` of a dot, `"lhs_contracting_dimensions":["1"]` of a library call.
+    pattern = r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)"
+    contracted = matched_text(pattern, instruction.rest)
     depth = math.prod(left[int(number)] for number in re.findall(r"\d+", contracted))
     return 2.0 * math.prod(result) * depth
 
 
-def _convolution(left: tuple, right: tuple, result: tuple, rest: str) -> float:
-    """Multiply-adds with elements that exist, twice; TPU compilers write products this way."""
-    lhs, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+def _convolution_flops(left: tuple, right: tuple, result: tuple, rest: str) -> float:
+    """FLOPs of a convolution, without multiplications by padding and by the gaps of dilation.
+
+    A TPU compiler writes matrix products as convolutions, where only such a count is right.
+    left, right, result: shapes. rest: says which of their dimensions are batch, features and space,
+    as `dim_labels=b0f_0io->b0f`.
+    """
+    lhs, kernel, out = (
+        matched_text(rf"dim_labels={pattern}", rest)
+        for pattern in (r"(\w+)_\w+->\w+", r"\w+_(\w+)->\w+", r"\w+_\w+->(\w+)")
+    )
     features = result[out.index("f")] * right[kernel.index("i")]
     total = 2.0 * result[out.index("b")] * features
+    # Along every dimension of space, count the pairs of output and kernel elements that multiply an
+    # element of the input.
     for number, window in enumerate(_windows(rest, sum(letter.isdigit() for letter in lhs))):
-        sizes = (left[lhs.index(str(number))], result[out.index(str(number))])
-        total *= _positions(*sizes, **window)
+        length, outputs = left[lhs.index(str(number))], result[out.index(str(number))]
+        total *= _pairs(length, outputs, window)
     return total
 
 
-def _windows(rest: str, dimensions: int) -> Iterator[dict[str, int]]:
+@dataclass(frozen=True)
+class _Window:
+    """How a kernel moves along one dimension.
+
+    size: elements of the kernel. stride: distance of neighbouring outputs. input_dilation,
+    kernel_dilation: distance of neighbouring elements. padding: elements before the input.
+    """
+
+    size: int
+    stride: int
+    input_dilation: int
+    kernel_dilation: int
+    padding: int
+
+
+def _windows(rest: str, dimensions: int) -> Iterator[_Window]:
+    """The window of every dimension, from text such as `window={size=3x5 stride=2x1}`."""
     text = re.search(r"window=\{([^}]*)\}", rest)
-    parts = dict(part.split("=") for part in text[1].split()) if text else {}
+    fields = dict(part.split("=") for part in text[1].split()) if text else {}
 
     def values(name: str, default: str) -> list[str]:
-        return parts[name].split("x") if name in parts else [default] * dimensions
+        return fields[name].split("x") if name in fields else [default] * dimensions
 
-    columns = ("size", "1"), ("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1")
-    rows = zip(*(values(*column) for column in columns), values("pad", "0_0"), strict=True)
-    for size, stride, base, dilation, pad in rows:
-        yield {
-            "size": int(size),
-            "stride": int(stride),
-            "base": int(base),
-            "dilation": int(dilation),
-            "low": int(pad.split("_")[0]),
-        }
+    for size, stride, input_dilation, kernel_dilation, padding in zip(
+        values("size", "1"),
+        values("stride", "1"),
+        values("lhs_dilate", "1"),
+        values("rhs_dilate", "1"),
+        values("pad", "0_0"),
+        strict=True,
+    ):
+        yield _Window(
+            size=int(size),
+            stride=int(stride),
+            input_dilation=int(input_dilation),
+            kernel_dilation=int(kernel_dilation),
+            padding=int(padding.split("_")[0]),
+        )
 
 
-def _positions(
-    length: int, outputs: int, *, size: int, stride: int, base: int, dilation: int, low: int
-) -> int:
-    """Pairs of an output and a kernel element that meet an element of the input."""
-    if outputs * size > 1 << 22:  # long plain convolutions: all but the rims meet
-        return outputs * size // base
-    last = (length - 1) * base
+def _pairs(length: int, outputs: int, window: _Window) -> int:
+    """Pairs of an output and a kernel element that multiply an element of the input.
+
+    Example: 8 inputs, a kernel of 3, stride 2 and padding 1 give 4 outputs. The first one uses 2
+    inputs, because its first kernel element is in the padding, and the others use 3: 11 pairs.
+    """
+    if outputs * window.size > 1 << 22:
+        # In a long convolution only the outputs at the ends reach padding, so ignore that.
+        return outputs * window.size // window.input_dilation
+    last = (length - 1) * window.input_dilation
     count = 0
-    for k in range(size):
-        for o in range(outputs):
-            at = o * stride + k * dilation - low
-            count += 0 <= at <= last and at % base == 0
+    for element in range(window.size):
+        for output in range(outputs):
+            place = output * window.stride + element * window.kernel_dilation - window.padding
+            count += 0 <= place <= last and place % window.input_dilation == 0
     return count

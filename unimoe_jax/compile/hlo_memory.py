@@ -1,51 +1,69 @@
 """What the forward pass keeps for the backward pass, read from a program's optimised HLO text.
 
-A compiler plans one heap for everything that a program makes on the way and says its size only. In
-it lie the activations: what operations of the forward pass make and operations of the backward pass
-read. JAX names the former `…/jvp(…)/…`, the latter `…/transpose(jvp(…))/…`; what has neither name
-belongs to the latter if it depends on one of them. All of it exists at the moment when the backward
-pass begins.
+A compiler plans one heap for everything that a program computes and only reports its total size.
+Part of the heap are the activations: results of forward operations that backward operations read.
+All of them exist at the moment when the backward pass begins.
+
+JAX names forward operations `…/jvp(…)/…` and backward operations `…/transpose(jvp(…))/…`. An
+operation with neither name belongs to the backward pass if it depends on a backward operation.
 """
 
 from __future__ import annotations
 
 import re
 
-from unimoe_jax.compile.hlo import Array, Computations, Instruction, parse
+from unimoe_jax.compile.hlo_text import Array, Computation, Computations, Instruction, parse
 
 _BACKWARD = "transpose("
 _FORWARD = "jvp("
-# Names for values or parts of them, which take no memory of their own.
-_NAMES = ("get-tuple-element", "tuple", "bitcast", "opt-barrier")
+# Operations that only rename a value or a part of it and allocate nothing.
+_RENAMES = ("get-tuple-element", "tuple", "bitcast", "opt-barrier")
 _COPIES = ("copy", "copy-start", "copy-done")
-# Results that are the same in every run where operands are: room for sums, or what starts them.
-_FILLED = ("constant", "iota", "broadcast", "fusion", "convert", *_COPIES, *_NAMES)
-
+# Operations whose result is constant if their operands are: initial sums, empty buffers.
+_CONSTANT_IF_OPERANDS_ARE = (
+    "constant",
+    "iota",
+    "broadcast",
+    "fusion",
+    "convert",
+    *_COPIES,
+    *_RENAMES,
+)
+# Operations that may hold both passes.
 _HOLDERS = ("while", "call", "conditional")
 
-Value = tuple[str, int]  # an instruction, and which of its arrays
+Value = tuple[str, int]
+"""(name of an instruction, which of its arrays)."""
 
 
 def activation_bytes(text: str) -> int:
-    """Bytes per device of what forward operations make and backward ones read.
+    """Bytes per device that forward operations write and backward operations read.
 
-    Weights and the batch, which a program is given, are not among them; copies of weights in
-    another dtype are, where both passes read the same one. Sizes are those of the layout: TPUs pad
-    the last dimensions. What a rematerialised layer makes anew inside the backward pass does not
-    count. A loop over micro-batches holds those of one micro-batch. 0 without a backward pass.
+    text: HLO, as `compiled.as_text()` returns it. Details of the count:
+    - Arguments of the program, such as weights and the batch, do not count. A copy of the weights
+      in another dtype counts if both passes read the same copy.
+    - Sizes include the padding of the layout: TPUs pad the last dimensions.
+    - Results of a rematerialised layer that are computed again in the backward pass do not count.
+    - A loop over micro-batches holds the activations of one micro-batch.
+    - A program without a backward pass has none, and the result is 0.
     """
     computations, entry = parse(text)
-    return _Reader(computations).kept(entry)
+    return _Reader(computations).kept_bytes(entry)
 
 
 def occupied(array: Array) -> int:
-    """Bytes in the device's main memory; 0 for what lies in another, as a TPU's vector memory."""
+    """Bytes in the device's main memory, padding included; 0 for an array in another memory.
+
+    Example: f32[3,5,1] in the layout `2,1,0:T(8,128)` is padded to [3,8,128] and takes 12288 bytes.
+    A memory other than the main one, such as a TPU's vector memory, is written as `S(1)`.
+    """
     order, _, rest = array.layout.partition(":")
     if re.search(r"S\([1-9]\d*\)", rest):
         return 0
     shape = list(array.shape)
     tile = re.search(r"T\(([\d,]+)\)", rest)
     if tile and order:
+        # The layout begins with the fastest dimension, the tile ends with it.
         dimensions = [int(number) for number in order.split(",")]
         for dimension, size in zip(dimensions, reversed(tile[1].split(",")), strict=False):
             shape[dimension] = -(-shape[dimension] // int(size)) * int(size)
@@ -53,107 +71,145 @@ def occupied(array: Array) -> int:
 
 
 class _Reader:
+    """Answers questions about the computations of one program."""
+
     def __init__(self, computations: Computations):
         self.computations = computations
-        self.names: dict[str, frozenset[str]] = {}
+        self._passes: dict[str, frozenset[str]] = {}
 
-    def kept(self, name: str) -> int:
-        """Of the passes in computation `name`, or of those in a loop of it that holds both."""
+    def kept_bytes(self, name: str) -> int:
+        """Bytes that the forward operations of a computation keep for its backward operations.
+
+        If a loop inside holds both passes, such as the loop over micro-batches, its bytes are
+        added.
+        """
         inside = self.computations[name]
-        filled: set[str] = set()  # with constants: whatever the names say, of neither pass
+        constant: set[str] = set()  # belong to neither pass, whatever their names say
         backward: set[str] = set()
         kept: set[Value] = set()
-        nested = 0
-        for one in inside.values():  # operands come before what reads them
-            operands = [other for other in one.operands if other in inside]
-            if _is_room(one) or (one.op in _FILLED and filled.issuperset(operands)):
-                filled.add(one.name)
+        nested_bytes = 0
+        for instruction in inside.values():  # operands come before the operations that read them
+            operands = [operand for operand in instruction.operands if operand in inside]
+            if _is_buffer(instruction) or (
+                instruction.op in _CONSTANT_IF_OPERANDS_ARE and constant.issuperset(operands)
+            ):
+                constant.add(instruction.name)
                 continue
-            held = self.passes(one)
-            if len(held) == 2 and one.op in _HOLDERS:
-                nested += sum(self.kept(other) for other in self.called(one))
-            # A forward operation may depend on a backward one, where collectives were combined.
-            if _BACKWARD not in held and (held or not backward.intersection(operands)):
+            passes = self.passes(instruction)
+            if len(passes) == 2 and instruction.op in _HOLDERS:
+                nested_bytes += sum(self.kept_bytes(other) for other in self.called(instruction))
+            # An operation without a name is a backward one if it depends on one. A name decides
+            # before that: combined collectives make forward operations depend on backward ones.
+            depends = bool(backward.intersection(operands))
+            if _BACKWARD not in passes and (passes or not depends):
                 continue
-            backward.add(one.name)
-            if one.op not in _NAMES:
+            backward.add(instruction.name)
+            if instruction.op not in _RENAMES:
                 kept.update(*(self.values(inside, operand) for operand in operands))
-        kept = {value for value in kept if value[0] not in backward | filled}
-        return nested + sum(occupied(inside[name].arrays[index]) for name, index in kept)
+        kept = {value for value in kept if value[0] not in backward | constant}
+        return nested_bytes + sum(occupied(inside[name].arrays[index]) for name, index in kept)
 
-    def called(self, one: Instruction) -> list[str]:
-        """Computations that run inside of an instruction."""
-        names = (*one.called(), *one.branches(), one.attribute("body"))
+    def called(self, instruction: Instruction) -> list[str]:
+        """Names of the computations that run inside an instruction."""
+        names = (*instruction.called(), *instruction.branches(), instruction.attribute("body"))
         return [name for name in names if name in self.computations]
 
-    def passes(self, one: Instruction) -> frozenset[str]:
-        """Which of the two passes an instruction belongs to: by its name, else by what it calls.
+    def passes(self, instruction: Instruction) -> frozenset[str]:
+        """The passes that an instruction belongs to: by its name, else by everything it calls.
 
-        A loop's own name goes first: constants in it may have been shared with the other pass.
+        The name of a loop decides first, because the compiler may have shared constants inside of
+        it with the other pass.
         """
-        found = _pass_of(one)
-        return found or frozenset().union(*(self.passes_inside(name) for name in self.called(one)))
+        found = _pass_of(instruction)
+        if found:
+            return found
+        return frozenset().union(*(self._passes_inside(name) for name in self.called(instruction)))
 
-    def passes_inside(self, name: str) -> frozenset[str]:
-        """The same of a computation."""
-        if name not in self.names:
+    def _passes_inside(self, name: str) -> frozenset[str]:
+        """The passes of all instructions of a computation."""
+        if name not in self._passes:
             inside = self.computations[name].values()
-            self.names[name] = frozenset().union(*(self.passes(one) for one in inside))
-        return self.names[name]
+            self._passes[name] = frozenset().union(*(self.passes(one) for one in inside))
+        return self._passes[name]
 
-    def values(self, inside: dict[str, Instruction], name: str) -> list[Value]:
-        """What instruction `name` stands for, without what the program was given."""
-        found = (self.origin(inside, name, index) for index in range(len(inside[name].arrays)))
-        return [value for value in found if value and inside[value[0]].op != "parameter"]
+    # ----------------------------------------------------------------------------- origins
 
-    def origin(self, inside: dict[str, Instruction], name: str, index: int) -> Value | None:
-        """Where array `index` of an instruction was made."""
+    def values(self, inside: Computation, name: str) -> list[Value]:
+        """The values behind the arrays of an instruction, without arguments of the computation."""
+        origins = (self.origin(inside, name, index) for index in range(len(inside[name].arrays)))
+        return [value for value in origins if value and inside[value[0]].op != "parameter"]
+
+    def origin(self, inside: Computation, name: str, index: int) -> Value | None:
+        """The instruction that wrote array `index` of instruction `name`.
+
+        Goes back through tuples, renamings, loops that pass the array on unchanged, and copies into
+        other memories. None if the text does not show it.
+        """
         while name in inside:
-            one = inside[name]
-            operands = [other for other in one.operands if other in inside]
-            elsewhere = all(not occupied(array) for array in one.arrays)
-            if one.op == "tuple":
-                # Arrays of the operands, one after the other.
-                for operand in operands:
-                    if index < len(inside[operand].arrays):
-                        break
-                    index -= len(inside[operand].arrays)
-                name = operand
-            elif one.op == "get-tuple-element":
-                name, index = operands[0], _offset(one, inside[operands[0]])
-            elif one.op == "while" and self.unchanged(one, index):
+            instruction = inside[name]
+            operands = [operand for operand in instruction.operands if operand in inside]
+            in_other_memory = all(not occupied(array) for array in instruction.arrays)
+            if instruction.op == "tuple":
+                name, index = _tuple_element(inside, operands, index)
+            elif instruction.op == "get-tuple-element":
+                name, index = operands[0], _offset(instruction, inside[operands[0]])
+            elif instruction.op == "opt-barrier" or self.is_unchanged(instruction, index):
                 name = operands[0]
-            elif one.op in ("bitcast", "opt-barrier") or (one.op in _COPIES and elsewhere):
-                name, index = operands[0], index if one.op == "opt-barrier" else 0
+            elif instruction.op == "bitcast" or (instruction.op in _COPIES and in_other_memory):
+                name, index = operands[0], 0
             else:
                 return name, index
         return None
 
-    def unchanged(self, loop: Instruction, index: int) -> bool:
-        """Whether a loop hands array `index` on as it is."""
-        body = self.computations[loop.attribute("body")]
+    def is_unchanged(self, instruction: Instruction, index: int) -> bool:
+        """Whether an instruction is a loop that passes array `index` of its state on as it is."""
+        if instruction.op != "while":
+            return False
+        body = self.computations[instruction.required("body")]
         root = list(body.values())[-1]
         if root.op != "tuple" or index >= len(root.operands):
             return False
-        one = body.get(root.operands[index])
-        if one is None or one.op != "get-tuple-element" or one.attribute("index") != str(index):
+        element = body.get(root.operands[index])
+        if element is None or element.op != "get-tuple-element":
             return False
-        return body[one.operands[0]].op == "parameter"
+        is_same = element.attribute("index") == str(index)
+        return is_same and body[element.operands[0]].op == "parameter"
 
 
-def _pass_of(one: Instruction) -> frozenset[str]:
-    name = re.search(r'op_name="([^"]*)"', one.rest)
+def _pass_of(instruction: Instruction) -> frozenset[str]:
+    """The pass that an instruction's name says; empty if it says none."""
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
     if name is None:
         return frozenset()
-    backward, forward = _BACKWARD in name[1], _FORWARD in name[1]
-    return frozenset([_BACKWARD] if backward else [_FORWARD] if forward else [])
+    # Backward names contain the forward one: transpose(jvp(…)).
+    if _BACKWARD in name[1]:
+        return frozenset([_BACKWARD])
+    return frozenset([_FORWARD] if _FORWARD in name[1] else [])
 
 
-def _is_room(one: Instruction) -> bool:
-    return one.op == "custom-call" and '"AllocateBuffer"' in one.rest
+def _is_buffer(instruction: Instruction) -> bool:
+    """Whether an instruction only reserves memory, which a later one fills."""
+    return instruction.op == "custom-call" and '"AllocateBuffer"' in instruction.rest
 
 
-def _offset(one: Instruction, operand: Instruction) -> int:
-    """Which of the operand's arrays a get-tuple-element begins with."""
-    # Tuples in tuples occur with asynchronous operations only, whose parts are of one kind.
-    return min(int(one.attribute("index")), len(operand.arrays) - 1)
+def _tuple_element(inside: Computation, operands: list[str], index: int) -> Value:
+    """The operand of a tuple, and which of its arrays, that array `index` of the tuple is.
+
+    A tuple holds all arrays of its operands, one after the other. Example: with operands of 1 and 2
+    arrays, array 2 of the tuple is array 1 of the second operand.
+    """
+    for operand in operands[:-1]:
+        count = len(inside[operand].arrays)
+        if index < count:
+            return operand, index
+        index -= count
+    return operands[-1], index
+
+
+def _offset(instruction: Instruction, operand: Instruction) -> int:
+    """Which of the operand's arrays a get-tuple-element begins with.
+
+    The index counts elements, and an element that is a tuple itself has several arrays. This only
+    occurs with asynchronous operations, whose arrays are all of one kind, so any of them will do.
+    """
+    return min(int(instruction.required("index")), len(operand.arrays) - 1)

@@ -1,4 +1,4 @@
-"""What `unimoe_jax.compile` says about a program: collectives, verdict, the text for people."""
+"""The report on a compiled program for people: collectives, verdict, text, and its file name."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from unimoe_jax.compile.hlo import Stats
 
 GIB = 2**30
 
 
 def collective_table(stats: Stats) -> list[dict[str, Any]]:
-    """Collectives of a kind, size and group together, the most bytes first."""
+    """One row for all collectives of the same kind, size and group, the most bytes first."""
     table: dict[tuple, dict[str, Any]] = {}
-    for one in stats.collectives:
-        key = (one.op, one.bytes, one.group, one.conditional)
+    for collective in stats.collectives:
+        key = (collective.op, collective.bytes, collective.group, collective.conditional)
         row = table.setdefault(
             key,
             {
-                "op": one.op,
-                "bytes": int(one.bytes),
-                "devices": one.group,
-                "conditional": one.conditional,
+                "op": collective.op,
+                "bytes": int(collective.bytes),
+                "devices": collective.group,
+                "conditional": collective.conditional,
                 "runs": 0,
             },
         )
-        row["runs"] += int(one.count)
+        row["runs"] += int(collective.count)
     return sorted(table.values(), key=lambda row: -row["bytes"] * row["runs"])
 
 
-def too_large(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
-    """What the compiler says when a program exceeds a TPU's memory; other errors go on."""
+def too_large(error: Exception) -> dict[str, Any]:
+    """The part of a report on a program that its compiler refused, because a TPU's memory is small.
+
+    error: a `jax.errors.JaxRuntimeError`. It is raised again if it has another cause.
+    """
     sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
         raise error
@@ -42,7 +43,10 @@ def too_large(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
 
 
 def verdict(report: dict[str, Any], limit_gib: float | None) -> str:
-    """`fits`, or by how much not; without a known limit only what is needed."""
+    """Whether a program fits, or how much memory is missing.
+
+    limit_gib: memory per device; None, if it is not known, gives only the memory that is needed.
+    """
     needed = report.get("needed_gib") or report["memory"]["sum"] / GIB
     if limit_gib is None:
         return f"needs {needed:.2f} GiB per device"
@@ -52,7 +56,8 @@ def verdict(report: dict[str, Any], limit_gib: float | None) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
+    # The program, its batch, and its memory.
     lines = [
         f"{report['program']} step of {report['config']}, stage {report['stage']}, on "
         f"{report['topology']}: {report['devices']} devices {report['mesh']}",
@@ -61,17 +66,22 @@ def summary(report: dict[str, Any]) -> str:
         "memory per device",
     ]
     lines += [f"  {name:<34}{size / GIB:>10.3f} GiB" for name, size in report["memory"].items()]
+    # FLOPs and collectives, unless the compiler has refused the program.
     if "collectives" in report:
-        seconds = report["compile_seconds"], report["compile_processor_seconds"]
-        lines.append("compiled in {} s, {} s of a processor".format(*seconds))
+        lines.append(
+            f"compiled in {report['compile_seconds']} s, {report['compile_processor_seconds']} s "
+            "of a processor"
+        )
         lines.append(f"{report['flops_per_device']:.4g} FLOPs per device")
         if report["loops_of_unknown_length"]:
             trip = report["flops_per_trip_of_loops_of_unknown_length"]
             count = report["loops_of_unknown_length"]
             lines.append(f"  and {count} loops whose length depends on the data, {trip:.4g} a trip")
         if "flops_ratio" in report:
-            note = "of such loops what experts and head need"
-            lines.append(f"  {report['flops_ratio']:.3f} of what the model needs, {note}")
+            lines.append(
+                f"  {report['flops_ratio']:.3f} of the FLOPs that the model needs; loops over "
+                "experts and head count with what they need"
+            )
         for row in report["collectives"]:
             note = " (not in every step)" if row["conditional"] else ""
             lines.append(
@@ -82,6 +92,6 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def report_path(run: str, stage: str, topology: str, program: str) -> Path:
-    """Where the report goes unless told; programs of one run do not overwrite one another."""
+    """The default file of a report, a different one for every program of a run."""
     suffix = "" if program == "train" else f"_{program}"
     return Path(f"{run}_{stage}_{topology.replace(':', '_')}{suffix}.json")

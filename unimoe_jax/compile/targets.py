@@ -1,9 +1,14 @@
-"""Devices that are not here: virtual CPUs, TPU slices and H200 GPUs for their compilers."""
+"""Devices that are not here, for which programs can be compiled all the same.
+
+Virtual CPUs are made by XLA in this process. TPU slices and H200 GPUs are descriptions that their
+compilers accept in place of the devices; no program can run on them.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -12,13 +17,19 @@ from unimoe_jax.config import ConfigError
 from unimoe_jax.runtime.cpu import settle_cpu
 
 COUNT = r"[1-9]\d*"
+"""A whole number from 1 up."""
 TPU_KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-# A TPU's: what its compiler gives out, as its messages say it. An H200's: three quarters of its
-# memory, what JAX reserves at start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 HBM_GIB = {"v4": 31.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75, "h200": 105.75}
-# An H200 SXM in the terms of XLA's published GPU descriptions (GpuTargetConfigProto, its h200.txtpb
-# among them): 132 multiprocessors of compute capability 9.0, 141 GiB at 4.8 TB/s, 50 MiB of L2.
-# Limits per block and multiprocessor are those of the capability in the CUDA programming guide.
+"""Memory per device that programs can use, in GiB.
+
+TPUs: the limit that their compiler names in its messages. H200: three quarters of its memory, which
+JAX reserves at start unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another share.
+"""
+
+# An H200 SXM, in the format of XLA's published GPU descriptions (GpuTargetConfigProto, of which
+# h200.txtpb is one): 132 multiprocessors of compute capability 9.0, 141 GiB at 4.8 TB/s, 50 MiB of
+# L2 cache. The limits per block and multiprocessor are those that the CUDA programming guide gives
+# for this compute capability.
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -56,35 +67,41 @@ gpu_device_info {
 """
 
 
-def target_devices(topology: str) -> list[jax.Device]:
-    """The devices of `cpu:N`, `h200:N` or a TPU topology `KIND:SHAPE`; nothing runs on them.
+def target_devices(topology: str) -> list[Any]:
+    """The `jax.Device`s of `cpu:N`, `h200:N` or a TPU topology `KIND:SHAPE`, such as v5p:2x2x4.
 
     Raises:
-        ConfigError: no such topology, or the compiler for it is not installed.
+        ConfigError: there is no such topology, or its compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and re.fullmatch(COUNT, shape):
         return _cpu_devices(int(shape))
     if kind == "h200" and re.fullmatch(COUNT, shape):
-        return _described(topology, "cuda", f"1x1x{shape}", "gpu", target_config=H200)
+        options = {"topology": f"1x1x{shape}", "target_config": H200}
+        return _described_devices(topology, "cuda", options["topology"], "gpu", options)
     if kind not in TPU_KINDS or not re.fullmatch(rf"{COUNT}(x{COUNT})*", shape):
         raise ConfigError(
             f"--topology {topology}: neither cpu:N nor h200:N nor KIND:SHAPE with KIND of "
             f"{sorted(TPU_KINDS)}, as v5p:2x2x4; all numbers from 1 up"
         )
-    return _described(topology, "tpu", topology, "tpu")
+    return _described_devices(topology, "tpu", topology, "tpu", {})
 
 
-def _described(
-    name: str, platform: str, topology: str, extra: str, **options: str
-) -> list[jax.Device]:
-    """Devices that the compiler of `platform` makes of a description; `extra` installs it."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU in this machine
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: none is used
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor for a GPU's driver
+def _described_devices(
+    name: str, platform: str, topology: str, extra: str, options: dict[str, str]
+) -> list[Any]:
+    """Devices that the compiler of a platform makes from a description.
+
+    name: the topology as the user wrote it. topology, options: arguments of the compiler. extra:
+    the optional dependency that installs the compiler.
+    """
+    # Look for no TPU in this machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several processes may compile at the same time, because none of them uses a TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Look for no driver of a GPU.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
-    if platform == "cuda":
-        options["topology"] = topology
     try:
         return list(topologies.get_topology_desc(topology, platform, **options).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -94,12 +111,16 @@ def _described(
         ) from error
 
 
-def _cpu_devices(count: int) -> list[jax.Device]:
+def _cpu_devices(count: int) -> list[Any]:
+    """Virtual CPU devices. XLA makes them when JAX starts, so nothing may have used JAX before."""
     flag = "--xla_force_host_platform_device_count"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
     settle_cpu()
     jax.config.update("jax_platforms", "cpu")
-    if len(jax.devices()) < count:
-        raise ConfigError(f"--topology cpu:{count}: XLA_FLAGS asks for {len(jax.devices())}")
+    available = len(jax.devices())
+    if available < count:
+        raise ConfigError(
+            f"--topology cpu:{count}: XLA_FLAGS asks for {available}; remove {flag} from it"
+        )
     return jax.devices()[:count]

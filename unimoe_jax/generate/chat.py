@@ -1,4 +1,4 @@
-"""An interactive session: a conversation with history, and media attached to the next question."""
+"""A conversation with history, in which files are attached to the next question."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from unimoe_jax.config import MEDIA
+from unimoe_jax.config import MEDIA, MediaName
 from unimoe_jax.data.records import MediaFile
 from unimoe_jax.generate.engine.settings import Sampling
 from unimoe_jax.generate.errors import GenerationError
@@ -20,10 +20,17 @@ HELP = (
     "/reset begins a new conversation; /exit or end of input leaves; an empty line asks with the "
     "attached files alone"
 )
+ATTACH: dict[str, MediaName] = {f"/{kind}": kind for kind in MEDIA}
+"""Commands that attach a file, and its kind."""
 
 
 class Chat:
-    """The history of one conversation. Knows no terminal: `ask` yields text."""
+    """One conversation. It knows no terminal: `ask` yields text.
+
+    Attributes:
+        history: questions and complete answers so far.
+        attached: files for the next question.
+    """
 
     def __init__(self, model: Model, sampling: Sampling = Sampling()):
         self.model, self.sampling = model, sampling
@@ -31,25 +38,25 @@ class Chat:
         self.attached: list[Media] = []
 
     def attach(self, medium: Media) -> None:
-        """Give the next question a file.
+        """Attach a file to the next question.
 
         Raises:
             GenerationError: the model cannot take it, or it is missing or unreadable.
         """
         self.model.prepare(ask("", [medium], Sampling(max_new_tokens=1)))
-        # Encoded while the user types; the question finds it remembered.
+        # Encode the file while the user types the question; the encoder remembers it.
         self.model.media.encode([MediaFile(medium.kind, medium.paths)])
         self.attached.append(medium)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget the history and the attached files."""
         self.history, self.attached = [], []
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer piece by piece. The turn is kept when the answer is complete.
+        """Yield the answer piece by piece. A complete answer and its question enter the history.
 
         Raises:
-            GenerationError: the question cannot be answered; the history is as before.
+            GenerationError: the question cannot be answered; the history does not change.
         """
         request = self.request(text)
         answer = yield from self.model.stream(request)
@@ -63,35 +70,35 @@ class Chat:
 
 
 def run_chat(chat: Chat, lines: Iterable[str] = sys.stdin, out: TextIO = sys.stdout) -> None:
-    """Read questions and commands until the end; what cannot be done is said and passed over."""
+    """Read questions and commands until the end. Errors are printed, and the chat goes on."""
     print(HELP, file=out)
-    prompt = "> " if getattr(out, "isatty", bool)() else ""
+    is_terminal = hasattr(out, "isatty") and out.isatty()
+    prompt = "> " if is_terminal else ""
     print(prompt, end="", file=out, flush=True)
     for line in lines:
         text = line.strip()
         try:
             if text == "/exit":
                 return
-            _turn(chat, text, out)
+            _run_line(chat, text, out)
         except GenerationError as error:
             print(f"error: {error}", file=out)
         print(prompt, end="", file=out, flush=True)
 
 
-def _turn(chat: Chat, text: str, out: TextIO) -> None:
-    command, _, rest = text.partition(" ")
-    if command == "/reset":
+def _run_line(chat: Chat, text: str, out: TextIO) -> None:
+    """Run one command, or ask one question and print the answer as it is generated."""
+    command, _, argument = text.partition(" ")
+    name = command[1:] if command.startswith("/") else None
+    if name == "reset":
         chat.reset()
         print("a new conversation", file=out)
-    elif command == "/help":
+    elif name == "help":
         print(HELP, file=out)
-    elif command[:1] == "/" and command[1:] in MEDIA:
-        if not rest.strip():
-            raise GenerationError(f"{command} needs a path")
-        path = os.path.expanduser(rest.strip())  # no shell has seen it
-        chat.attach(Media(command[1:], (path,)))
-        print(f"attached {len(chat.attached)}: {path}", file=out)
-    elif command[:1] == "/" and "/" not in command[1:]:
+    elif command in ATTACH:
+        _attach(chat, command, argument.strip(), out)
+    elif name is not None and "/" not in name:
+        # A question may begin with a path such as /home/a.
         raise GenerationError(f"unknown command {command}; {HELP}")
     elif text or chat.attached:
         if note := unanswered_tags(chat.request(text)):
@@ -99,3 +106,12 @@ def _turn(chat: Chat, text: str, out: TextIO) -> None:
         for piece in chat.ask(text):
             print(piece, end="", file=out, flush=True)
         print(file=out)
+
+
+def _attach(chat: Chat, command: str, path: str, out: TextIO) -> None:
+    """Run `/image PATH`, `/video PATH`, `/speech PATH` or `/audio PATH`."""
+    if not path:
+        raise GenerationError(f"{command} needs a path")
+    path = os.path.expanduser(path)  # no shell has expanded ~
+    chat.attach(Media(ATTACH[command], (path,)))
+    print(f"attached {len(chat.attached)}: {path}", file=out)

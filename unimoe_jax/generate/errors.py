@@ -1,7 +1,7 @@
-"""The error that tells a user what is wrong with a request, a setting or a model."""
+"""The error of a request, a setting or a model that cannot be used."""
 
 from __future__ import annotations
 
 
 class GenerationError(ValueError):
-    """One line: what is wrong, with names and numbers, and what to do."""
+    """One line for the user: what is wrong, with names and numbers, and what to do."""

@@ -1,4 +1,4 @@
-"""Settings, tokenizer and template of a checkpoint that is to answer."""
+"""A path -> the checkpoint that it stands for, with settings, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ from unimoe_jax.generate.errors import GenerationError
 
 MODEL_FILE, GENERATION_FILE = "model.yaml", "generation_config.json"
 TEMPLATE_OF_FAMILY = (("unimoe", "vicuna_v1"), ("cumo", "mistral_instruct_system"))
+"""(beginning of the family's name, template of its conversations)."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint and what belongs to it. folder: with params and manifest."""
+    """A checkpoint, its parameters not read yet.
+
+    folder: holds params and manifest. template: how conversations are written. generation: content
+    of generation_config.json, empty if there is none.
+    """
 
     folder: Path
     config: ModelConfig
@@ -92,41 +97,57 @@ def _of_run(run: RunConfig, stage: StageConfig, folder: Path, template: str | No
 
 
 def _of_import(folder: Path, template: str | None) -> Found:
-    check_files(folder)  # before any of them is parsed
+    """A checkpoint that `unimoe_jax.convert import` wrote, with its settings beside it."""
+    check_files(folder)  # verify checksums before any file is parsed
     manifest = read_manifest(folder)
-    try:
-        config = ModelConfig.model_validate(read_settings(folder / MODEL_FILE))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise GenerationError(
-            f"{folder / MODEL_FILE}: not a whole model: {where}: {first['msg']}; generation needs "
-            "embedding, decoder and head"
-        ) from error
+    config = _model_config(folder / MODEL_FILE)
+    # The template: the user's choice, or the manifest's, or that of the family.
     family = str(manifest.get("family", ""))
-    known = next((name for start, name in TEMPLATE_OF_FAMILY if family.startswith(start)), None)
-    known = manifest.get("template") or known
+    known = manifest.get("template") or next(
+        (name for start, name in TEMPLATE_OF_FAMILY if family.startswith(start)), None
+    )
     if template is None and known not in TEMPLATES:
         raise GenerationError(
             f"{folder}: no template is known for family {family!r}; choose one with --template"
         )
+    # JAX clamps indices that are out of range, so every id beyond the embedding would silently read
+    # its last row.
     tokenizer, rows = _tokenizer(folder), config.decoder.vocab_size
     if has_too_many_pieces(tokenizer, rows):
         raise GenerationError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, but the model's "
             f"vocab_size is {rows}; copy the tokenizer.model that belongs to it there"
         )
-    side = folder / GENERATION_FILE
-    generation = _json(side) if side.is_file() else {}
-    return Found(folder, config, tokenizer, template or known, generation)
+    file = folder / GENERATION_FILE
+    generation = _json(file) if file.is_file() else {}
+    return Found(folder, config, tokenizer, template or str(known), generation)
+
+
+def _model_config(file: Path) -> ModelConfig:
+    """The settings of a whole model.
+
+    Raises:
+        GenerationError: the file holds only a part of a model, such as an encoder.
+    """
+    try:
+        return ModelConfig.model_validate(read_settings(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GenerationError(
+            f"{file}: not a whole model: {where}: {first['msg']}; generation needs embedding, "
+            "decoder and head"
+        ) from error
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a converted checkpoint."""
     try:
         return Tokenizer.load(folder)
     except FileNotFoundError as error:
         raise GenerationError(f"{folder}: {error}; copy tokenizer.model there") from error
-    except (RuntimeError, ValueError, AttributeError) as error:  # SentencePiece's, then JSON's
+    except (RuntimeError, ValueError, AttributeError) as error:
+        # SentencePiece raises RuntimeError; a damaged tokenizer_config.json raises the others.
         raise GenerationError(
             f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}; copy "
             "tokenizer.model and tokenizer_config.json again from the source"
@@ -134,10 +155,11 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
         raise GenerationError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise GenerationError(f"{file}: expected an object")
+        raise GenerationError(f"{file}: expected a JSON object, {{…}}")
     return content

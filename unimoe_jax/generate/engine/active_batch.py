@@ -1,4 +1,4 @@
-"""Rows of an engine: sequences take them, are decoded side by side, and leave them."""
+"""The rows of a decoding batch: sequences enter them, are decoded side by side, and leave."""
 
 from __future__ import annotations
 
@@ -7,68 +7,101 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimoe_jax.generate.engine import state as states
 from unimoe_jax.generate.engine.buckets import prompt_bucket, ring_bucket
 from unimoe_jax.generate.engine.decoding_programs import DecodingPrograms
-from unimoe_jax.generate.engine.sampling import Choice
 from unimoe_jax.generate.engine.sequence import Sequence
-from unimoe_jax.generate.engine.state import MOST_STEPS, Newcomers, State, no_newcomers
+from unimoe_jax.generate.engine.state import (
+    MAX_STEPS,
+    NO_TOKEN,
+    NewRows,
+    Produced,
+    State,
+    empty_new_rows,
+)
 
 
-def newcomers(free: list[int], group: list[Sequence], rows: int) -> Newcomers:
-    """Host arrays of `rows` entries; those behind the group mean nothing."""
-    new = no_newcomers(rows)
-    for source, (row, sequence) in enumerate(zip(free, group, strict=True)):
-        own = sequence.sampling
-        choice = Choice(own.temperature, own.top_p, own.top_k, own.seed)
-        values = Newcomers(row, sequence.prompt_length, own.max_new_tokens, choice)
-        for array, value in zip(jax.tree.leaves(new), jax.tree.leaves(values), strict=True):
-            array[source] = value
+def new_rows(free_rows: list[int], group: list[Sequence], program_rows: int) -> NewRows:
+    """Host arrays [R] of a group that enters a batch, R = `program_rows` of its prefill program.
+
+    free_rows: the row that each sequence takes. Entries behind the group are 0 and are not read.
+    """
+    new = empty_new_rows(program_rows)
+    for source, (row, sequence) in enumerate(zip(free_rows, group, strict=True)):
+        settings = sequence.sampling
+        new.row_R[source] = row
+        new.length_R[source] = sequence.prompt_length
+        new.limit_R[source] = settings.max_new_tokens
+        new.sampling.temperature_B[source] = settings.temperature
+        new.sampling.top_p_B[source] = settings.top_p
+        new.sampling.top_k_B[source] = settings.top_k
+        new.sampling.seed_B[source] = settings.seed
     return new
 
 
 class ActiveBatch:
-    """Rows of an engine and the sequences in them."""
+    """A batch of `rows`, the sequences in them, and their state on the devices.
 
-    def __init__(self, engine: DecodingPrograms, rows: int, greedy: bool):
-        self.engine, self.rows, self.greedy = engine, rows, greedy
-        self.held: list[Sequence | None] = [None] * rows
-        self.state: State | None = None
+    programs: of the model. rows: as `DecodingPrograms.round_rows` gives. greedy: no sequence
+    samples, so the programs need not sort.
 
-    def free(self) -> list[int]:
+    Attributes:
+        sequences: the sequence of every row, None where a row is free.
+    """
+
+    def __init__(self, programs: DecodingPrograms, rows: int, greedy: bool):
+        self.programs, self.rows, self.greedy = programs, rows, greedy
+        self.sequences: list[Sequence | None] = [None] * rows
+        self._state: State | None = None
+
+    def free_rows(self) -> list[int]:
         """Rows without a sequence."""
-        return [row for row, sequence in enumerate(self.held) if sequence is None]
+        return [row for row, sequence in enumerate(self.sequences) if sequence is None]
 
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether any row is decoding."""
-        return any(sequence is not None for sequence in self.held)
+        return any(sequence is not None for sequence in self.sequences)
 
-    def admit(self, group: list[Sequence], rows: int) -> None:
-        """Prefill some sequences, at most `rows`, and give each a free row."""
-        engine, longest = self.engine, max(s.prompt_length for s in group)
-        length = prompt_bucket(longest, engine.most)
-        prefill = engine.prefill_program(rows, length)
-        out = prefill(engine.weights, *self._inputs(group, rows, length))
-        self._make_room(max(longest + 1, length))
-        free = self.free()[: len(group)]
-        insert = engine.insert_program((rows, length), self.rows, self.slots, self.greedy)
-        new = engine.programs.put((newcomers(free, group, rows), np.int32(len(group))))
-        self.state, token_R = insert(self.state, out.caches, out.logits_BV, *new)
+    # --------------------------------------------------------------------------- entering
+
+    def admit(self, group: list[Sequence], program_rows: int) -> None:
+        """Prefill some sequences together and give each a free row and its first token.
+
+        program_rows: rows of the prefill program, at least as many as there are sequences. A
+        sequence that is complete with its first token leaves its row at once.
+        """
+        programs, longest = self.programs, max(s.prompt_length for s in group)
+        # Prefill all prompts, padded to the bucket of the longest.
+        length = prompt_bucket(longest, programs.max_length)
+        prefill = programs.prefill_program(program_rows, length)
+        out = prefill(programs.weights, *self._prompt_arrays(group, program_rows, length))
+        # Copy their caches into free rows of the ring and choose the first tokens.
+        state = self._with_room(max(longest + 1, length))
+        insert = programs.insert_program(
+            (program_rows, length), self.rows, _slots(state), self.greedy
+        )
+        rows = self.free_rows()[: len(group)]
+        new = new_rows(rows, group, program_rows)
+        arguments = programs.program_cache.put((new, np.int32(len(group))))
+        self._state, token_R = insert(state, out.caches, out.logits_BV, *arguments)
         token_R = np.asarray(token_R)
-        for source, (row, sequence) in enumerate(zip(free, group, strict=True)):
-            if "experts" in engine.trace:
+        # Record the results in the sequences.
+        for source, (row, sequence) in enumerate(zip(rows, group, strict=True)):
+            if "experts" in programs.trace:
                 chosen = np.asarray(out.expert_LBTK)[:, source, : sequence.prompt_length]
                 sequence.experts.append(chosen)
-            if "logits" in engine.trace:
+            if "logits" in programs.trace:
                 sequence.logits.append(np.asarray(out.logits_BV)[source])
-            self.held[row] = sequence
-            self._append(row, int(token_R[source]))
+            self.sequences[row] = sequence
+            self._append(row, sequence, int(token_R[source]))
 
-    def _inputs(self, group: list[Sequence], rows: int, length: int) -> Any:
-        width, dtype = self.engine.decoder.config.hidden_size, self.engine.decoder.dtype
-        token, modality = np.zeros((2, rows, length), np.int32)
+    def _prompt_arrays(self, group: list[Sequence], rows: int, length: int) -> Any:
+        """Inputs of the prefill program: prompts padded on the right, empty rows at the end."""
+        decoder = self.programs.decoder
+        token = np.zeros((rows, length), np.int32)
+        modality = np.zeros((rows, length), np.int32)
         slot = np.full((rows, length), -1, np.int32)
-        soft = np.zeros((rows, length, width), dtype)
+        soft = np.zeros((rows, length, decoder.config.hidden_size), decoder.dtype)
+        # An empty row has one position, because prefill reads the last position of every row.
         lengths = np.ones(rows, np.int32)
         for row, sequence in enumerate(group):
             used = slice(sequence.prompt_length)
@@ -77,49 +110,63 @@ class ActiveBatch:
             slot[row, used] = sequence.slot
             soft[row, : len(sequence.soft)] = sequence.soft
             lengths[row] = sequence.prompt_length
-        return self.engine.programs.put_batch((token, modality, slot, soft, lengths))
+        return self.programs.program_cache.put_batch((token, modality, slot, soft, lengths))
 
-    @property
-    def slots(self) -> int:
-        """S of the rings."""
-        return self.state.caches[0].slots
+    def _with_room(self, tokens: int) -> State:
+        """The state with rings of at least `tokens` slots, made or grown if necessary.
 
-    def _make_room(self, needed: int) -> None:
-        """Rings that hold `needed` tokens of a row."""
-        engine = self.engine
-        slots = ring_bucket(needed, engine.most)
-        if self.state is None:
-            self.state = engine.empty_state(self.rows, slots)
-        while self.slots < slots:
-            longer = ring_bucket(self.slots + 1, engine.most)
-            self.state = engine.grow_program(self.rows, self.slots, longer)(self.state)
+        Rings grow from bucket to bucket, so that only growth by one bucket has to be compiled.
+        """
+        limit = self.programs.max_length
+        needed = ring_bucket(tokens, limit)
+        state = self._state or self.programs.empty_state(self.rows, needed)
+        while (slots := _slots(state)) < needed:
+            grow = self.programs.grow_program(self.rows, slots, ring_bucket(slots + 1, limit))
+            # Replace the attribute as well, so that the smaller rings are freed.
+            self._state = state = grow(state)
+        return state
+
+    # --------------------------------------------------------------------------- decoding
 
     def decode(self, steps: int, stop_early: bool) -> list[Sequence]:
-        """Up to `steps` tokens for every sequence; finished ones leave their rows."""
-        engine = self.engine
-        held = [(row, sequence) for row, sequence in enumerate(self.held) if sequence is not None]
-        steps = min(steps, MOST_STEPS)
-        self._make_room(max(min(s.cached + steps, s.full_length) for _, s in held))
-        program = engine.advance_program(self.rows, self.slots, self.greedy)
-        control = engine.programs.put((np.int32(steps), np.bool_(stop_early)))
-        self.state, produced = program(engine.weights, self.state, *control)
-        produced = jax.tree.map(np.asarray, produced)
-        for row, sequence in held:
-            count = int(np.sum(produced.token_NB[:, row] != states.NOTHING))
+        """Generate up to `steps` tokens for every sequence; finished sequences leave their rows.
+
+        steps: at most MAX_STEPS are made. stop_early: return as soon as any sequence is finished.
+        Returns all sequences that were decoded, the finished ones too.
+        """
+        programs, steps = self.programs, min(steps, MAX_STEPS)
+        active = [(row, s) for row, s in enumerate(self.sequences) if s is not None]
+        # The ring must hold the tokens of these steps, but no more than an answer may have.
+        state = self._with_room(max(min(s.cached + steps, s.full_length) for _, s in active))
+        advance = programs.advance_program(self.rows, _slots(state), self.greedy)
+        arguments = programs.program_cache.put((np.int32(steps), np.bool_(stop_early)))
+        self._state, produced = advance(programs.weights, state, *arguments)
+        self._record(active, jax.tree.map(np.asarray, produced))
+        return [sequence for _, sequence in active]
+
+    def _record(self, active: list[tuple[int, Sequence]], produced: Produced) -> None:
+        """Append the tokens and traces of one call to the sequences of these rows."""
+        for row, sequence in active:
+            # A row that finishes before the last step has NO_TOKEN in all later steps.
+            count = int(np.sum(produced.token_NB[:, row] != NO_TOKEN))
             if produced.expert_NLBK is not None:
                 sequence.experts.append(np.swapaxes(produced.expert_NLBK[:count, :, row], 0, 1))
             if produced.logits_NBV is not None:
                 sequence.logits += list(produced.logits_NBV[:count, row])
             for token in produced.token_NB[:count, row]:
-                self._append(row, int(token))
-        return [sequence for _, sequence in held]
+                self._append(row, sequence, int(token))
 
-    def _append(self, row: int, token: int) -> None:
-        sequence = self.held[row]
+    def _append(self, row: int, sequence: Sequence, token: int) -> None:
+        """Add a token to the sequence in `row`; if it is the last one, the row becomes free."""
         sequence.tokens.append(token)
-        if token in self.engine.eos:
+        if token in self.programs.eos:
             sequence.stop = "eos"
         elif len(sequence.tokens) >= sequence.sampling.max_new_tokens:
             sequence.stop = "length"
         if sequence.stop:
-            self.held[row] = None
+            self.sequences[row] = None
+
+
+def _slots(state: State) -> int:
+    """S of the rings of all layers."""
+    return state.caches[0].slots

@@ -1,4 +1,4 @@
-"""The programs that decode one model: what each takes, what it returns, and where arrays lie."""
+"""The four programs that decode one model: sizes, inputs, and where their arrays are placed."""
 
 from __future__ import annotations
 
@@ -10,45 +10,58 @@ import numpy as np
 
 from unimoe_jax.generate.engine import state as states
 from unimoe_jax.generate.engine.program_cache import ProgramCache
-from unimoe_jax.generate.engine.state import MOST_STEPS, State, no_newcomers
+from unimoe_jax.generate.engine.state import MAX_STEPS, State, empty_new_rows
 from unimoe_jax.models.inference_decoder import InferenceDecoder, Step, Weights
 from unimoe_jax.nn.attention.decode import KVCache
 
 
 class DecodingPrograms:
-    """Prefill, insert, grow and advance of one model, compiled for the sizes that are asked for.
+    """Prefill, insert, grow and advance of one model. Each is compiled when a size is asked for.
 
-    trace: "experts" and "logits" are kept for every sequence.
+    weights: on the devices, or shape structs if nothing is to run. program_cache: holds the
+    compiled programs and the mesh. eos: ids of the end tokens. trace: "experts" and "logits" are
+    kept for every sequence.
+
+    Attributes:
+        max_length: positions of the longest sequence, prompt and answer together.
     """
 
     def __init__(
         self,
         decoder: InferenceDecoder,
         weights: Weights,
-        programs: ProgramCache,
+        program_cache: ProgramCache,
         eos: tuple[int, ...],
         trace: frozenset[str] = frozenset(),
     ):
-        self.decoder, self.weights, self.programs = decoder, weights, programs
+        self.decoder, self.weights, self.program_cache = decoder, weights, program_cache
         self.eos, self.trace = eos, trace
-        self.most = decoder.config.max_positions
+        self.max_length = decoder.config.max_positions
 
     def round_rows(self, rows: int) -> int:
-        """Rows of a batch: a power of two, times the data shards."""
-        shards, size = self.programs.rows, 1
-        while size * shards < rows:
-            size *= 2
-        return size * shards
+        """Rows of a batch, rounded up to a power of two for every data shard.
+
+        Examples: 5 -> 8 on one data shard; 5 -> 6 on three, two rows on each.
+        """
+        shards, per_shard = self.program_cache.data_shards, 1
+        while per_shard * shards < rows:
+            per_shard *= 2
+        return per_shard * shards
 
     def prefill_program(self, rows: int, length: int) -> Any:
-        """(weights, token_id_RT, modality_RT, slot_RT, soft_GSD, length_R) -> Step."""
+        """`InferenceDecoder.prefill` of R rows of T = `length` positions.
+
+        (weights, token_id_RT, modality_RT, slot_RT, soft_RTD, length_R) -> Step. A prompt of T
+        positions has at most T soft tokens.
+        """
         width = self.decoder.config.hidden_size
+        # Only the shapes and dtypes of these arrays are used.
         ids = np.empty((rows, length), np.int32)
         soft = np.empty((rows, length, width), self.decoder.dtype)
-        specs = self.programs.batch_structs((ids, ids, ids, soft, np.empty(rows, np.int32)))
+        specs = self.program_cache.batch_structs((ids, ids, ids, soft, np.empty(rows, np.int32)))
         layers = len(self.weights.layers)
         outputs = Step(self._by_row(2), (self._cache_sharding(),) * layers, self._replicated())
-        return self.programs.get(
+        return self.program_cache.get(
             f"prefill {rows} x {length}",
             self.decoder.prefill,
             (self.weights, *specs),
@@ -56,41 +69,58 @@ class DecodingPrograms:
         )
 
     def insert_program(self, prompts: tuple[int, int], rows: int, slots: int, greedy: bool) -> Any:
-        """See `states.insert`; prompts: rows and length of their program. The state is donated."""
+        """`state.insert` into a batch of `rows` with rings of `slots`; the state is donated.
+
+        prompts: rows and length of the prefill program that made the caches.
+        (state, caches, logits_RV, new rows, count) -> (state, token_R).
+        """
         vocabulary = self.decoder.config.vocab_size
         inputs = (
             self.state_structs(rows, slots),
             self._cache_structs(*prompts),
-            self.programs.batch_structs(np.empty((prompts[0], vocabulary), np.float32)),
-            *self.programs.structs((no_newcomers(prompts[0]), np.int32(0))),
+            self.program_cache.batch_structs(np.empty((prompts[0], vocabulary), np.float32)),
+            *self.program_cache.structs((empty_new_rows(prompts[0]), np.int32(0))),
         )
-        return self.programs.get(
-            f"insert {prompts[0]} x {prompts[1]} into {rows} x {slots}{_how(greedy)}",
-            partial(states.insert, self.eos, greedy),
+        return self.program_cache.get(
+            f"insert {prompts[0]} x {prompts[1]} into {rows} x {slots}{_name_suffix(greedy)}",
+            partial(states.insert, eos=self.eos, greedy_only=greedy),
             inputs,
+            # The rings are changed in place, so that a batch needs memory for one state only.
             donate=(0,),
             outputs=(self._state_shardings(), self._replicated()),
         )
 
     def grow_program(self, rows: int, slots: int, longer: int) -> Any:
-        """See `states.grow`."""
-        return self.programs.get(
+        """`state.grow` from rings of `slots` to rings of `longer`: (state) -> state."""
+        # The state is not donated: longer rings cannot reuse the memory of shorter ones.
+        return self.program_cache.get(
             f"grow {rows} x {slots} to {longer}",
-            partial(states.grow, longer),
+            partial(states.grow, slots=longer),
             (self.state_structs(rows, slots),),
             outputs=self._state_shardings(),
         )
 
     def advance_program(self, rows: int, slots: int, greedy: bool) -> Any:
-        """See `states.advance`; the state is donated."""
+        """`state.advance`; the state is donated.
+
+        (weights, state, steps, stop_early) -> (state, Produced of MAX_STEPS steps).
+        """
         inputs = (
             self.weights,
             self.state_structs(rows, slots),
-            *self.programs.structs((np.int32(0), np.bool_(False))),
+            *self.program_cache.structs((np.int32(0), np.bool_(False))),
         )
-        return self.programs.get(
-            f"decode {rows} x {slots}{_how(greedy)}",
-            partial(states.advance, self.decoder, self.eos, greedy, MOST_STEPS, self.trace),
+        advance = partial(
+            states.advance,
+            decoder=self.decoder,
+            eos=self.eos,
+            greedy_only=greedy,
+            max_steps=MAX_STEPS,
+            trace=self.trace,
+        )
+        return self.program_cache.get(
+            f"decode {rows} x {slots}{_name_suffix(greedy)}",
+            advance,
             inputs,
             donate=(1,),
             outputs=(self._state_shardings(), self._replicated()),
@@ -99,42 +129,44 @@ class DecodingPrograms:
     # -------------------------------------------------------------------------- placement
 
     def _by_row(self, rank: int) -> Any:
-        return self.programs.sharding("batch", *[None] * (rank - 1))
+        return self.program_cache.sharding("batch", *[None] * (rank - 1))
 
     def _replicated(self) -> Any:
-        return self.programs.sharding()
+        return self.program_cache.sharding()
 
     def _cache_sharding(self) -> Any:
-        return self.programs.sharding("batch", "kv_heads", None, None)
+        return self.program_cache.sharding("batch", "kv_heads", None, None)
 
-    def _state_shardings(self) -> State:
+    def _state_shardings(self) -> Any:
+        """A `State` with a sharding in place of every array, or of every tree of arrays."""
         layers = len(self.weights.layers)
         return State((self._cache_sharding(),) * layers, self._replicated(), self._by_row(1))
 
     def _cache_structs(self, rows: int, slots: int) -> tuple[KVCache, ...]:
+        """Shapes and shardings of the caches of all layers: keys [B,K,H,S], values [B,K,S,H]."""
         config, sharding = self.decoder.config, self._cache_sharding()
-        lead, size = (rows, config.num_kv_heads), config.head_size
-        shapes = KVCache((*lead, size, slots), (*lead, slots, size))
-        return tuple(
-            KVCache(
-                *(jax.ShapeDtypeStruct(s, self.decoder.dtype, sharding=sharding) for s in shapes)
-            )
-            for _ in self.weights.layers
-        )
+        heads, size = config.num_kv_heads, config.head_size
+
+        def struct(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, self.decoder.dtype, sharding=sharding)
+
+        cache = KVCache(struct(rows, heads, size, slots), struct(rows, heads, slots, size))
+        return (cache,) * len(self.weights.layers)
 
     def state_structs(self, rows: int, slots: int) -> State:
-        """Shapes and shardings of a state."""
+        """Shapes and shardings of the state of a batch."""
         empty = jax.eval_shape(lambda: states.empty_rows(rows))
-        cursor = self.programs.structs(np.int32(0))
-        return State(self._cache_structs(rows, slots), cursor, self.programs.batch_structs(empty))
+        cursor = self.program_cache.structs(np.int32(0))
+        caches = self._cache_structs(rows, slots)
+        return State(caches, cursor, self.program_cache.batch_structs(empty))
 
     def empty_state(self, rows: int, slots: int) -> State:
-        """Rings of zeros, idle rows."""
+        """The state of a batch without sequences: rings of zeros, no active row."""
         structs = self.state_structs(rows, slots)
         return jax.tree.map(
             lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), structs
         )
 
 
-def _how(greedy: bool) -> str:
+def _name_suffix(greedy: bool) -> str:
     return "" if greedy else ", sampling"

@@ -1,7 +1,7 @@
-"""Compiled programs by name: compiled ahead, announced, and never compiled twice.
+"""Functions compiled ahead of time, each once, and arrays placed on the mesh that they run on.
 
-Shapes come from a short list of buckets, so that few programs serve all requests. Everything a
-program touches lies on one mesh; its rows are cut over the data shards.
+Sizes come from a short list of buckets, so that few programs serve all requests. All arrays of a
+program are on one mesh; the rows of a batch are split over its data shards.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from jax.sharding import Mesh, NamedSharding
 
 from unimoe_jax.parallel.sharding import data_shards, replicated, spec_for, use_mesh
 
-"""Positions that prompts prefilled together may take on a data shard."""
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
+"""Receives one line of text for people."""
 
 
 class ProgramCache:
-    """Programs of one model on one mesh.
+    """Compiled programs of one model on one mesh, by name.
+
+    log: receives a line for every compilation.
 
     Attributes:
-        rows: how many rows a batch is a multiple of: the data shards.
-        compiled: name -> seconds, in the order of compilation.
+        data_shards: the number of rows of every batch is a multiple of it.
+        compiled: {name: seconds that the compilation took}, in the order of compilation.
     """
 
-    def __init__(self, mesh: Mesh, rules: dict | None = None, tell: Tell | None = None):
-        self.mesh, self.rules, self.tell = mesh, rules, tell
+    def __init__(self, mesh: Mesh, rules: dict | None = None, log: Log | None = None):
+        self.mesh, self.rules, self.log = mesh, rules, log
         self.compiled: dict[str, float] = {}
         self._programs: dict[str, Any] = {}
         with use_mesh(mesh, rules):
-            self.rows = data_shards(mesh)
+            self.data_shards = data_shards(mesh)
 
     def get(
         self,
@@ -44,12 +46,15 @@ class ProgramCache:
         donate: tuple[int, ...] = (),
         outputs: Any = None,
     ) -> Any:
-        """`function` compiled for `inputs` (arrays or structs with shardings); `name` says it all.
+        """`function` compiled for `inputs`; compiled only if no program has this name yet.
 
-        outputs: shardings of the result, a prefix tree; default: replicated.
+        name: identifies the function together with all sizes of its inputs. inputs: arrays, or
+        shape structs with shardings. donate: numbers of the arguments whose memory the result may
+        reuse. outputs: shardings of the result, a prefix of its tree; None replicates everything.
         """
         if name not in self._programs:
             started = time.monotonic()
+            # Functions name logical axes, which are resolved while they are traced.
             with use_mesh(self.mesh, self.rules):
                 jitted = jax.jit(
                     function,
@@ -58,34 +63,34 @@ class ProgramCache:
                 )
                 self._programs[name] = jitted.lower(*inputs).compile()
             self.compiled[name] = time.monotonic() - started
-            if self.tell:
-                self.tell(f"compiled {name} in {self.compiled[name]:.1f} s")
+            if self.log:
+                self.log(f"compiled {name} in {self.compiled[name]:.1f} s")
         return self._programs[name]
 
     # ------------------------------------------------------------------------- placement
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Of an array with these logical axes."""
+        """The sharding of an array with these logical axes."""
         with use_mesh(self.mesh, self.rules):
             return NamedSharding(self.mesh, spec_for(axes))
 
     def put_batch(self, arrays: Any) -> Any:
-        """Host arrays, cut over the data shards along their first axis."""
+        """Place a tree of host arrays, each split over the data shards along its first axis."""
         return jax.tree.map(lambda a: jax.device_put(a, self._by_row(a.ndim)), arrays)
 
     def put(self, arrays: Any) -> Any:
-        """Host arrays or numbers, whole on every device."""
+        """Place a tree of host arrays or numbers, each whole on every device."""
         return jax.tree.map(lambda a: jax.device_put(a, replicated(self.mesh)), arrays)
 
     def batch_structs(self, arrays: Any) -> Any:
-        """What `put_batch` would give, as shape structs."""
+        """Shape structs, with shardings, of the arrays that `put_batch` would return."""
         return jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._by_row(np.ndim(a))),
             arrays,
         )
 
     def structs(self, arrays: Any) -> Any:
-        """What `put` would give, as shape structs."""
+        """Shape structs, with shardings, of the arrays that `put` would return."""
         same = replicated(self.mesh)
         return jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype, sharding=same), arrays
