@@ -30,7 +30,7 @@ def test_a_closed_pipe_ends_a_program_quietly(name, flush, monkeypatch, capfd):
         print("fox", flush=flush)
         return 0
 
-    monkeypatch.setattr(generate, "run", print_line)
+    monkeypatch.setattr(generate, "run_command", print_line)
     monkeypatch.setitem(convert.COMMANDS, "inspect", print_line)
     monkeypatch.setattr(experts, "listing", lambda *_: print_line() or ["fox"])
     monkeypatch.setattr(train, "print_config", print_line)

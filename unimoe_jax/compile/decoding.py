@@ -24,6 +24,7 @@ from unimoe_jax.models.inference_decoder import (
 )
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
+from unimoe_jax.parallel.placement import bytes_per_device
 from unimoe_jax.parallel.sharding import data_shards, param_sharding
 from unimoe_jax.params.table import declared
 
@@ -65,13 +66,13 @@ def decoding_program(
     decoder = InferenceDecoder(model.decoder, dtype, model.attention)
     weights = _weights(model, mesh, dtype)
     programs = DecodingPrograms(decoder, weights, ProgramCache(mesh, mesh_rules), eos=(0,))
-    rows, memory = programs.round_rows(rows), {"weights": _size(weights)}
+    rows, memory = programs.round_rows(rows), {"weights": bytes_per_device(weights)}
     if program == "prefill":
         size = prompt_bucket(length, programs.max_length)
         rows = rows_together(size, rows, programs.program_cache.data_shards)
         return DecodingProgram(rows, size, memory, lambda: programs.prefill_program(rows, size))
     slots = ring_bucket(length, programs.max_length)
-    memory["cache"] = _size(programs.state_structs(rows, slots))
+    memory["cache"] = bytes_per_device(programs.state_structs(rows, slots))
     return DecodingProgram(
         rows, slots, memory, lambda: programs.advance_program(rows, slots, greedy=True)
     )
@@ -89,11 +90,3 @@ def _weights(model: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
         return jax.ShapeDtypeStruct(value.shape, held_dtype(path, dtype), sharding=sharding)
 
     return inference_weights(model.decoder, params, axes, "stacked", place)
-
-
-def _size(tree: Any) -> int:
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
-        * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from unimoe_jax.compile.decoding import decoding_program
@@ -20,7 +19,7 @@ from unimoe_jax.compile.summary import collective_table, too_large
 from unimoe_jax.config import ConfigError, MediaName, ModelConfig, RunConfig
 from unimoe_jax.config.stage_settings import StageSettings
 from unimoe_jax.data.batch import Batch, batch_spec
-from unimoe_jax.parallel.placement import batch_structs
+from unimoe_jax.parallel.placement import batch_structs, bytes_per_device
 from unimoe_jax.parallel.sharding import data_shards
 from unimoe_jax.stages.programs import lower_score, lower_step
 from unimoe_jax.stages.stage import Stage, build_stage
@@ -75,19 +74,11 @@ def assumed_batch(
 def memory_classes(stage: Stage, mesh: Mesh, spec: Batch) -> dict[str, int]:
     """Bytes per device of the arguments of a step: exact, from shapes and shardings."""
     state = stage.state_template(mesh)
-
-    def size(tree: Any) -> int:
-        return sum(
-            int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
-            * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-
     return {
-        "frozen parameters": size(stage.frozen_template()),
-        "trained parameters": size(state.trained),
-        "optimizer": size(state.optimizer),
-        "batch": size(batch_structs(mesh, spec)),
+        "frozen parameters": bytes_per_device(stage.frozen_template()),
+        "trained parameters": bytes_per_device(state.trained),
+        "optimizer": bytes_per_device(state.optimizer),
+        "batch": bytes_per_device(batch_structs(mesh, spec)),
     }
 
 

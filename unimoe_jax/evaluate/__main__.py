@@ -15,8 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
-
 from unimoe_jax.checkpoints.final import open_source
 from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.config import ConfigError, RunConfig, StageConfig, Take
@@ -28,7 +26,7 @@ from unimoe_jax.evaluate.controls import chance_levels, with_shuffled_media
 from unimoe_jax.evaluate.exact_match import SCORING_ERRORS, exact_match, is_scorable
 from unimoe_jax.parallel import distributed
 from unimoe_jax.parallel.sharding import data_shards, make_mesh, use_mesh
-from unimoe_jax.runtime.memory import keep_freed_memory
+from unimoe_jax.runtime.cpu import prepare
 from unimoe_jax.runtime.program import program_name
 from unimoe_jax.stages.data import heldout_pipeline
 from unimoe_jax.stages.initial_params import read_params
@@ -106,8 +104,7 @@ def run_command(args: argparse.Namespace) -> int:
     """Carry out the parsed command. Returns the exit code."""
     try:
         distributed.initialize(args)
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
+        prepare()
         layout = RunLayout(args.run)
         run = load_config(layout.config, args.overrides)
         stage = stage_to_score(run, args.stage, args.run)

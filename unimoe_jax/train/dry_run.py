@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.checkpoints.origins import CHECKPOINT, needed_sources
@@ -15,6 +15,7 @@ from unimoe_jax.config.load import dump_config, run_dir
 from unimoe_jax.config.stage_settings import StageSettings, resolve_stages
 from unimoe_jax.data.sources import PREFIX, load_tokenizer, resolve_sources
 from unimoe_jax.nn.head import block_size
+from unimoe_jax.parallel.placement import bytes_per_device
 from unimoe_jax.parallel.sharding import data_shards, param_sharding, planned_mesh, use_mesh
 from unimoe_jax.params.table import ParamInfo, describe
 from unimoe_jax.stages.data import stage_pipeline
@@ -125,12 +126,14 @@ def memory(
     """
 
     def total(trained: bool) -> int:
-        size = 0
-        for path, info in infos.items():
-            if info.trained is trained:
-                shape = shardings[path].shard_shape(info.shape)
-                size += int(np.prod(shape, dtype=np.int64)) * jnp.dtype(info.dtype).itemsize
-        return size
+        """Bytes per device of the trained or of the frozen parameters."""
+        return bytes_per_device(
+            {
+                path: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=shardings[path])
+                for path, info in infos.items()
+                if info.trained is trained
+            }
+        )
 
     tokens = settings.loader.rows * settings.loader.row_length // shards
     decoder = settings.model.decoder

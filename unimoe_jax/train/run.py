@@ -15,7 +15,7 @@ from unimoe_jax.config.stage_settings import resolve_stages
 from unimoe_jax.data.sources import cache_folder
 from unimoe_jax.parallel.distributed import require_same, wait_for_all
 from unimoe_jax.parallel.sharding import make_mesh, use_mesh
-from unimoe_jax.runtime.memory import keep_freed_memory
+from unimoe_jax.runtime.cpu import cache_programs, prepare
 from unimoe_jax.train.context import RunContext
 from unimoe_jax.train.finish import finish, finished_steps
 from unimoe_jax.train.loop import train_stage
@@ -41,8 +41,7 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
         )
     require_same("settings", f"{dump_config(config)} {args.stage} {jax.__version__}")
     mesh = make_mesh(config.mesh)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    prepare()
     with use_mesh(mesh, config.mesh.rules):
         checked = check_run(config, args)
         # Wait until every process has passed its checks, because --overwrite deletes files.
@@ -53,7 +52,10 @@ def run(config: RunConfig, args: argparse.Namespace) -> int:
             resume=args.resume,
             trains=bool(checked.stages_to_train),
         ):
-            enable_compilation_cache(config)
+            # Keep compiled programs beside the other caches, so that a restart does not compile
+            # again. That waits until the run directory is claimed, because a refused run writes
+            # nothing.
+            cache_programs(cache_folder(config.data) / "xla", min_compile_seconds=0.2)
             stop = StopSignal(mesh)
             stop.install()
             context = RunContext(config, layout, mesh, checked.data, checked.tokenizer, stop)
@@ -88,10 +90,3 @@ def run_stages(context: RunContext, only: str | None) -> bool:
             context.announce(f"{context.stop.reason}: saved; the same command continues")
             return False
     return True
-
-
-def enable_compilation_cache(config: RunConfig) -> None:
-    """Keep compiled programs beside the other caches, so that a restart does not compile again."""
-    folder = cache_folder(config.data) / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
