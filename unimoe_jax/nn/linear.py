@@ -1,7 +1,7 @@
-"""Linear layers, plain and per expert, that own their low-rank adapters.
+"""Linear layers, plain and per expert, each with its optional low-rank adapter.
 
-`kernel`, `bias`, `lora_a`, `lora_b` are siblings in `params`, so that freezing, merging and saving
-adapters are decisions about paths, not about modules.
+The parameters `kernel`, `bias`, `lora_a` and `lora_b` of a layer are siblings in `params`. Adapters
+are therefore frozen, merged and saved by rules about parameter paths; no module has to be replaced.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from unimoe_jax.config import AttentionProgram, LoRARule
 
 Initializer = Callable[..., jax.Array]
-# Uniform, not normal: a third of the program that draws a whole model, hence of its compile time.
+# Variance 1 / fan-in. The values are drawn from a uniform distribution because a normal one makes
+# the program that draws a whole model, and its compile time, about a third larger.
 fan_in: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 fan_in_per_expert: Initializer = nn.initializers.variance_scaling(
     1.0, "fan_in", "uniform", batch_axis=0
 )
-# Kaiming-uniform with a = sqrt(5), torch's default and the convention of LoRA implementations:
-# U(-1, 1)/sqrt(fan_in).
+# Kaiming-uniform with a = sqrt(5), which is U(-1, 1) / sqrt(fan_in). PyTorch uses it by default,
+# and implementations of LoRA use it for the matrix A.
 torch_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 lora_init = torch_uniform
 lora_init_per_expert: Initializer = nn.initializers.variance_scaling(
@@ -35,15 +36,17 @@ lora_init_per_expert: Initializer = nn.initializers.variance_scaling(
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What every layer needs to know about the run.
+    """The settings of a run that every layer receives.
 
     Attributes:
-        dtype: computations and activations; parameters are cast to it where they are used.
-        lora: adapter rules, matched against module paths; the first match wins.
-        train: draw adapter dropout (needs the `dropout` rng).
-        keep_hidden: experts keep what their first layers computed for the backward pass; for
-            layers that are not recomputed as a whole.
-        attention: "auto" or "xla", see `ModelConfig`, whose word counts in a whole model.
+        dtype: the dtype of computations and activations. Parameters are cast to it where they are
+            used.
+        lora: adapter rules, matched against module paths. The first rule that matches applies.
+        train: whether adapter dropout is drawn, which needs the rng named `dropout`.
+        keep_hidden: whether experts keep the results of their first linear layers for the backward
+            pass. This makes sense only in layers that are not recomputed as a whole.
+        attention: "auto" or "xla", see `ModelConfig`. In a whole model the value of `ModelConfig`
+            is used.
     """
 
     dtype: Any = jnp.float32
@@ -53,7 +56,7 @@ class LayerOptions:
     attention: AttentionProgram = "auto"
 
     def adapter(self, path: Sequence[str]) -> LoRARule | None:
-        """The adapter rule for the module at `path`, if any."""
+        """Return the adapter rule for the module at `path`, or None if no rule matches."""
         joined = "/".join(path)
         return next((rule for rule in self.lora if re.fullmatch(rule.match, joined)), None)
 
@@ -65,15 +68,29 @@ def declare(
     shape: Sequence[int],
     axes: Sequence[str | None],
 ) -> jax.Array:
-    """One declaration per weight: float32 shape, initialiser and logical axes together."""
+    """Declare one float32 parameter of `module`: shape, initialiser and logical axes together.
+
+    Raises:
+        ValueError: `axes` does not name every dimension of `shape`.
+    """
     if len(axes) != len(shape):
-        raise ValueError(f"{module.path}/{name}: shape {tuple(shape)} but axes {tuple(axes)}")
+        path = "/".join((*module.path, name))
+        raise ValueError(
+            f"{path}: shape {tuple(shape)} has {len(shape)} dimensions, but {len(axes)} logical "
+            f"axes are named: {tuple(axes)}; name one axis per dimension"
+        )
     boxed = nn.with_logical_partitioning(init, tuple(axes))
-    return module.param(name, boxed, tuple(shape), jnp.float32)
+    # `param` returns the array itself. Only the variables that `init` returns are in boxes, which
+    # carry the logical axes.
+    parameter: Any = module.param(name, boxed, tuple(shape), jnp.float32)
+    return parameter
 
 
 def mix_bits(bits: jax.Array) -> jax.Array:
-    """A full-avalanche mixing of uint32 (multiply and xor-shift, three rounds)."""
+    """Hash uint32 values so that every input bit affects every output bit.
+
+    Three rounds of xor-shift and multiplication; the factor of the last round is 1.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return bits
@@ -86,12 +103,20 @@ def row_dropout(
     rate: float,
     first_column: jax.Array | int = 0,
 ) -> jax.Array:
-    """Zero entries of x with probability `rate`, scale the others by 1 / (1 − rate).
+    """Set entries of x to zero with probability `rate`, and scale the others by 1 / (1 − rate).
 
-    The mask is a hash of (seed, row_R[r], column) alone: the same rows drop the same entries
-    whatever the order, block or device in which they are computed, and again when a block is
-    recomputed in the backward pass. It is also much less code to compile than a generator.
-    `first_column` is the column at which x begins, where a device holds some of the columns.
+    The mask is a hash of (seed, row_R[r], column) and of nothing else. The same rows therefore drop
+    the same entries in whatever order, block or device they are computed, and again when the
+    backward pass recomputes a block. A hash is also much less code to compile than a generator of
+    random numbers.
+
+    Args:
+        x_RD: activations [R,D].
+        row_R: integers, the number of each row in the whole batch.
+        seed: uint32 scalar.
+        rate: the probability that an entry is dropped, from 0 to below 1.
+        first_column: the column of the whole array at which x begins. It is not 0 where a device
+            holds only some of the columns.
     """
     row_key = mix_bits(mix_bits(row_R.astype(jnp.uint32)) ^ seed)
     column = jnp.arange(x_RD.shape[1], dtype=jnp.uint32) + jnp.asarray(first_column, jnp.uint32)
@@ -102,15 +127,16 @@ def row_dropout(
 
 
 def dropout(x: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
-    """`row_dropout` with rows numbered through all leading axes."""
+    """Apply `row_dropout` to x [..., D], with rows numbered through all leading axes."""
     rows = jnp.arange(x.size // x.shape[-1], dtype=jnp.uint32)
     return row_dropout(x.reshape(-1, x.shape[-1]), rows, seed, rate).reshape(x.shape)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """x[..., I] @ kernel[I, O] in `dtype`, accumulated in float32, returned in float32.
+    """Return x[..., I] @ kernel[I, O] in float32, with factors in `dtype` and float32 sums.
 
-    XLA's CPU backend is twice as fast for bf16 with a float32 result than without.
+    The result is float32 because XLA's CPU backend multiplies bfloat16 twice as fast with a float32
+    result as without.
     """
     return jax.lax.dot_general(
         x.astype(dtype),
@@ -127,71 +153,93 @@ def apply_linear(
     rule: LoRARule | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """x[..., I] W (+ b) (+ alpha/rank · drop(x) A B with the adapter `rule`): float32 [..., O].
+    """Return x W (+ b) (+ alpha/rank · drop(x) A B with the adapter `rule`), float32 [..., O].
 
-    weights: kernel [I,O], and where present bias [O], lora_a [I,R], lora_b [R,O].
+    Args:
+        weights: kernel [I,O], and where present bias [O], lora_a [I,R], lora_b [R,O].
+        x: activations [..., I].
+        dtype: the dtype of the factors of all products.
+        rule: the adapter rule of the layer, or None if the layer has no adapter.
+        drop: dropout of the adapter's input, or None if nothing is dropped.
     """
-    lead = x.shape[:-1]
-    # One axis of rows: of sums over several, as gradients of weights are, the compiler makes
-    # transposed copies.
+    leading = x.shape[:-1]
+    # Flatten the leading axes first: the weight gradient sums over all of them, and XLA would
+    # transpose (copy) its operands to sum over several axes.
     x = x.reshape(-1, x.shape[-1])
     y = matmul(x, weights["kernel"], dtype)
     if "bias" in weights:
         y += jnp.broadcast_to(weights["bias"], y.shape)
     if rule is not None:
-        # Scaled here, where there are few columns, forward and backward.
+        # Apply alpha / rank to the R columns between A and B, because these are the fewest numbers
+        # to scale, in the forward pass and in the backward pass.
         down = rule.alpha / rule.rank * matmul(drop(x) if drop else x, weights["lora_a"], dtype)
         y += matmul(down, weights["lora_b"], dtype)
-    return y.reshape(*lead, -1)
+    return y.reshape(*leading, -1)
 
 
-def adapter_seed(module: nn.Module, options: LayerOptions, rule: LoRARule | None):
-    """uint32 seed of the adapter's dropout, or None where nothing is dropped."""
+def adapter_seed(
+    module: nn.Module, options: LayerOptions, rule: LoRARule | None
+) -> jax.Array | None:
+    """Draw the uint32 seed of the adapter's dropout, or return None if nothing is dropped."""
     if rule is None or not options.train or not rule.dropout:
         return None
     return jax.random.bits(module.make_rng("dropout"), dtype=jnp.uint32)
 
 
-class Linear(nn.Module):
-    """y = x W (+ b) (+ alpha/rank · dropout(x) A B when an adapter rule matches this path).
+class LinearParameters(nn.Module):
+    """Base of the modules that declare the parameters of one linear layer.
 
-    LoRA: arXiv 2106.09685, section 4.1. A is Kaiming-uniform, B zero.
+    Attributes:
+        features: O, the width of the output.
+        axes: logical axes of the kernel, (input, output).
+        kernel_init: the initialiser of the kernel.
     """
 
     features: int
     options: LayerOptions
     use_bias: bool = False
     axes: tuple[str | None, str | None] = ("embed", "mlp")
-    init: Initializer = fan_in
+    kernel_init: Initializer = fan_in
+
+    def weights(self, inputs: int, rule: LoRARule | None) -> dict[str, jax.Array]:
+        """Declare the parameters that `apply_linear` takes, for an input of width `inputs`."""
+        features, (first, last) = self.features, self.axes
+        kernel = declare(self, "kernel", self.kernel_init, (inputs, features), self.axes)
+        weights = {"kernel": kernel}
+        zeros = nn.initializers.zeros
+        if self.use_bias:
+            weights["bias"] = declare(self, "bias", zeros, (features,), (last,))
+        if rule is not None:
+            shape_a, shape_b = (inputs, rule.rank), (rule.rank, features)
+            weights["lora_a"] = declare(self, "lora_a", lora_init, shape_a, (first, "rank"))
+            # B starts at zero, so that a new adapter does not change the layer.
+            weights["lora_b"] = declare(self, "lora_b", zeros, shape_b, ("rank", last))
+        return weights
+
+
+class Linear(LinearParameters):
+    """y = x W (+ b) (+ alpha/rank · dropout(x) A B when an adapter rule matches this path).
+
+    LoRA: arXiv 2106.09685, section 4.1. A is drawn Kaiming-uniform, and B is zero.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         rule = self.options.adapter(self.path)
         weights = self.weights(x.shape[-1], rule)
         seed = adapter_seed(self, self.options, rule)
-        drop = None if seed is None else partial(dropout, seed=seed, rate=rule.dropout)
+        drop = None
+        if rule is not None and seed is not None:
+            drop = partial(dropout, seed=seed, rate=rule.dropout)
         dtype = self.options.dtype
         return apply_linear(weights, x, dtype, rule, drop).astype(dtype)
-
-    def weights(self, inputs: int, rule: LoRARule | None) -> dict[str, jax.Array]:
-        """Declare what `apply_linear` takes."""
-        features, (first, last) = self.features, self.axes
-        weights = {"kernel": declare(self, "kernel", self.init, (inputs, features), self.axes)}
-        zeros = nn.initializers.zeros
-        if self.use_bias:
-            weights["bias"] = declare(self, "bias", zeros, (features,), (last,))
-        if rule is not None:
-            shapes = (inputs, rule.rank), (rule.rank, features)
-            weights["lora_a"] = declare(self, "lora_a", lora_init, shapes[0], (first, "rank"))
-            weights["lora_b"] = declare(self, "lora_b", zeros, shapes[1], ("rank", last))
-        return weights
 
 
 class ExpertLinear(nn.Module):
     """Declares the weights of one linear layer in each of E experts; dispatch applies them.
 
-    Returns a dict of `kernel [E,I,O]`, and where present `bias [E,O]`, `lora_a [E,I,R]`,
-    `lora_b [E,R,O]`, float32.
+    Calling it returns a dict of `kernel` [E,I,O], and where present `bias` [E,O], `lora_a` [E,I,R]
+    and `lora_b` [E,R,O], all float32.
     """
 
     num_experts: int
@@ -204,31 +252,19 @@ class ExpertLinear(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         experts, (first, last) = self.num_experts, self.axes
-        kernel_shape = (experts, self.inputs, self.features)
-        weights = {
-            "kernel": declare(
-                self, "kernel", fan_in_per_expert, kernel_shape, ("expert", first, last)
-            )
-        }
+        zeros = nn.initializers.zeros
+        # The initialisers treat the expert axis as a batch axis, so that the scale of a kernel does
+        # not depend on the number of experts.
+        shape, axes = (experts, self.inputs, self.features), ("expert", first, last)
+        weights = {"kernel": declare(self, "kernel", fan_in_per_expert, shape, axes)}
         if self.use_bias:
-            zeros = nn.initializers.zeros
-            weights["bias"] = declare(
-                self, "bias", zeros, (experts, self.features), ("expert", last)
-            )
+            shape, axes = (experts, self.features), ("expert", last)
+            weights["bias"] = declare(self, "bias", zeros, shape, axes)
         rule = self.options.adapter(self.path)
         if rule is not None:
-            weights["lora_a"] = declare(
-                self,
-                "lora_a",
-                lora_init_per_expert,
-                (experts, self.inputs, rule.rank),
-                ("expert", first, "rank"),
-            )
-            weights["lora_b"] = declare(
-                self,
-                "lora_b",
-                nn.initializers.zeros,
-                (experts, rule.rank, self.features),
-                ("expert", "rank", last),
-            )
+            shape, axes = (experts, self.inputs, rule.rank), ("expert", first, "rank")
+            weights["lora_a"] = declare(self, "lora_a", lora_init_per_expert, shape, axes)
+            # As in `Linear`, B starts at zero.
+            shape, axes = (experts, rule.rank, self.features), ("expert", "rank", last)
+            weights["lora_b"] = declare(self, "lora_b", zeros, shape, axes)
         return weights

@@ -1,4 +1,4 @@
-"""Feed-forward layers."""
+"""Dense feed-forward layers: `Mlp` for encoders and connectors, `SwiGLU` for the decoder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from unimoe_jax.nn.linear import LayerOptions, Linear
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x · sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    """Return x · sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+# The exact GELU, x · Φ(x); jax.nn.gelu would use the tanh approximation by default.
 gelu: Callable[[jax.Array], jax.Array] = partial(jax.nn.gelu, approximate=False)
 
 
 class Mlp(nn.Module):
-    """fc2(activation(fc1(x))) with biases."""
+    """fc2(activation(fc1(x))) with biases; the output is as wide as x.
+
+    Attributes:
+        hidden: the width between the two layers.
+    """
 
     hidden: int
     activation: Callable[[jax.Array], jax.Array]
@@ -35,7 +40,11 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), no biases (arXiv 2002.05202, section 2)."""
+    """down(silu(gate(x)) · up(x)) without biases (arXiv 2002.05202, section 2).
+
+    Attributes:
+        hidden: the width of the gate and up projections.
+    """
 
     hidden: int
     options: LayerOptions

@@ -1,8 +1,13 @@
-"""Stacks of layers: scans with parameters stacked on a leading `layers` axis.
+"""Stacks of layers: scans over parameters that are stacked on a leading `layers` axis.
 
-A model may mix kinds of layers (experts in every second one). `layer_runs` cuts the list of kinds
-into runs of a repeated period, each run is one scan over its period, and `where_is` tells where a
-layer's parameters lie, for conversion, upcycling and inspection.
+A model may mix kinds of layers, for example experts in every second layer. `layer_runs` cuts the
+list of kinds into runs of a repeated pattern, and each run becomes one scan over its repetitions.
+`where_is` computes where the parameters of a layer are stored, for conversion, upcycling and
+inspection.
+
+Example: five layers of the kinds (moe, dense, moe, dense, moe) become a run of (moe, dense)
+repeated twice and a run of (moe) repeated once. Layer 3 is dense; it is stored in run 0, block 1,
+at index 1: `run_0/block_1`, second row of every stacked array.
 """
 
 from __future__ import annotations
@@ -17,44 +22,50 @@ from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.parallel.sharding import current_platform
 
 CPU_UNROLL = 8
-"""Longest stack whose layers follow one another in a CPU's program, see `scan_layers`."""
+"""On CPUs a stack of at most so many layers is unrolled and is no loop, see `scan_layers`."""
+
+LONGEST_PERIOD = 4
+"""The longest repeated pattern of layers that `layer_runs` looks for."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """`repeats` times the kinds in `period`."""
+    """A sequence of layers: the kinds in `period`, `repeats` times."""
 
     period: tuple[bool, ...]
     repeats: int
 
 
 def layer_runs(kinds: Sequence[bool]) -> tuple[Run, ...]:
-    """Cut `kinds` (one flag per layer) into as few periodic runs as a greedy search finds.
+    """Cut `kinds` (one flag per layer) into few periodic runs, by a greedy search.
 
-    All equal: one run of period 1. Alternating: one run of period 2 (plus a run for an odd tail).
+    Layers that are all of one kind become one run of period 1. Alternating layers become one run of
+    period 2, and a second run for the last layer if their number is odd.
     """
     runs: list[Run] = []
     rest = tuple(kinds)
     while rest:
-        best = (1, Run(rest[:1], 1))
-        for period in (1, 2, 3, 4):
+        # Without any repetition the next layer becomes a run of its single kind.
+        best_run, best_length = Run(rest[:1], 1), 1
+        for period in range(1, LONGEST_PERIOD + 1):
             pattern = rest[:period]
             if len(pattern) < period:
                 break
+            # Count how often the pattern follows itself from here on.
             repeats = 1
             while rest[repeats * period : (repeats + 1) * period] == pattern:
                 repeats += 1
-            covered = repeats * period
-            if covered > best[0] and (repeats > 1 or period == 1):
-                best = (covered, Run(pattern, repeats))
-        runs.append(best[1])
-        rest = rest[best[0] :]
+            length = repeats * period
+            if length > best_length and (repeats > 1 or period == 1):
+                best_run, best_length = Run(pattern, repeats), length
+        runs.append(best_run)
+        rest = rest[best_length:]
     return tuple(runs)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Layer `index` of the stacked parameters under `run_{run}/block_{block}`."""
+    """Where a layer is stored: row `index` of the parameters under `run_{run}/block_{block}`."""
 
     run: int
     block: int
@@ -62,11 +73,12 @@ class Place:
 
     @property
     def prefix(self) -> str:
+        """The path of the block, which holds this layer and others of its kind."""
         return f"run_{self.run}/block_{self.block}"
 
 
 def where_is(kinds: Sequence[bool]) -> tuple[Place, ...]:
-    """The place of every layer, in layer order."""
+    """Return the place of every layer, in layer order."""
     places = []
     for number, run in enumerate(layer_runs(kinds)):
         for repeat in range(run.repeats):
@@ -83,26 +95,37 @@ def scan_layers(
     options: LayerOptions,
     **fields: Any,
 ) -> nn.Module:
-    """`length` copies of `block(options=…, **fields)` with parameters stacked under `name`.
+    """Return `length` copies of `block(options=…, **fields)`, with parameters stacked under `name`.
 
-    remat: the backward pass computes each layer again.
+    `block.__call__(carry, layer_input, *shared)` returns (carry, output). `layer_input` is scanned
+    over its leading axis (or is None), every layer receives all of `shared`, and the outputs are
+    stacked.
 
-    A loop over layers copies each layer's weights out of their stack and what the backward pass
-    keeps into one: 7 to 15 % of a train step on CPUs, where short stacks therefore are no loop.
-    With remat they stay one, or the compiler would find the layers computed again in the first
-    computation and keep that; on accelerators the program of each layer would take compile time.
+    Whether the layers become a loop depends on the platform. A loop copies each layer's weights out
+    of their stack, and copies what the backward pass keeps into a stack. On CPUs these copies take
+    7 to 15 % of a train step, so short stacks are unrolled there. Stacks with `remat` stay loops,
+    because the compiler would otherwise recognise that the recomputed layers equal the first
+    computation, and would keep the results of the first computation in memory. On accelerators
+    stacks stay loops as well, because compiling a separate program for every layer takes long.
 
-    `block.__call__(carry, layer_input, *shared) -> (carry, output)`: `layer_input` is scanned over
-    its leading axis (or None), `shared` goes to every layer, outputs are stacked.
+    Args:
+        block: the module class of one layer.
+        length: the number of layers.
+        remat: whether the backward pass computes each layer again instead of keeping its results.
+        name: the name of the stack inside the calling module.
+        options: the settings of the run; `keep_hidden` is replaced by `not remat`.
+        fields: the other attributes of `block`.
     """
     if remat:
         block = nn.remat(block, prevent_cse=False)
     unrolled = not remat and length <= CPU_UNROLL and current_platform() == "cpu"
+    # `nn.scan` takes one entry per argument here, although its annotation allows a single int only.
+    in_axes: Any = (0, nn.broadcast)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True, "router": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=in_axes,
         out_axes=0,
         length=length,
         unroll=length if unrolled else 1,

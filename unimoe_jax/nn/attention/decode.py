@@ -1,11 +1,12 @@
-"""One new token per sequence against cached keys and values.
+"""Attention of one new token per sequence against cached keys and values.
 
-The cache of a sequence is a ring of S slots. Position is in the keys already (rotary), so a slot's
-place means nothing: all sequences of a batch write at one cursor, however long each is, and a
-sequence sees the slots that it filled last. One write per layer serves the whole batch.
+The cache of a sequence is a ring of S slots. The keys already contain their positions (rotary
+embedding), so it does not matter in which slot a key is stored. All sequences of a batch therefore
+write at one common cursor, however long each sequence is, and a sequence sees the slots that it
+filled last. One write per layer serves the whole batch.
 
-Keys are stored [B,K,H,S] and values [B,K,S,H]: both products then run along the last axis of what
-they read.
+Keys are stored as [B,K,H,S] and values as [B,K,S,H], because then both products run along the last
+axis of the array that they read.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from unimoe_jax.nn.attention.attend import MASKED
 class KVCache(NamedTuple):
     """Keys [B,K,H,S] and values [B,K,S,H] of one layer, in the compute dtype.
 
-    A single sequence may do without the axis B: a loop that carries an axis of one element copies
-    the cache in every round (XLA on CPUs drops the axis before each product, in a new array).
+    The cache of a single sequence may omit the axis B. A loop that carries an axis of one element
+    would copy the cache in every round, because XLA on CPUs removes that axis before each product
+    by writing a new array.
     """
 
     k: jax.Array
@@ -32,12 +34,15 @@ class KVCache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """S: how many tokens a sequence can hold."""
+        """S: the number of tokens that a sequence can hold."""
         return self.k.shape[-1]
 
 
 def write(cache: KVCache, k_BKH: jax.Array, v_BKH: jax.Array, cursor: jax.Array) -> KVCache:
-    """The cache with one token of every sequence in slot `cursor` modulo S."""
+    """Return the cache with one new token of every sequence in slot `cursor` modulo S.
+
+    Example: with S = 4 slots and cursor 5, the token overwrites slot 1.
+    """
     slot = cursor % cache.slots
     if cache.k.ndim == 3:
         k_BKH, v_BKH = k_BKH[0], v_BKH[0]
@@ -48,7 +53,11 @@ def write(cache: KVCache, k_BKH: jax.Array, v_BKH: jax.Array, cursor: jax.Array)
 
 
 def visible(cursor: jax.Array, length_B: jax.Array, slots: int) -> jax.Array:
-    """bool [B,S]: the slots of the last `length_B[b]` tokens, the newest being at `cursor`."""
+    """Return bool [B,S]: the slots of the last `length_B[b]` tokens; the newest is at `cursor`.
+
+    Example: with 4 slots and cursor 5, the newest token is in slot 1, and a sequence of length 3
+    sees the slots 1, 0 and 3.
+    """
     age_S = (cursor - jnp.arange(slots)) % slots
     return age_S[None] < length_B[:, None]
 
@@ -56,9 +65,12 @@ def visible(cursor: jax.Array, length_B: jax.Array, slots: int) -> jax.Array:
 def attend_one(
     q_BNH: jax.Array, cache: KVCache, visible_BS: jax.Array, *, scale: float
 ) -> jax.Array:
-    """softmax(scale · q kᵀ, masked) v for one query per sequence, N heads over K key heads.
+    """Return softmax(scale · q kᵀ, masked) v for one query per sequence, N heads over K key heads.
 
-    Returns [B,N,H] in the dtype of q. Scores and softmax are float32 (arXiv 1706.03762, eq. 1).
+    Scores and softmax are float32 (arXiv 1706.03762, eq. 1).
+
+    Returns:
+        [B,N,H] in the dtype of q.
     """
     q = rearrange(q_BNH, "b (k g) h -> b k g h", k=cache.k.shape[-3])
     visible = visible_BS[:, None, None]

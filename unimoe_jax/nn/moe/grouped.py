@@ -1,10 +1,12 @@
-"""Experts applied to the rows routed to them, on one device: sorted, dropless, in blocks.
+"""Experts applied to the rows that were routed to them, on one device: sorted, in blocks, dropless.
 
-Slots (a token's choice of an expert) are sorted by expert, and each expert's rows are walked in
-large blocks with a tail of smaller ones, so that the rows multiplied are the rows routed but for a
-few. Forward and backward are plain functions; dispatch.py joins them in one custom gradient.
-Neither the permuted tokens nor the experts' outputs are kept; what the first layers computed is
-kept on demand, else every block is computed again.
+A slot is one choice of an expert by a token. Slots are sorted by expert, and the rows of each
+expert are processed in large blocks followed by a tail of smaller ones. The rows that are
+multiplied are therefore the rows that were routed, plus a few rows of padding.
+
+Forward and backward pass are plain functions, which dispatch.py joins in one custom gradient.
+Neither the permuted tokens nor the outputs of experts are kept between them. The results of an
+expert's first layers are kept on request; otherwise the backward pass computes every block again.
 """
 
 from __future__ import annotations
@@ -18,19 +20,22 @@ import jax.numpy as jnp
 
 from unimoe_jax.nn.moe.experts import ExpertFunction
 
-# Blocks by platform. A CPU's fit its caches, and 64 rows take it as long as twice 32; elsewhere a
-# block pays for reading the expert's weights and the sum of their gradients from memory.
+# Block sizes by platform. On a CPU a block must fit the caches. There is no size of 64, because one
+# block of 64 rows takes a CPU as long as two blocks of 32. On accelerators a large block amortises
+# reading the expert's weights, and the sum of their gradients, from memory.
 BLOCKS = {"cpu": (512, 256, 128, 32)}
 ACCELERATOR_BLOCKS = (2048, 1024, 512, 256, 128)
 IN_PLACE = ("tpu",)
-"""Platforms whose blocks read weights in place, see `Blocks`."""
+"""Platforms on which blocks read the weights where they are stored, see `Blocks`."""
 
 
 class Routed(NamedTuple):
-    """What experts work on.
+    """Tokens with the experts that they were routed to.
 
-    x_XD: tokens. expert_XK: int32 in [0, E]; E is "no expert" and costs nothing.
-    weight_XK: float32. row_X: uint32, the number of each token in the whole batch.
+    x_XD: tokens.
+    expert_XK: int32 in [0, E]; E means "no expert" and costs nothing.
+    weight_XK: float32.
+    row_X: uint32, the number of each token in the whole batch.
     """
 
     x_XD: jax.Array
@@ -40,11 +45,13 @@ class Routed(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the rows of experts are walked: sizes of blocks, the largest first.
+    """How the rows of an expert are processed.
 
-    in_place: a block reads its expert where the weights of all lie. A TPU multiplies a part of an
-    array as it lies, and putting an expert aside takes it as long as hundreds of rows; elsewhere
-    every block would put it aside again.
+    sizes: rows per block, the largest size first.
+    in_place: whether every block reads its expert's weights from the stacked weights of all
+        experts. A TPU can multiply a part of an array where it is stored, and copying an expert's
+        weights out of the stack takes it as long as hundreds of rows. On other platforms every
+        block would copy the weights again, so they are copied once per expert, before its blocks.
     """
 
     sizes: tuple[int, ...]
@@ -52,65 +59,77 @@ class Blocks(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """Slots (token-major, S = X·K) sorted by expert.
+    """The S = X·K slots (numbered token by token), sorted by expert.
 
-    expert_of: [S] expert of each slot, E for none.
-    slot_of: [S + largest block] slot at each sorted position; the tail is padding.
-    position_of: [S] sorted position of each slot.
-    start, count: [E] rows of each expert.
+    expert_of: [S], the expert of each slot; E means none.
+    slot_of: [S + largest block], the slot at each sorted position, and padding at the end.
+    position_of: [S], the sorted position of each slot.
+    start, load: [E], the first sorted position and the number of rows of each expert.
     """
 
     expert_of: jax.Array
     slot_of: jax.Array
     position_of: jax.Array
     start: jax.Array
-    count: jax.Array
+    load: jax.Array
 
 
 def _sort_slots(expert_XK: jax.Array, experts: int, padding: int) -> _Order:
-    """Counting sort: cheaper than argsort, and it gives the ranks as well."""
+    """Sort slots by expert with a counting sort, which is cheaper than argsort.
+
+    Example: three tokens choose the experts 1, 0 and 1 of two. The experts have the loads (1, 2)
+    and start at the sorted positions (0, 1). The slots go to the positions (1, 0, 2), so slot_of is
+    (1, 0, 2) followed by padding.
+    """
     slot_expert = expert_XK.reshape(-1)
+    # rank[s, e]: the number of slots up to s that go to expert e. "No expert" comes last.
     chosen = slot_expert[:, None] == jnp.arange(experts + 1)[None]
     rank = jnp.cumsum(chosen.astype(jnp.int32), axis=0)
-    count = rank[-1]
-    start = jnp.cumsum(count) - count
+    load = rank[-1]
+    start = jnp.cumsum(load) - load
+    # The position of a slot is the start of its expert plus its rank within the expert.
     rank_of = jnp.take_along_axis(rank, slot_expert[:, None], axis=1)[:, 0] - 1
     position_of = start[slot_expert] + rank_of
     slots = jnp.arange(slot_expert.shape[0], dtype=jnp.int32)
     slot_of = jnp.zeros(slots.shape[0] + padding, jnp.int32).at[position_of].set(slots)
-    return _Order(slot_expert, slot_of, position_of, start[:experts], count[:experts])
+    return _Order(slot_expert, slot_of, position_of, start[:experts], load[:experts])
 
 
 def blocks_for(mean_load: int, platform: str) -> Blocks:
-    """The platform's blocks that are no larger than the mean load of an expert, or the smallest."""
+    """Return the blocks of a platform for experts with `mean_load` rows on average.
+
+    Sizes above the mean load are left out; if all are above it, the smallest size remains.
+    """
     sizes = BLOCKS.get(platform, ACCELERATOR_BLOCKS)
     sizes = tuple(size for size in sizes if size <= mean_load) or sizes[-1:]
     return Blocks(sizes, in_place=platform in IN_PLACE)
 
 
-def block_trips(left, size: int, smallest: int):
-    """How many blocks of `size` rows are taken of those `left` (int, or an array of any kind).
+def block_trips(remaining, size: int, smallest: int):
+    """Return how many blocks of `size` rows to use for `remaining` rows (an int or an array).
 
-    A block is taken whole if an eighth of it stays empty, for every block reads the expert's
-    weights and adds to their gradient, which costs about as much as multiplying 35 rows; or if what
-    stays empty is less than a smallest block: filled up with those, it would be as many rows.
+    The last block is used although it is not full, if at most 1/8 of it is padding, or if the
+    padding is smaller than the smallest block. In the first case smaller blocks would cost more,
+    because every block reads the expert's weights and adds to their gradient, which takes about as
+    long as multiplying 35 rows. In the second case smaller blocks would multiply as many rows.
+
+    Example: with the sizes 512, 256, 128 and 32, 1000 rows take two blocks of 512, of which 24 rows
+    are padding. 900 rows take one block of each size, 928 rows in all.
     """
-    return (left + max(size // 8, smallest - 1)) // size
+    return (remaining + max(size // 8, smallest - 1)) // size
 
 
 def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
-    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start`.
-
-    Offsets depend on the loop index, otherwise XLA hoists a body of at most one trip and always
-    runs it.
-    """
+    """Fold `body(carry, offset, size)` over blocks that cover `count` rows from `start` on."""
     done = jnp.zeros_like(count)
     for size in sizes:
-        left = jnp.maximum(count - done, 0)
-        trips = block_trips(left, size, sizes[-1])
+        remaining = jnp.maximum(count - done, 0)
+        trips = block_trips(remaining, size, sizes[-1])
         base = start + done
 
         def step(i, carry, size=size, base=base):
+            # The offset has to depend on the loop index. Otherwise XLA would move the body of a
+            # loop with at most one trip out of the loop, and would always run it.
             return body(carry, base + i * size, size)
 
         carry = jax.lax.fori_loop(0, trips, step, carry)
@@ -121,44 +140,65 @@ def _over_blocks(sizes: tuple[int, ...], start, count, body, carry):
 def _over_experts(
     blocks: Blocks, order: _Order, weights: Any, sums: list[jax.Array], block: Callable, carry: Any
 ) -> tuple[Any, list[jax.Array]]:
-    """(carry, sums) after `block(carry, w, offset, size, end) -> (carry, more)` for every block of
-    every expert: w is the expert's, its rows end at `end`, and `more` is added to its sums.
+    """Fold `block` over all blocks of all experts, and return (carry, sums).
 
-    weights and sums: arrays [E,…].
+    Args:
+        weights: pytree of arrays [E,…].
+        sums: arrays [E,…], to which the results of the blocks of each expert are added.
+        block: `block(carry, w, offset, size, end)` returns (carry, terms). `w` is the part of
+            `weights` of the expert, its rows are the sorted positions before `end`, and `terms` are
+            added to its part of `sums`.
     """
 
     def read(offset):
-        # Asked of the block's first row: an expert known before the loop is put aside there.
+        # Look the expert up inside the loop over blocks. If its number were known outside, XLA
+        # would move the slice out of the loop and copy the weights.
         number = order.expert_of[order.slot_of[offset]]
         part = partial(jax.lax.dynamic_index_in_dim, index=number, axis=0, keepdims=False)
         return jax.tree.map(part, weights)
 
     def one_expert(carry, expert):
-        w, own, start, count = expert
+        copied_w, expert_sums, start, load = expert
 
         def step(state, offset, size):
-            carry, own = state
-            mine = read(offset) if blocks.in_place else w
-            carry, more = block(carry, mine, offset, size, start + count)
-            return carry, [a + b.astype(a.dtype) for a, b in zip(own, more, strict=True)]
+            carry, expert_sums = state
+            w = read(offset) if blocks.in_place else copied_w
+            carry, terms = block(carry, w, offset, size, start + load)
+            added = [a + b.astype(a.dtype) for a, b in zip(expert_sums, terms, strict=True)]
+            return carry, added
 
-        return _over_blocks(blocks.sizes, start, count, step, (carry, own))
+        return _over_blocks(blocks.sizes, start, load, step, (carry, expert_sums))
 
-    aside = None if blocks.in_place else weights
-    return jax.lax.scan(one_expert, carry, (aside, sums, order.start, order.count))
+    # The scan copies an expert's weights out of the stack, unless blocks read them in place.
+    copied = None if blocks.in_place else weights
+    return jax.lax.scan(one_expert, carry, (copied, sums, order.start, order.load))
 
 
 def sum_choices(
-    rows: jax.Array, at_XK: jax.Array, wanted_XK: jax.Array, weight_XK: jax.Array | None = None
+    rows: jax.Array,
+    place_XK: jax.Array,
+    wanted_XK: jax.Array,
+    weight_XK: jax.Array | None = None,
 ) -> jax.Array:
-    """[X,D] float32: Σ_k weight[x,k] · rows[at[x,k]] over the choices wanted; weight None is 1."""
-    total = jnp.zeros((at_XK.shape[0], rows.shape[1]), jnp.float32)
-    for k in range(at_XK.shape[1]):  # not at once: that would hold K rows of float32 per token
+    """Return Σ_k weight[x,k] · rows[place[x,k]] over the choices that are wanted, float32 [X,D].
+
+    Args:
+        rows: arrays of any float dtype [·,D].
+        place_XK: the row of each choice.
+        wanted_XK: bool, the choices that are added.
+        weight_XK: float32 factors; None means 1.
+    """
+    total = jnp.zeros((place_XK.shape[0], rows.shape[1]), jnp.float32)
+    # Add one choice at a time. All at once would hold K rows of float32 per token.
+    for k in range(place_XK.shape[1]):
         wanted = wanted_XK[:, k]
-        found = rows[jnp.where(wanted, at_XK[:, k], 0)].astype(jnp.float32)
-        found = found if weight_XK is None else found * weight_XK[:, k, None]
-        total += jnp.where(wanted[:, None], found, 0.0)
+        chosen = rows[jnp.where(wanted, place_XK[:, k], 0)].astype(jnp.float32)
+        chosen = chosen if weight_XK is None else chosen * weight_XK[:, k, None]
+        total += jnp.where(wanted[:, None], chosen, 0.0)
     return total
+
+
+# --------------------------------------------------------------------------------- forward
 
 
 def forward(
@@ -169,80 +209,108 @@ def forward(
     blocks: Blocks,
     keep: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), [X, features] like x, and
-    what `backward` may be given, None without `keep`: `expert_fn.first` of every slot, sorted.
+    """Return y[x] = Σ_k weight[x,k] · expert_fn(weights[expert[x,k]], x[x]), and what is kept.
 
-    weights: pytree with a leading axis of E experts. seed_E: uint32, of each expert's dropout.
-    blocks: see `blocks_for`.
+    Args:
+        weights: pytree with a leading axis of E experts.
+        seed_E: uint32, the seed of each expert's adapter dropout.
+        blocks: see `blocks_for`.
+        keep: whether to return the results of `expert_fn.first_layers` for `backward`.
+
+    Returns:
+        y, [X,features] in the dtype of x, and the results of the first layers of every slot in
+        sorted order, or None without `keep`.
     """
     x_XD, expert_XK, weight_XK, row_X = rows
-    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
+    experts, top_k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
     order = _sort_slots(expert_XK, experts, blocks.sizes[0])
 
     def compute(expert, x, row):
         w, seed = expert
-        first = expert_fn.first(w, x, row, seed)
-        return expert_fn.rest(w, first, row, seed), first if keep else None
+        pre_activations = expert_fn.first_layers(w, x, row, seed)
+        y = expert_fn.later_layers(w, pre_activations, row, seed)
+        return y, pre_activations if keep else None
 
     def block(out, expert, offset, size, end):
         del end
-        token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // k
-        # A tail block may write into the next expert's rows; that expert overwrites them.
+        token = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,)) // top_k
+        # A tail block may write into the rows of the next expert, which overwrites them later.
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
         return jax.tree.map(write, out, compute(expert, x_XD[token], row_X[token])), []
 
-    every = (weights, seed_E)
-    one = jax.tree.map(lambda w: w[0], every)
-    shapes = jax.eval_shape(compute, one, x_XD[:1], row_X[:1])
+    # Allocate the sorted outputs: trace one expert on one row to learn their widths and dtypes.
+    stacked = (weights, seed_E)
+    first_expert = jax.tree.map(lambda w: w[0], stacked)
+    shapes = jax.eval_shape(compute, first_expert, x_XD[:1], row_X[:1])
     positions = order.slot_of.shape[0]
     empty = jax.tree.map(lambda s: jnp.zeros((positions, *s.shape[1:]), s.dtype), shapes)
-    (y_sorted, first), _ = _over_experts(blocks, order, every, [], block, empty)
-    # Rows of "no expert" slots were never computed and may hold a tail block's leftovers.
-    at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
-    return sum_choices(y_sorted, at_XK, real_XK, weight_XK).astype(x_XD.dtype), first
+
+    # Compute all blocks, and add up the choices of every token.
+    (y_sorted, kept), _ = _over_experts(blocks, order, stacked, [], block, empty)
+    # Slots without an expert were never computed, and their rows may hold what a tail block wrote.
+    place_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
+    return sum_choices(y_sorted, place_XK, real_XK, weight_XK).astype(x_XD.dtype), kept
+
+
+# -------------------------------------------------------------------------------- backward
 
 
 def selected(items: Sequence, flags: Sequence[bool]) -> list:
-    """The items whose flag is set."""
+    """Return the items whose flag is set."""
     return [item for item, flag in zip(items, flags, strict=True) if flag]
 
 
-def _replaced(weights: Any, flags: Sequence[bool], some: Sequence) -> Any:
-    """Weights with the arrays whose flag is set exchanged for `some`."""
+def _replaced(weights: Any, flags: Sequence[bool], replacements: Sequence) -> Any:
+    """Return weights with the arrays whose flag is set replaced, in order."""
     leaves, treedef = jax.tree.flatten(weights)
-    new = iter(some)
-    both = zip(leaves, flags, strict=True)
-    return treedef.unflatten([next(new) if flag else leaf for leaf, flag in both])
+    new = iter(replacements)
+    flagged = zip(leaves, flags, strict=True)
+    return treedef.unflatten([next(new) if flag else leaf for leaf, flag in flagged])
 
 
-def _of_block(
+class _BlockRows(NamedTuple):
+    """The rows of a block: tokens, their combine weights, and their numbers in the batch."""
+
+    x: jax.Array
+    weight: jax.Array
+    row: jax.Array
+
+
+def _block_gradients(
     expert_fn: ExpertFunction,
     w: Any,
     trained: Sequence[bool],
-    work: tuple[jax.Array, jax.Array, jax.Array],
+    rows: _BlockRows,
     seed: jax.Array,
     g: jax.Array,
     kept: Any,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Gradients of one expert's trained weights, of some rows and of their weights.
+    """Return the gradients of an expert's trained weights, of the rows, and of their weights.
 
-    work: rows, their weights and numbers. g: gradient of the result. kept: of `forward`, or None.
+    Args:
+        w: the weights of the expert.
+        trained: one flag per array of `w`.
+        g: the gradient of y for the rows.
+        kept: the results of the first layers as `forward` kept them, or None.
     """
-    x, weight, row = work
+    x, weight, row = rows
 
-    def read(some, x):
-        return expert_fn.first(_replaced(w, trained, some), x, row, seed)
+    def first_layers(trained_w, x):
+        return expert_fn.first_layers(_replaced(w, trained, trained_w), x, row, seed)
 
-    def finish(some, first, scale):
-        return expert_fn.rest(_replaced(w, trained, some), first, row, seed, scale)
+    def later_layers(trained_w, pre_activations, scale):
+        whole = _replaced(w, trained, trained_w)
+        return expert_fn.later_layers(whole, pre_activations, row, seed, scale)
 
-    some = selected(jax.tree.leaves(w), trained)
-    # The compiler drops the products of what is kept: nothing else asks for them.
-    computed, pull_read = jax.vjp(read, some, x)
-    _, pull_finish = jax.vjp(finish, some, computed if kept is None else kept, weight)
-    last, dfirst, dweight = pull_finish(g)
-    first, dx = pull_read(dfirst)
-    return [a + b for a, b in zip(first, last, strict=True)], dx, dweight.astype(jnp.float32)
+    trained_w = selected(jax.tree.leaves(w), trained)
+    computed, pull_first = jax.vjp(first_layers, trained_w, x)
+    # If results were kept, nothing reads `computed`, and the compiler removes its products.
+    pre_activations = computed if kept is None else kept
+    _, pull_later = jax.vjp(later_layers, trained_w, pre_activations, weight)
+    dw_later, dpre_activations, dweight = pull_later(g)
+    dw_first, dx = pull_first(dpre_activations)
+    dw = [a + b for a, b in zip(dw_first, dw_later, strict=True)]
+    return dw, dx, dweight.astype(jnp.float32)
 
 
 def backward(
@@ -254,31 +322,36 @@ def backward(
     blocks: Blocks,
     g_XD: jax.Array,
     dtrained: list[jax.Array],
-    first: Any = None,
+    kept: Any = None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """(gradient of the trained weights added to `dtrained`, of x, and of weight_XK).
+    """Return the gradients of the trained weights (added to `dtrained`), of x, and of weight_XK.
 
-    trained: one flag per array of `weights`, in the order of `jax.tree.leaves`. dtrained: float32,
-    shaped like the arrays flagged. g_XD is the gradient of what `forward` returns, `first` what it
-    kept, None if nothing.
+    Args:
+        trained: one flag per array of `weights`, in the order of `jax.tree.leaves`.
+        g_XD: the gradient of the y that `forward` returns.
+        dtrained: float32 arrays with the shapes of the flagged weights.
+        kept: the second result of `forward`, or None if nothing was kept.
     """
     x_XD, expert_XK, weight_XK, row_X = rows
-    experts, k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
+    experts, top_k = jax.tree.leaves(weights)[0].shape[0], expert_XK.shape[1]
     order = _sort_slots(expert_XK, experts, blocks.sizes[0])
     slot_weight = weight_XK.reshape(-1)
 
     def block(carry, expert, offset, size, end):
         (w, seed), (dx_sorted, dweight_sorted) = expert, carry
+        # Read the rows of the block. Behind the last row of the expert, repeat that row with a
+        # gradient of zero: the row of another expert could overflow float16 in this expert, and
+        # 0 · inf would be NaN.
         slot = jax.lax.dynamic_slice(order.slot_of, (offset,), (size,))
-        mine = offset + jnp.arange(size) < end
-        # Another expert's rows have a gradient of zero, but in float16 could overflow in this one.
-        slot = jnp.where(mine, slot, order.slot_of[end - 1])
-        token = slot // k
+        is_row = offset + jnp.arange(size) < end
+        slot = jnp.where(is_row, slot, order.slot_of[end - 1])
+        token = slot // top_k
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=offset, slice_size=size, axis=0)
-        g = jnp.where(mine[:, None], g_XD[token], 0).astype(expert_fn.dtype)
-        work = (x_XD[token], slot_weight[slot], row_X[token])
-        kept = None if first is None else jax.tree.map(cut, first)
-        dw, dx, dweight = _of_block(expert_fn, w, trained, work, seed, g, kept)
+        g = jnp.where(is_row[:, None], g_XD[token], 0).astype(expert_fn.dtype)
+        block_rows = _BlockRows(x_XD[token], slot_weight[slot], row_X[token])
+        block_kept = None if kept is None else jax.tree.map(cut, kept)
+        # Compute the gradients, and write those of rows to their sorted positions.
+        dw, dx, dweight = _block_gradients(expert_fn, w, trained, block_rows, seed, g, block_kept)
         dx_sorted = jax.lax.dynamic_update_slice_in_dim(dx_sorted, dx, offset, axis=0)
         dweight_sorted = jax.lax.dynamic_update_slice(dweight_sorted, dweight, (offset,))
         return (dx_sorted, dweight_sorted), dw
@@ -288,7 +361,8 @@ def backward(
     (dx_sorted, dweight_sorted), dtrained = _over_experts(
         blocks, order, (weights, seed_E), dtrained, block, empty
     )
-    at_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
-    dx = sum_choices(dx_sorted, at_XK, real_XK)
-    dweight = jnp.where(real_XK, dweight_sorted[at_XK], 0.0)
+    # Add up the gradients of a token's choices, and bring those of weights into token order.
+    place_XK, real_XK = order.position_of.reshape(expert_XK.shape), expert_XK < experts
+    dx = sum_choices(dx_sorted, place_XK, real_XK)
+    dweight = jnp.where(real_XK, dweight_sorted[place_XK], 0.0)
     return dtrained, dx.astype(x_XD.dtype), dweight
