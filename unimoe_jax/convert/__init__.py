@@ -9,7 +9,8 @@ options            choices of an import: adapters, routers, rounding, layers of 
 entry              one row of a conversion table, and its expansion into single copies
 tables/            which source tensor becomes which parameter, one file per family or encoder
 branches           encoders and connectors: their settings, and the copies that fill them
-family_plans       source folders -> a conversion plan, one function per family
+unimoe_plan        the folders of a Uni-MoE -> a conversion plan
+family_plans       the folders of any family -> a conversion plan
 plan               every tensor has a place, checked before any tensor is read
 importing          source folders -> a checkpoint of this package, slice by slice
 writer             the arrays of that checkpoint, written in parts
