@@ -1,7 +1,9 @@
 """Checkpoints of the PyTorch originals in and out. Imports config, models, checkpoints and below.
 
 __main__           the command line: import, export, inspect, verify
-reader             safetensors and torch files, tensor by tensor; config.json; ConvertError
+source_tensor      one tensor of a source file, and ConvertError
+torch_file         files of torch, read without executing anything
+reader             safetensors files and folders, tensor by tensor; config.json
 source_names       tensors of the fine-tune's files under the names that the tables use
 recognise          paths -> source folders with roles, by config.json and tensor names
 processor_checks   preprocessor_config.json must ask for the features that data/ makes

@@ -14,18 +14,16 @@ from typing import Any, Literal
 
 from unimoe_jax.checkpoints.locate import is_checkpoint
 from unimoe_jax.convert.reader import (
-    TORCH_SUFFIXES,
     ConvertError,
     JsonSettings,
     Tensors,
-    load_torch,
     open_file,
     open_folder,
-    open_torch,
     read_json,
     weight_files,
 )
 from unimoe_jax.convert.source_names import ALIGNER, NON_LORA, PROJECTOR, tensors_by_table
+from unimoe_jax.convert.torch_file import TORCH_SUFFIXES, load_torch, open_torch
 
 Role = Literal["clip", "whisper", "beats", "decoder", "base", "tuned", "experts", "cumo"]
 DECODERS = ("llama", "mistral", "mixtral")
@@ -243,8 +241,8 @@ def copied_files(sources: Sequence[SourceFolder]) -> dict[str, Path]:
     """Name in the import -> tokenizer and processor files that an import copies.
 
     The decoder does not use the tokenizer files of encoders, so they are left out; among the other
-    sources, the last one that has a tokenizer file provides it. The name of a processor file gets the role in front,
-    for example `clip_preprocessor_config.json`, because every encoder has one.
+    sources, the last one that has a tokenizer file provides it. The name of a processor file gets
+    the role in front, for example `clip_preprocessor_config.json`, because every encoder has one.
     """
     files = {}
     for source in sources:
