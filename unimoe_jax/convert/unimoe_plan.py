@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from unimoe_jax.config import DecoderConfig, ModelConfig
 from unimoe_jax.convert.branches import Sources, branches_of, encoder_excuses
@@ -17,37 +17,31 @@ from unimoe_jax.convert.tables import llama, unimoe
 
 
 def plan_unimoe(sources: Sources, options: Options) -> ConversionPlan:
-    """A Uni-MoE: base folder, encoders, and the fine-tune's folder if it is given."""
-    for role in ("base", "clip"):
-        if role not in sources:
-            raise ConvertError(f"Uni-MoE needs its {role} folder as well: add --from")
-    sound = "audio" if "beats" in sources else "speech"
-    if sound == "speech" and "whisper" not in sources:
-        raise ConvertError("Uni-MoE needs its audio encoder as well: Whisper or BEATs; add --from")
+    """The plan of a Uni-MoE: base folder, encoders, and the fine-tune's folder if it is given.
+
+    Raises:
+        ConvertError: a folder or a file is missing, or a setting is not supported.
+    """
+    sound = _sound_branch(sources)
     groups: dict[str, Tensors] = {}
     for source in sources.values():
         groups |= source.groups
     tuned = sources.get("tuned")
-    peft = _peft(tuned, groups) if tuned else {}
+    peft: Mapping[str, Any] = {}
+    if tuned is not None:
+        _check_complete(tuned, groups)
+        peft = tuned.config["_peft"]
+        _check_peft(tuned, groups)
     is_8e = tuned is not None and any("deepspeed_moe" in name for name in groups.get("gates", ()))
     config = _unimoe_config(sources, is_8e)
     # The decoder and the two branches.
     text = (_text_8e if is_8e else _text)(sources, config, groups)
     branches, branch_copies = branches_of(sources, config, groups, sound)
     copies, excuses, notes = [*text.copies, *branch_copies], list(text.excuses), text.notes
-    # PEFT's adapters, merged or kept.
+    # The adapters: PEFT's, and those inside the experts of 8e.
     if peft:
         scale = peft["lora_alpha"] / peft["r"]
-        copies = unimoe.with_adapters(
-            copies,
-            names=set(groups["peft"]),
-            scale=scale,
-            merge=options.lora == "merge",
-            router=options.takes_router_lora,
-        )
-        # With `layers_to_transform` PEFT leaves layers without adapters on purpose.
-        if not peft.get("layers_to_transform"):
-            unimoe.check_adapters(copies, peft.get("target_modules"))
+        copies = _with_peft(copies, set(groups["peft"]), peft, scale, options)
         if not options.takes_router_lora:
             excuses.append(unimoe.DROPPED_ROUTER_LORA)
         notes = (*notes, f"PEFT scale: {scale}")
@@ -77,6 +71,43 @@ def plan_unimoe(sources: Sources, options: Options) -> ConversionPlan:
     )
 
 
+def _sound_branch(sources: Sources) -> Literal["speech", "audio"]:
+    """The name of the branch of sound.
+
+    Raises:
+        ConvertError: a folder without which no Uni-MoE can be built is missing.
+    """
+    for role in ("base", "clip"):
+        if role not in sources:
+            raise ConvertError(f"Uni-MoE needs its {role} folder as well: add --from")
+    if "beats" in sources:
+        return "audio"
+    if "whisper" not in sources:
+        raise ConvertError("Uni-MoE needs its audio encoder as well: Whisper or BEATs; add --from")
+    return "speech"
+
+
+def _with_peft(
+    copies: Sequence[Copy],
+    names: set[str],
+    peft: Mapping[str, Any],
+    scale: float,
+    options: Options,
+) -> list[Copy]:
+    """The copies with PEFT's adapters, merged or kept; `names` are the tensors of adapter_model."""
+    adapted = unimoe.with_adapters(
+        copies,
+        names=names,
+        scale=scale,
+        merge=options.lora == "merge",
+        router=options.takes_router_lora,
+    )
+    # With `layers_to_transform` PEFT leaves layers without adapters on purpose.
+    if not peft.get("layers_to_transform"):
+        unimoe.check_adapters(adapted, peft.get("target_modules"))
+    return adapted
+
+
 # Settings of PEFT that change the effect of its adapters and that are not implemented here.
 UNKNOWN_PEFT = (
     "use_rslora",
@@ -92,16 +123,14 @@ UNKNOWN_PEFT = (
 MOVED_BASES = ("pissa", "olora", "corda", "loftq")
 
 
-def _peft(tuned: SourceFolder, groups: Mapping[str, Tensors]) -> Mapping[str, Any]:
-    """Check the fine-tune's files and return adapter_config.json, empty if there are no adapters.
+def _check_complete(tuned: SourceFolder, groups: Mapping[str, Tensors]) -> None:
+    """Check that the fine-tune's folder has every file that holds trained weights.
 
     Raises:
-        ConvertError: a file or a router is missing, so that trained weights would be lost, or an
-            adapter or a setting of PEFT is not supported.
+        ConvertError: a file or a router is missing.
     """
-    # Every file with trained weights must be there.
     has_experts = "file0" in groups or bool(unimoe.moe_layers(groups["base"]))
-    peft = tuned.config["_peft"]
+    peft = tuned.config["_peft"]  # adapter_config.json, empty if there are no adapters
     needed = ("tuned", "aligner", *(["gates"] if has_experts else []), *(["peft"] if peft else []))
     missing = [TUNED_FILES[group] for group in needed if group not in groups]
     if missing:
@@ -116,13 +145,22 @@ def _peft(tuned: SourceFolder, groups: Mapping[str, Tensors]) -> Mapping[str, An
             raise ConvertError(
                 f"{tuned.path}: mlp_gates lacks the routers of layers {lost}, which have experts"
             )
-    # Settings of PEFT.
+
+
+def _check_peft(tuned: SourceFolder, groups: Mapping[str, Tensors]) -> None:
+    """Check adapter_config.json, and that its rank is the rank of the adapters.
+
+    Raises:
+        ConvertError: PEFT has a setting that is not implemented, or an adapter has another rank.
+    """
+    peft = tuned.config["_peft"]
     unknown = [key for key in UNKNOWN_PEFT if peft.get(key)]
     if str(peft.get("init_lora_weights")).lower().startswith(MOVED_BASES):
         unknown.append("init_lora_weights")
     if peft.get("peft_type") not in (None, "LORA"):
         unknown.append("peft_type")
-    for key in unknown:
+    if unknown:
+        key = unknown[0]
         raise ConvertError(
             f"{tuned.path / 'adapter_config.json'}: {key} = {peft[key]!r} is not supported"
         )
@@ -134,11 +172,10 @@ def _peft(tuned: SourceFolder, groups: Mapping[str, Tensors]) -> Mapping[str, An
                 f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but "
                 f"adapter_config.json says r = {peft['r']}"
             )
-    return peft
 
 
 def options_notes(options: Options, adapters: Iterable[str]) -> tuple[str, ...]:
-    """Notes on the choices of the user, and on their effect if adapters of routers are lost."""
+    """Notes on the choices of the user, and on their effect if there are adapters of routers."""
     notes = [f"PEFT adapters: {options.lora}", f"numerics: {options.numerics}"]
     if any(".mlp.gate.lora_" in name for name in adapters):
         taken = "take part, as in training"
@@ -151,7 +188,7 @@ def _unimoe_config(sources: Sources, is_8e: bool) -> Mapping[str, Any]:
     """The config.json of the model.
 
     4-expert models use the config.json of the fine-tune (or else of the base), as their loader
-    does. 8e uses the first one that has the settings of its built-in adapters.
+    does. 8e uses the first file that has the settings of its built-in adapters.
     """
     candidates = [sources[role].config for role in ("tuned", "base") if role in sources]
     if is_8e:
@@ -217,8 +254,8 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
             f"8e: {count} experts cannot be in {len(files)} rank files (*_mlp_experts); every rank "
             f"file holds the same number of experts, at most {len(unimoe.EXPERT_FILES)} in all"
         )
-    # Example: 8 experts in 4 rank files are 2 per file, so expert 5 is number 1 in the file of
-    # rank 2.
+    # One group per expert. Example: 8 experts in 4 rank files are 2 per file, so expert 5 is
+    # number 1 in the file of rank 2.
     local = count // len(files)
     for expert, name in enumerate(unimoe.EXPERT_FILES[:count]):
         if name not in groups:
@@ -235,8 +272,8 @@ def _text_8e(sources: Sources, config: Mapping[str, Any], groups: dict[str, Tens
     _check_8e(config, has_maps)
     moe = unimoe.moe_config(config, count, layers, is_8e=True, modality_map=has_maps)
     decoder = llama.decoder_config(config, moe)
-    dense = any("mlp.gate_proj_lora_A" in name for name in groups["base"])
-    copies = unimoe.decoder_8e(decoder, local, dense)
+    builtin_dense = any("mlp.gate_proj_lora_A" in name for name in groups["base"])
+    copies = unimoe.decoder_8e(decoder, local, builtin_dense)
     notes = ("the second expert is the second best; router.sample_second draws it as released",)
     excuses = [
         *unimoe.excuses(decoder, groups),

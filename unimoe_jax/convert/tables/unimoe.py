@@ -29,8 +29,7 @@ from unimoe_jax.convert.source_names import PEFT_PREFIX
 from unimoe_jax.convert.tables import llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# 8e: the file of the experts folder that becomes expert 0, 1, … Two files serve two experts
-# each.
+# 8e: the file of the experts folder that becomes expert 0, 1, … Two files serve two experts each.
 EXPERT_FILES = (
     "mlp_audiocap",
     "mlp_basev",
@@ -149,7 +148,7 @@ def rounding(is_8e: bool, branch: str) -> Rounding:
 def decoder(config: DecoderConfig) -> list[Copy]:
     """Copies of the decoder of a dense or 4-expert model.
 
-    Everything is in `base`; the routers are in `gates` again, which override those of `base`.
+    `base` holds everything. `gates` holds the routers again and overrides those of `base`.
     """
     moe = llama.chosen(config, moe=True)
     dense = llama.swiglu("base:model.layers.{l}.mlp.", "decoder/{l}/mlp/")
@@ -192,7 +191,7 @@ def decoder_8e(config: DecoderConfig, local: int, builtin_dense: bool) -> list[C
         d = "decoder/{l}/moe/experts/"
         entries = llama.swiglu(in_rank, d) + builtin(in_rank, d)
         entries += llama.swiglu(f"mlp{expert}:model.layers.{{l}}.mlp.", d)
-        # The number of an expert in a name is not its index, so append the index here.
+        # Names hold the expert's number within its rank's file, so `expand` cannot know the index.
         for copy in expand(entries, moe):
             copies.append(replace(copy, index=(*copy.index, expert)))
     # One map per modality in front of each router, stored as a convolution of width 1.
