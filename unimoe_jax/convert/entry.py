@@ -97,12 +97,14 @@ class Copy:
 
     def forward(self, value: np.ndarray) -> np.ndarray:
         """Source tensor -> slice of the parameter."""
+        # Without a pattern or with a transposition the result is a view: nothing is copied here.
         if not self.rearrange:
             return value
         return rearrange(value, self.rearrange, **dict(self.sizes))
 
     def backward(self, value: np.ndarray) -> np.ndarray:
         """Slice of the parameter -> source tensor, contiguous."""
+        # Files of exports are written from contiguous bytes.
         if not self.rearrange:
             return np.ascontiguousarray(value)
         left, right = (side.strip() for side in self.rearrange.split("->"))
@@ -114,6 +116,7 @@ class Copy:
 
 def _groups(side: str) -> list[list[str]]:
     """`a (b c)` -> [[a], [b, c]]."""
+    # A term is a parenthesis with several axes, or a single axis.
     terms = re.findall(r"\([^)]*\)|\S+", side)
     return [term.strip("()").split() for term in terms]
 
@@ -125,6 +128,7 @@ def _axis_sizes(side: str, shape: Sequence[int], known: dict[str, int]) -> dict[
     """
     sizes = known | {"1": 1}
     groups = _groups(side)
+    # einops checks this, too, but only when values are read.
     if len(groups) != len(shape):
         raise ConvertError(f"pattern {side!r} does not fit shape {tuple(shape)}")
     for group, size in zip(groups, shape, strict=True):
@@ -152,6 +156,7 @@ def expand(
     copies = []
     for entry in entries:
         for layer, prefix, layer_index in _layer_slots(entry, layers):
+            # A layer has its number in the source's name and its stack in the parameter's path.
             dst = entry.dst.replace("{l}", prefix)
             for expert, expert_index in _expert_slots(entry, experts):
                 src = entry.src.format(l=layer, e=expert)

@@ -7,10 +7,11 @@ A family is a set of folders that make a model together: Uni-MoE (`unimoe_plan.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from pydantic import ValidationError
 
-from unimoe_jax.config import ModelConfig
+from unimoe_jax.config import DecoderConfig, ModelConfig
 from unimoe_jax.config.problems import first_problem
 from unimoe_jax.convert.branches import ENCODERS, PLACEHOLDER, Sources, encoder_excuses
 from unimoe_jax.convert.entry import Copy, Excuse
@@ -78,14 +79,9 @@ def plan_parts(sources: Sources, options: Options) -> ConversionPlan:
     # `model` declares the parameters and needs placeholders; `config`, which becomes model.yaml,
     # holds only the modules that there are.
     model, config = ModelConfig(decoder=PLACEHOLDER), {}
-    # The text decoder: Mixtral or LLaMA-shaped.
+    # The text decoder.
     if source := sources.get("decoder"):
-        is_mixtral = source.config["model_type"] == "mixtral"
-        table = mixtral if is_mixtral else llama
-        if is_mixtral:
-            decoder = mixtral.mixtral_config(source.config)
-        else:
-            decoder = llama.decoder_config(source.config, kind=source.config["model_type"])
+        table, decoder = _decoder_of(source)
         model = model.model_copy(update={"decoder": decoder})
         copies += table.copies(decoder)
         excuses += table.EXCUSES
@@ -117,6 +113,14 @@ def plan_parts(sources: Sources, options: Options) -> ConversionPlan:
         config=config,
         files=files,
     )
+
+
+def _decoder_of(source: SourceFolder) -> tuple[ModuleType, DecoderConfig]:
+    """(the table of a text decoder, its settings): Mixtral, or a LLaMA-shaped decoder."""
+    kind = source.config["model_type"]
+    if kind == "mixtral":
+        return mixtral, mixtral.mixtral_config(source.config)
+    return llama, llama.decoder_config(source.config, kind=kind)
 
 
 # ------------------------------------------------------------------------------------- CuMo
@@ -169,6 +173,7 @@ def plan_cumo(sources: Sources, options: Options) -> ConversionPlan:
     )
 
 
+# Name of a family -> the function that makes its plan.
 FAMILIES: dict[str, Callable[[Sources, Options], ConversionPlan]] = {
     "cumo": plan_cumo,
     "parts": plan_parts,

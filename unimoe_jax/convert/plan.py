@@ -101,6 +101,7 @@ class Resolution:
     excused: Mapping[str, str]
 
 
+# Weights of other dtypes (integers, float8) may be quantised, and no table reads their scales.
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -237,6 +238,7 @@ def _unused(plan: ConversionPlan, used: set[str], overridden: Mapping[str, str])
             src = f"{group}:{name}"
             if src in used or src in overridden:
                 continue
+            # The first excuse that fits gives the reason.
             reason = next((e.reason for e in plan.excuses if re.fullmatch(e.match, src)), None)
             if reason is None:
                 without_excuse.append(f"{tensor.file}: {name!r} of shape {tensor.shape}")
@@ -274,7 +276,7 @@ def read_slice(plan: ConversionPlan, copy: Copy) -> np.ndarray:
     if plan.rounding is not None:
         value = value.astype(np_dtype(plan.rounding.before))
     if copy.adapter is not None:
-        # PEFT: W + scale · B A.
+        # PEFT: W + scale · B A, in place, so that one float32 matrix is allocated.
         a, b = (plan.existing(name).read() for name in (copy.adapter.a, copy.adapter.b))
         update = b.astype(np.float32) @ a.astype(np.float32)
         update *= copy.adapter.scale
@@ -293,6 +295,7 @@ def release_slice(plan: ConversionPlan, copy: Copy) -> None:
 
 def slices(plan: ConversionPlan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(leading index, slice) of a parameter, read one at a time, in the order of the indices."""
+    # The order of the indices is the order in which the parameter is stored.
     for index in sorted(target.fills):
         yield index, read_slice(plan, target.fills[index]).astype(np_dtype(target.dtype))
 

@@ -38,6 +38,7 @@ def tensors_by_table(stem: str, tensors: Tensors) -> Tensors:
 
 def _from_stem(stem: str, name: str) -> str:
     """`…{stem}.x` -> `model.{stem}.x`; other names stay."""
+    # The original's loader looks for the stem anywhere in a name.
     _, stem_and_dot, rest = name.partition(f"{stem}.")
     return f"model.{stem_and_dot}{rest}" if stem_and_dot else name
 

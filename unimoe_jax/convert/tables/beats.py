@@ -138,6 +138,7 @@ def qformer_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Cop
         dst: path of the connector.
     """
     s, d = f"{src}encoder.layer.{{l}}.", f"{dst}/{{l}}/"
+    # Queries use the `…_query` branch of the feed-forward layer; the other branch is for text.
     layers = (
         *_bert_attention(f"{s}attention", f"{d}attention"),
         *linear(f"{s}intermediate_query.dense", f"{d}mlp/fc1"),
@@ -173,6 +174,7 @@ def to_cfg(config: BeatsConfig) -> dict[str, Any]:
         "gru_rel_pos": True,
         "deep_norm": True,
         "layer_norm_first": False,
+        # An export has no classification head.
         "finetuned_model": False,
     }
 

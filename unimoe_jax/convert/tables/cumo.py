@@ -206,6 +206,7 @@ def connector_copies(
         entries += linear(f"{src}gate", f"{dst}/moe/router/linear", bias=False)
         src, dst = f"{src}experts.{{e}}.", f"{dst}/moe/experts"
         experts = range(config.moe.num_experts)
+    # Torch numbers the GELUs as well.
     for layer in range(config.depth):
         entries += linear(f"{src}{2 * layer}", f"{dst}/fc{layer + 1}")
     return expand(entries, experts=experts)

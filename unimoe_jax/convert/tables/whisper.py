@@ -12,6 +12,7 @@ from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 from unimoe_jax.convert.reader import require
 
+# A Whisper folder holds a whole model; the encoder needs only a part of it.
 EXCUSES = (
     Excuse(
         r"whisper:((model\.)?decoder\..*|proj_out\.weight)",
@@ -34,6 +35,7 @@ def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
         mlp_dim=config["encoder_ffn_dim"],
         num_layers=config["encoder_layers"],
         num_heads=config["encoder_attention_heads"],
+        # The last two keys have the defaults of transformers.
         mel_bins=config.get("num_mel_bins", 80),
         max_positions=config.get("max_source_positions", 1500),
     )
@@ -79,6 +81,7 @@ def block(s: str, d: str) -> tuple[Entry, ...]:
 def encoder_copies(config: WhisperConfig, dst: str, prefix: str = "model.encoder.") -> list[Copy]:
     """Copies of the encoder, from group `whisper`; `dst` is its path."""
     src = f"whisper:{prefix}"
+    # Before and after the layers: positions, two convolutions over time, the final norm.
     top = [Entry(f"{src}embed_positions.weight", f"{dst}/position_embedding")]
     for name, inputs in (("conv1", config.mel_bins), ("conv2", config.hidden_size)):
         # A convolution becomes a matrix that multiplies flattened windows of k frames.
@@ -102,6 +105,7 @@ def reader_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Copy
         Entry(f"{src}embed_positions.weight", f"{dst}/position_embedding"),
         *norm(f"{src}layer_norm", f"{dst}/final_norm"),
     )
+    # A decoder layer is an encoder layer with a second attention, which reads the encoder.
     s, d = f"{src}layers.{{l}}.", f"{dst}/{{l}}/"
     layers = (
         *block(s, d),
