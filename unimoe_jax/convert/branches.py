@@ -1,7 +1,7 @@
 """Branches of a model: settings of encoders and connectors, and the copies that fill them.
 
-A branch is an encoder with its connector: vision, speech or audio. `ENCODERS` handles encoders that
-are imported without a language model; `branches_of` handles the two branches of a Uni-MoE.
+A branch is an encoder with its connector: vision, speech or audio. `ENCODERS` handles encoders from
+separate folders, which have no connector; `branches_of` handles the two branches of a Uni-MoE.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unimoe_jax.convert.tables import beats, clip, unimoe, whisper
 
 Sources = Mapping[str, SourceFolder]
 
-# A decoder for models that have none: `ModelConfig` requires one, but nothing of it is converted.
+# A decoder for models that have none: `ModelConfig` requires one, but this one is not converted.
 PLACEHOLDER = DecoderConfig(
     vocab_size=1, hidden_size=2, mlp_dim=1, num_layers=1, num_heads=1, num_kv_heads=1
 )
@@ -49,7 +49,7 @@ def encoder_excuses(roles: Iterable[str], model: ModelConfig) -> list[Excuse]:
     return [excuse for role in roles for excuse in known.get(role, ())]
 
 
-# ------------------------------------------------------------ encoders without a language model
+# -------------------------------------------------------------------- encoders without connector
 
 
 def _clip_branch(source: SourceFolder, options: Options) -> tuple[VisionConfig, list[Copy]]:
