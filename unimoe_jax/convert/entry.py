@@ -136,7 +136,7 @@ def _axis_sizes(side: str, shape: Sequence[int], known: dict[str, int]) -> dict[
         if len(unknown) > 1:
             raise ConvertError(f"pattern {side!r}: sizes of {unknown} are unknown")
         if unknown:
-            # If the division has a remainder, the check of the source shape fails afterwards.
+            # Axes of parameters are products of the known sizes, so there is no remainder.
             sizes[unknown[0]] = size // math.prod(sizes[axis] for axis in group if axis in sizes)
     return sizes
 

@@ -64,7 +64,7 @@ class SourceFolder:
 
 
 def recognise(paths: Sequence[Path]) -> list[SourceFolder]:
-    """Recognise every path. A folder that only holds other folders stands for all of them.
+    """Recognise every path. A folder that holds other folders stands for all of them.
 
     Raises:
         ConvertError: a path is missing or cannot be recognised, or two sources have one role.
@@ -128,7 +128,7 @@ def _hugging_face(path: Path, config: JsonSettings) -> SourceFolder:
         )
     if kind == "whisper":
         return SourceFolder("whisper", path, config, {"whisper": open_folder(path)}, files)
-    # LLaMA may be the model type of a Uni-MoE as well, whose config.json names its encoders.
+    # The config.json of a multimodal model names its encoders; it is not that of a plain decoder.
     is_multimodal = any(key in config for key in ("mm_vision_tower", "mm_audio_tower"))
     if kind in DECODERS and not is_multimodal:
         return SourceFolder("decoder", path, config, {"base": open_folder(path)}, files)
@@ -177,7 +177,7 @@ def _named_files(path: Path, stems: Mapping[str, str]) -> dict[str, Tensors]:
 
 BASE_FILES = {"base_projector": PROJECTOR, "base_aligner": ALIGNER}
 SUFFIXES = (".safetensors", ".bin")
-# Weight files that only a fine-tune of Uni-MoE has.
+# Weight files by which the folder of a fine-tune of Uni-MoE is recognised.
 TUNED_MARKS = ("adapter_model", "mlp_gates", NON_LORA)
 TUNED_FILES = {
     "tuned": NON_LORA,
