@@ -31,7 +31,7 @@ def refused(source: Path, capsys, *words: str) -> None:
 
 SETTINGS = {
     "lacking": ({"vocab_size": None}, ["config.json", "'vocab_size'"]),
-    "text": ({"hidden_size": "eight"}, ["DecoderConfig.hidden_size", "valid integer"]),
+    "text": ({"hidden_size": "eight"}, ["DecoderConfig: hidden_size", "valid integer"]),
     "heads": ({"num_attention_heads": 3}, ["hidden_size = 8", "num_heads = 3"]),
     "zero": ({"num_attention_heads": 0}, ["num_heads"]),
     "list": ({"rope_scaling": [1]}, ["describes no model"]),
@@ -139,7 +139,7 @@ LACKING = {
     "experts": ("experts", "needs its experts folder"),
     "one expert": ("experts/mlp_base4.safetensors", "expert 4 needs mlp_base4"),
     "one rank": ("tuned/3_mlp_experts.safetensors", "[0, 1, 2, 4, 5, 6, 7]"),
-    "last rank": ("tuned/7_mlp_experts.safetensors", "8 experts do not lie in 7 rank files"),
+    "last rank": ("tuned/7_mlp_experts.safetensors", "8 experts cannot be in 7 rank files"),
     "routers": ("tuned/mlp_gates.safetensors", "lacks ['mlp_gates']"),
     "connector": ("tuned/mm_audio_aligner.safetensors", "lacks ['mm_audio_aligner']"),
     "adapter settings": ("tuned/adapter_config.json", "adapter_config.json: no such file"),

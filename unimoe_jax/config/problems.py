@@ -93,3 +93,16 @@ def _set_last(section: Key, keys: list[list[str | int]], settings: RawSettings) 
     candidates = [key for key in candidates if is_set(settings, key)]
     order = [*settings.files, COMMAND_LINE]
     return max(candidates, key=lambda key: order.index(settings.origin(key)), default=section)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem as one line: the dotted key, if there is one, and pydantic's message.
+
+    For settings that no YAML file of the user holds, so that no origin can be named; `load` lists
+    every problem of a run file with `problem_lines` instead. Example: "decoder.num_heads: Input
+    should be greater than 0".
+    """
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

@@ -22,10 +22,10 @@ from unimoe_jax.convert.opening import Checkpoint
 from unimoe_jax.convert.reader import (
     SAFETENSORS_DTYPES,
     ConvertError,
-    import_torch,
     np_dtype,
     open_file,
 )
+from unimoe_jax.convert.torch_file import import_torch
 
 Kind = Literal["safetensors", "bin"]
 PARTIAL = ".partial"

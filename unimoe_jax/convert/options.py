@@ -1,4 +1,4 @@
-"""What the user of an import may choose."""
+"""The choices that the user of an import has."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from unimoe_jax.convert.reader import ConvertError
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of an import; the defaults lose nothing but what released inference loses.
+    """Choices of an import.
 
-    lora: merge PEFT's adapters into their kernels, or keep them apart (8e's built-in expert
-        adapters always stay apart, as in the originals).
-    router_lora: override: mlp_gates replaces the merged routers, so their adapters are lost, as in
-        released inference; merge: the routers' adapters take part, as in training. By default
-        override where adapters are merged, merge where they are kept: a model with its adapters
-        apart is there to be trained on or exported again.
-    vision_layer: selected hidden state of a CLIP imported on its own.
-    unread_layers: its layers after that one; CuMo keeps them.
-    numerics: exact: numbers as the files hold them, adapters merged in float32; released: rounded
-        as the loaders of released Uni-MoE inference round them, see `tables.unimoe.rounding`.
+    By default only the routers' adapters are lost, which released inference loses as well.
+
+    lora: `merge` adds PEFT's adapters to their kernels, `keep` makes them parameters. The adapters
+        inside the experts of Uni-MoE 8e are always parameters, as in the original.
+    router_lora: with `override`, mlp_gates replaces the merged routers, so the routers' adapters
+        are lost, as in released inference. With `merge`, the routers' adapters take part, as in
+        training. By default `override` if adapters are merged and `merge` if they are kept,
+        because a model with separate adapters is meant to be trained or exported again.
+    vision_layer: the selected hidden state of a CLIP that is imported without a language model.
+    unread_layers: whether the layers after that hidden state are kept; CuMo keeps them.
+    numerics: `exact` keeps numbers as the files hold them and merges adapters in float32;
+        `released` rounds as the loaders of released Uni-MoE inference do, see
+        `tables.unimoe.rounding`.
 
     Raises:
-        ConvertError: released numerics of a model whose adapters are kept apart.
+        ConvertError: `released` together with adapters that are kept apart.
     """
 
     lora: Literal["merge", "keep"] = "merge"
@@ -43,4 +46,6 @@ class Options:
     @property
     def takes_router_lora(self) -> bool:
         """Whether the routers' adapters take part."""
-        return (self.router_lora or {"keep": "merge", "merge": "override"}[self.lora]) == "merge"
+        # Merged imports imitate released inference, which loses these adapters.
+        default = {"keep": "merge", "merge": "override"}[self.lora]
+        return (self.router_lora or default) == "merge"

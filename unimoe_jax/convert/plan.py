@@ -1,7 +1,7 @@
-"""A conversion worked out before any tensor is read: which source fills which slice of what.
+"""A conversion plan: which source tensor fills which slice of which parameter.
 
-`resolve` checks everything that can be checked from names and shapes; `read_param` and
-`read_slice` then read one tensor at a time.
+`resolve_plan` checks everything that can be checked from names and shapes, before any tensor is
+read. `read_param` and `read_slice` then read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from unimoe_jax.params.table import declared
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a family's table makes of the given folders.
+    """The model that the source folders make, and the copies that fill it.
 
     Attributes:
-        family: for messages and the manifest.
-        model: declares the parameters. Parts of it may be placeholders, see `parts`.
-        parts: prefixes of the parameters that are converted.
-        groups: group name -> its tensors.
-        copies: in load order; a later copy into the same slice overrides.
+        family: name of the family, for messages and the manifest.
+        model: declares the parameters. Modules outside of `parts` may be placeholders.
+        parts: prefixes of the paths of the parameters that are converted.
+        groups: group name -> tensors of that group.
+        copies: in load order; a later copy overrides an earlier one into the same slice. Copies
+            whose source tensor does not exist are allowed.
         excuses: source tensors that may stay unused.
-        config: what goes to model.yaml.
-        files: name -> tokenizer or processor file to be copied.
-        notes: decisions worth a line in the manifest.
-        rounding: None: numbers stay as they are.
+        config: content of model.yaml.
+        files: name -> tokenizer or processor file that is copied.
+        notes: decisions that the manifest records.
+        rounding: how numbers are rounded; None keeps them as they are.
     """
 
     family: str
@@ -53,14 +54,25 @@ class ConversionPlan:
     rounding: Rounding | None = None
 
     def tensor(self, src: str) -> Tensor | None:
-        """The source tensor `group:name`, if there is one."""
+        """The source tensor `group:name`, or None if there is no such tensor."""
         group, name = src.split(":", 1)
         return self.groups.get(group, {}).get(name)
+
+    def existing(self, src: str) -> Tensor:
+        """The source tensor `group:name`.
+
+        Raises:
+            ConvertError: there is no such tensor.
+        """
+        tensor = self.tensor(src)
+        if tensor is None:
+            raise ConvertError(f"{self.family}: source tensor {src!r} is missing")
+        return tensor
 
 
 @dataclass(frozen=True)
 class Target:
-    """One parameter and the copies that fill it, by leading index."""
+    """One parameter and, by leading index, the copies that fill it (`fills`)."""
 
     path: str
     shape: tuple[int, ...]
@@ -69,12 +81,19 @@ class Target:
 
     @property
     def nbytes(self) -> int:
+        """Size of the parameter in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """A plan found complete: targets by path, and why other source tensors are not used."""
+    """A plan that has passed all checks.
+
+    Attributes:
+        targets: path -> parameter.
+        overridden: source tensor -> the later one that fills its slice instead.
+        excused: unused source tensor -> the reason why nothing is lost without it.
+    """
 
     plan: ConversionPlan
     targets: Mapping[str, Target]
@@ -82,15 +101,17 @@ class Resolution:
     excused: Mapping[str, str]
 
 
+# Weights of other dtypes (integers, float8) may be quantised, and no table reads their scales.
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def parameter_shapes(model: ModelConfig, parts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's parameters below `parts`.
+    """Path -> shape of the model's parameters whose path begins with one of `parts`.
 
     Raises:
-        ConvertError: sizes that no array can have.
+        ConvertError: the settings give sizes that no array can have.
     """
+    # Flax declares the parameters without allocating them; only absurd sizes overflow.
     try:
         shapes = declared(UniMoE(model, LayerOptions(lora=model.lora)), full_batch(model))
     except OverflowError as error:
@@ -101,19 +122,23 @@ def parameter_shapes(model: ModelConfig, parts: Sequence[str]) -> dict[str, tupl
 
 
 def resolve_plan(plan: ConversionPlan, dtype: str = "source") -> Resolution:
-    """Match copies with tensors and parameters.
+    """Match copies with source tensors and parameters, and check that nothing is left over.
 
     Args:
-        dtype: of the parameters; "source" keeps it where all parts of a parameter agree, and
-            takes float32 where they do not.
+        dtype: dtype of the parameters. "source" keeps the dtype of the source tensors; a parameter
+            whose tensors have different dtypes becomes float32.
 
     Raises:
-        ConvertError: a tensor of the wrong shape, an unfilled parameter, an unused tensor.
+        ConvertError: a tensor has the wrong shape or dtype, a parameter is not filled completely,
+            or a source tensor is neither used nor excused.
     """
     if plan.rounding is not None:
         if dtype != "source":
-            raise ConvertError(f"--dtype {dtype} and --numerics released exclude each other")
+            raise ConvertError(
+                f"--dtype {dtype} and --numerics released exclude each other; leave one of them out"
+            )
         dtype = plan.rounding.after[-1]
+    # Fill the slices in load order; a later copy replaces an earlier one.
     shapes = parameter_shapes(plan.model, plan.parts)
     fills: dict[str, dict[tuple[int, ...], Copy]] = {path: {} for path in shapes}
     used: set[str] = set()
@@ -124,17 +149,20 @@ def resolve_plan(plan: ConversionPlan, dtype: str = "source") -> Resolution:
             continue
         if copy.dst not in shapes:
             raise ConvertError(
-                f"{tensor.file}: tensor {copy.src!r} goes to {copy.dst!r}, which the model lacks"
+                f"{tensor.file}: tensor {copy.src!r} belongs to parameter {copy.dst!r}, which the "
+                "model does not have"
             )
         _check_shape(plan, copy, tensor, shapes[copy.dst])
-        before = fills[copy.dst].get(copy.index)
-        if before is not None and before.src != copy.src:
-            overridden[before.src] = copy.src
+        earlier = fills[copy.dst].get(copy.index)
+        if earlier is not None and earlier.src != copy.src:
+            overridden[earlier.src] = copy.src
         fills[copy.dst][copy.index] = copy
+    # A tensor that is overridden in one slice may still fill another one.
     for slots in fills.values():
         for copy in slots.values():
-            used |= {copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ())}
+            used |= {copy.src, *_adapter_sources(copy)}
     overridden = {src: by for src, by in overridden.items() if src not in used}
+    # Every slice needs a tensor, and every tensor a slice or an excuse.
     _check_filled(plan, shapes, fills)
     excused = _unused(plan, used, overridden)
     targets = {
@@ -144,24 +172,37 @@ def resolve_plan(plan: ConversionPlan, dtype: str = "source") -> Resolution:
     return Resolution(plan, targets, overridden, excused)
 
 
+def _adapter_sources(copy: Copy) -> tuple[str, ...]:
+    """Source tensors of a copy's adapter, if it has one."""
+    return (copy.adapter.a, copy.adapter.b) if copy.adapter else ()
+
+
 def _check_shape(plan: ConversionPlan, copy: Copy, tensor: Tensor, target: tuple[int, ...]) -> None:
+    """Check dtype and shape of a source tensor and of its adapter.
+
+    target: shape of the whole parameter.
+    """
     if tensor.dtype not in FLOATS:
         raise ConvertError(
             f"{tensor.file}: tensor {tensor.name!r} of shape {tensor.shape} is {tensor.dtype}; "
-            f"weights are {', '.join(FLOATS)}"
+            f"weights must be {', '.join(FLOATS)}"
         )
     expected = copy.source_shape(target)
     if tensor.shape != expected:
         raise ConvertError(
-            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but {copy.dst!r} of "
-            f"shape {target} needs {expected}"
+            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but parameter "
+            f"{copy.dst!r} of shape {target} needs {expected}"
         )
     if copy.adapter is None:
         return
-    a, b = (plan.tensor(name) for name in (copy.adapter.a, copy.adapter.b))
-    for name, found in ((copy.adapter.a, a), (copy.adapter.b, b)):
-        if found is None:
-            raise ConvertError(f"{plan.family}: {name!r} is missing, half of an adapter")
+    # An adapter is A [R, in] and B [out, R] for a matrix [out, in].
+    a, b = plan.tensor(copy.adapter.a), plan.tensor(copy.adapter.b)
+    if a is None or b is None:
+        missing = copy.adapter.a if a is None else copy.adapter.b
+        raise ConvertError(
+            f"{plan.family}: source tensor {missing!r} is missing, but the other half of the "
+            "adapter is there"
+        )
     if a.shape[1:] != expected[1:] or b.shape != (expected[0], a.shape[0]):
         raise ConvertError(
             f"{a.file}: adapters {a.name!r} {a.shape} and {b.name!r} {b.shape} do not fit "
@@ -170,59 +211,73 @@ def _check_shape(plan: ConversionPlan, copy: Copy, tensor: Tensor, target: tuple
 
 
 def _check_filled(plan: ConversionPlan, shapes: Mapping, fills: Mapping) -> None:
+    """Check that every slice of every parameter has a copy."""
     for path, shape in shapes.items():
-        tried = sorted({copy.src for copy in plan.copies if copy.dst == path})
-        rank = len(next(iter(fills[path]), ()))
-        slots = set(itertools.product(*(range(size) for size in shape[:rank])))
+        # All copies of a parameter have leading indices of one length: layer, expert, or both.
+        num_leading = len(next(iter(fills[path]), ()))
+        slots = set(itertools.product(*(range(size) for size in shape[:num_leading])))
         missing = sorted(slots - set(fills[path]))
         if missing:
-            lacking = [src for src in tried if plan.tensor(src) is None]
+            candidates = sorted({copy.src for copy in plan.copies if copy.dst == path})
+            absent = [src for src in candidates if plan.tensor(src) is None]
             raise ConvertError(
                 f"{plan.family}: parameter {path!r} of shape {shape} is not filled at {missing[:4]}"
-                f"; missing source tensors: {lacking[:4]}"
+                f"; missing source tensors: {absent[:4]}"
             )
 
 
 def _unused(plan: ConversionPlan, used: set[str], overridden: Mapping[str, str]) -> dict[str, str]:
-    excused, idle = {}, []
+    """Unused source tensor -> its excuse.
+
+    Raises:
+        ConvertError: an unused tensor has no excuse, so a weight would silently be lost.
+    """
+    excused, without_excuse = {}, []
     for group, tensors in plan.groups.items():
         for name, tensor in tensors.items():
             src = f"{group}:{name}"
             if src in used or src in overridden:
                 continue
+            # The first excuse that fits gives the reason.
             reason = next((e.reason for e in plan.excuses if re.fullmatch(e.match, src)), None)
             if reason is None:
-                idle.append(f"{tensor.file}: {name!r} of shape {tensor.shape}")
+                without_excuse.append(f"{tensor.file}: {name!r} of shape {tensor.shape}")
             else:
                 excused[src] = reason
-    if idle:
+    if without_excuse:
         raise ConvertError(
-            f"{plan.family}: {len(idle)} source tensors are not used: " + "; ".join(idle[:4])
+            f"{plan.family}: {len(without_excuse)} source tensors are not used: "
+            + "; ".join(without_excuse[:4])
         )
     return excused
 
 
 def _dtype(plan: ConversionPlan, fills: Mapping[Any, Copy], dtype: str) -> str:
+    """dtype of a parameter; `dtype` and the rule for "source" are those of `resolve_plan`."""
     if dtype != "source":
         return dtype
-    found = {plan.tensor(copy.src).dtype for copy in fills.values()}
-    return found.pop() if len(found) == 1 else "float32"
+    dtypes = {plan.existing(copy.src).dtype for copy in fills.values()}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 # ---------------------------------------------------------------------------------- reading
 
 
 def read_slice(plan: ConversionPlan, copy: Copy) -> np.ndarray:
-    """One source tensor in the layout of its slice, of its own dtype, adapters added.
+    """One source tensor in the layout of its slice, with its adapter added.
 
-    The sum is taken in float32 and rounded to the source's dtype, as PEFT merges. Without adapters
-    and rounding this is a view of the file.
+    Adapters are added in float32, then the sum is rounded to the source's dtype, as PEFT does.
+    Without adapters and rounding the result is a view of the file.
+
+    Returns:
+        An array of the source tensor's dtype or, with rounding, of the last dtype of the rounding.
     """
-    value = plan.tensor(copy.src).read()
+    value = plan.existing(copy.src).read()
     if plan.rounding is not None:
         value = value.astype(np_dtype(plan.rounding.before))
     if copy.adapter is not None:
-        a, b = (plan.tensor(name).read() for name in (copy.adapter.a, copy.adapter.b))
+        # PEFT: W + scale · B A, in place, so that one float32 matrix is allocated.
+        a, b = (plan.existing(name).read() for name in (copy.adapter.a, copy.adapter.b))
         update = b.astype(np.float32) @ a.astype(np.float32)
         update *= copy.adapter.scale
         update += value
@@ -233,19 +288,20 @@ def read_slice(plan: ConversionPlan, copy: Copy) -> np.ndarray:
 
 
 def release_slice(plan: ConversionPlan, copy: Copy) -> None:
-    """Give back the pages of what `read_slice` has read."""
-    for src in (copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ())):
-        plan.tensor(src).release()
+    """Give the pages that `read_slice` has read back to the system."""
+    for src in (copy.src, *_adapter_sources(copy)):
+        plan.existing(src).release()
 
 
 def slices(plan: ConversionPlan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """(leading index, slice) of a parameter, one at a time, in the order of the index."""
+    """(leading index, slice) of a parameter, read one at a time, in the order of the indices."""
+    # The order of the indices is the order in which the parameter is stored.
     for index in sorted(target.fills):
         yield index, read_slice(plan, target.fills[index]).astype(np_dtype(target.dtype))
 
 
 def read_param(plan: ConversionPlan, target: Target) -> np.ndarray:
-    """A whole parameter."""
+    """Read a whole parameter."""
     value = np.empty(target.shape, np_dtype(target.dtype))
     for index, part in slices(plan, target):
         value[index] = part
@@ -253,5 +309,6 @@ def read_param(plan: ConversionPlan, target: Target) -> np.ndarray:
 
 
 def read_all(resolution: Resolution) -> dict[str, np.ndarray]:
-    """Every parameter, in memory: for small models and tests."""
-    return {path: read_param(resolution.plan, t) for path, t in resolution.targets.items()}
+    """Read every parameter into memory; for small models, as in tests."""
+    plan = resolution.plan
+    return {path: read_param(plan, target) for path, target in resolution.targets.items()}

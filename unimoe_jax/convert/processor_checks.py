@@ -1,4 +1,4 @@
-"""preprocessor_config.json of the encoders' folders: what `data.processors` does, or a refusal."""
+"""Refuse a preprocessor_config.json that asks for other features than `data.features` computes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,33 @@ from unimoe_jax.data.features.sound import HOP, WINDOW
 from unimoe_jax.data.media.sounds import SAMPLE_RATE
 
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-BICUBIC = 3  # PIL's number
+BICUBIC = 3  # PIL's number for bicubic resampling
 
 
 def check_processor(source: SourceFolder) -> None:
-    """A file that asks for other pixels or other frames than this package makes is not passed over.
+    """Check the processor file of a CLIP or Whisper folder, if there is one.
+
+    Without this check an encoder that was trained on other pixels or other frames would silently
+    see the features of this package.
 
     Raises:
-        ConvertError: a setting has another value than the package's own processor.
+        ConvertError: a setting differs from the constant that this package uses.
     """
     path = source.files.get(PROCESSOR_FILE)
     if path is None or source.role not in ("clip", "whisper"):
         return
-    given = read_json(path)
-    expected = _of_images(source.config) if source.role == "clip" else _of_sound(source.config)
-    for key, value in expected:
-        if key in given and not _same(given[key], value):
-            raise ConvertError(f"{path}: {key} {given[key]!r} is not supported; it must be {value}")
+    settings = read_json(path)
+    supported = _image_settings if source.role == "clip" else _sound_settings
+    for key, value in supported(source.config):
+        if key in settings and not _same(settings[key], value):
+            raise ConvertError(
+                f"{path}: {key} {settings[key]!r} is not supported; it must be {value}"
+            )
 
 
-def _of_images(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _image_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, supported value) of CLIP's image processor."""
+    # CLIPModel nests the encoder's settings, CLIPVisionModel does not.
     vision = config.get("vision_config") or config
     side = vision.get("image_size", 224)
     yield from (("size", side), ("crop_size", side), ("resample", BICUBIC))
@@ -42,16 +49,22 @@ def _of_images(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "rescale_factor", 1 / 255
 
 
-def _of_sound(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _sound_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, supported value) of Whisper's feature extractor."""
     yield "feature_size", config.get("num_mel_bins", 80)
     yield from (("sampling_rate", SAMPLE_RATE), ("n_fft", WINDOW), ("hop_length", HOP))
 
 
-def _same(given: Any, value: Any) -> bool:
-    """Whether they mean the same; a size may stand as {"shortest_edge": n} or height and width."""
-    if isinstance(given, Mapping):
-        return set(given.values()) == {value} and "longest_edge" not in given
+def _same(setting: Any, value: Any) -> bool:
+    """Whether both mean the same number or list of numbers.
+
+    A size may be written as {"shortest_edge": n} or as {"height": n, "width": n}.
+    """
+    if isinstance(setting, Mapping):
+        # {"longest_edge": n} is another resize: the longer side becomes n.
+        return set(setting.values()) == {value} and "longest_edge" not in setting
     try:
-        return bool(np.allclose(given, value, rtol=0, atol=1e-5))
+        # Files hold rounded numbers, for example 0.00392156862745098 for 1 / 255.
+        return bool(np.allclose(setting, value, rtol=0, atol=1e-5))
     except (TypeError, ValueError):
         return False

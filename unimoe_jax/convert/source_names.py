@@ -1,6 +1,7 @@
-"""Side files' tensors under the names of the tables, whatever prefixes they were saved with.
+"""Rename the tensors of a fine-tune's files to the names that the conversion tables use.
 
-The originals' loaders strip prefixes or match a part of each name, so files differ in them.
+The originals' loaders strip prefixes or look for a part of each name, so the same tensor has
+different prefixes in different files. The rules here accept what those loaders accept.
 """
 
 from __future__ import annotations
@@ -9,51 +10,60 @@ from collections.abc import Mapping
 
 from unimoe_jax.convert.reader import ConvertError, Tensors
 
+# Names of files, without suffix.
 PROJECTOR, ALIGNER, NON_LORA = "mm_projector", "mm_audio_aligner", "non_lora_trainables"
 PEFT_PREFIX = "base_model.model."
 
 
 def tensors_by_table(stem: str, tensors: Tensors) -> Tensors:
-    """The tensors of the file `{stem}.*`, renamed as far as its loader is lenient.
+    """Rename the tensors of the file `{stem}.*` as the original loader of that file does.
 
     Raises:
-        ConvertError: two tensors have one name without what stands before it.
+        ConvertError: two tensors have the same name once their prefixes are gone.
     """
     rule = RULES.get(stem)
     if rule is None:
         return tensors
     renamed: Tensors = {}
-    for name, new in rule(tensors).items():
-        if new in renamed:
+    for name, new_name in rule(tensors).items():
+        # Nothing says which of the two is the trained tensor.
+        if new_name in renamed:
             raise ConvertError(
-                f"{tensors[name].file}: tensors {renamed[new].name!r} and {name!r} differ in their "
-                "prefixes only; remove one of them"
+                f"{tensors[name].file}: tensors {renamed[new_name].name!r} and {name!r} differ in "
+                "their prefixes only; remove one of them"
             )
-        renamed[new] = tensors[name]
+        renamed[new_name] = tensors[name]
     return renamed
 
 
-def _from_mark(stem: str, name: str) -> str:
+def _from_stem(stem: str, name: str) -> str:
     """`…{stem}.x` -> `model.{stem}.x`; other names stay."""
-    _, mark, rest = name.partition(f"{stem}.")
-    return f"model.{mark}{rest}" if mark else name
+    # The original's loader looks for the stem anywhere in a name.
+    _, stem_and_dot, rest = name.partition(f"{stem}.")
+    return f"model.{stem_and_dot}{rest}" if stem_and_dot else name
 
 
 def _projector_names(tensors: Tensors) -> Mapping[str, str]:
-    return {name: _from_mark(PROJECTOR, name) for name in tensors}
+    """Old name -> new name in mm_projector."""
+    return {name: _from_stem(PROJECTOR, name) for name in tensors}
 
 
 def _aligner_names(tensors: Tensors) -> Mapping[str, str]:
-    """Speech keeps its queries outside the aligner: the first such tensor, whatever its name."""
-    names = {name: _from_mark(ALIGNER, name) for name in tensors}
-    outside = next((name for name in tensors if f"{ALIGNER}." not in name), None)
-    return names if outside is None else names | {outside: "model.query_tokens"}
+    """Old name -> new name in mm_audio_aligner.
+
+    A speech model keeps its queries outside the aligner. Its loader takes the first tensor whose
+    name does not contain the aligner's, so that tensor becomes the queries whatever its name.
+    """
+    names = {name: _from_stem(ALIGNER, name) for name in tensors}
+    queries = next((name for name in tensors if f"{ALIGNER}." not in name), None)
+    return names if queries is None else names | {queries: "model.query_tokens"}
 
 
 def _non_lora_names(tensors: Tensors) -> Mapping[str, str]:
-    """The loaders strip `base_model.`, then one `model.` if any name begins with two.
+    """Old name -> new name in non_lora_trainables.
 
-    The table knows the names as PEFT saves them, with both.
+    The loaders strip `base_model.`, then one `model.` if any name begins with two of them. The
+    tables use the names that PEFT saves, which have `base_model.model.` in front.
     """
     bare = {name: name.removeprefix("base_model.") for name in tensors}
     if any(name.startswith("model.model.") for name in bare.values()):

@@ -1,4 +1,4 @@
-"""The BEATs checkpoint (`{"cfg": …, "model": …}`), and BLIP-2's Q-Former that reads it."""
+"""The BEATs checkpoint (`{"cfg": …, "model": …}`), and BLIP-2's Q-Former as its connector."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EXCUSES = (
     ),
     Excuse(r"beats:predictor\..*", "the classification head of a fine-tuned BEATs"),
 )
-MEL_BINS = 128  # the front end's; the checkpoint does not say
-# What a `cfg` that is silent means to the original, and what this encoder computes.
+MEL_BINS = 128  # a constant of the original's front end; the checkpoint does not contain it
+# Key of `cfg` -> (default of the original, the only value that this encoder implements).
 SWITCHES: dict[str, tuple[Any, Any]] = {
     "deep_norm": (False, True),
     "layer_norm_first": (False, False),
@@ -30,14 +30,16 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
 
 
 def beats_config(cfg: Mapping[str, Any]) -> BeatsConfig:
-    """From the `cfg` of a BEATs checkpoint.
+    """Settings of the encoder, from the `cfg` of a BEATs checkpoint.
 
     Raises:
-        ConvertError: an option this encoder does not have.
+        ConvertError: the checkpoint has an option that this encoder does not implement.
     """
-    for key, (silent, needed) in SWITCHES.items():
-        if (value := cfg.get(key, silent)) != needed:
-            raise ConvertError(f"BEATs with {key}={value} is not supported, only {needed}")
+    for key, (default, supported) in SWITCHES.items():
+        if (value := cfg.get(key, default)) != supported:
+            raise ConvertError(
+                f"BEATs with {key}={value} is not supported; {key} must be {supported}"
+            )
     return BeatsConfig(
         hidden_size=cfg["encoder_embed_dim"],
         embed_size=cfg["embed_dim"],
@@ -54,8 +56,10 @@ def beats_config(cfg: Mapping[str, Any]) -> BeatsConfig:
 
 
 def encoder_copies(config: BeatsConfig, dst: str) -> list[Copy]:
-    """The encoder, from group `beats`."""
-    patch, pos = (("p", config.patch_size), ("q", config.patch_size)), "beats:encoder.pos_conv.0."
+    """Copies of the encoder, from group `beats`; `dst` is its path."""
+    # Patches, the convolution over positions (weight-normalised: g and v), the position bias.
+    patch = (("p", config.patch_size), ("q", config.patch_size))
+    pos = "beats:encoder.pos_conv.0."
     top = (
         Entry(
             "beats:patch_embedding.weight",
@@ -74,6 +78,7 @@ def encoder_copies(config: BeatsConfig, dst: str) -> list[Copy]:
             f"{dst}/relative_attention_bias",
         ),
     )
+    # One layer, with the gates of its relative positions (grep_linear, grep_a).
     s, d = "beats:encoder.layers.{l}.", f"{dst}/{{l}}/"
     layers = (
         *norm(f"{s}self_attn_layer_norm", f"{d}attention_norm"),
@@ -93,10 +98,12 @@ def encoder_copies(config: BeatsConfig, dst: str) -> list[Copy]:
 def qformer_config(
     config: Mapping[str, Any], num_queries: int, projector_depth: int
 ) -> QueryConnectorConfig:
-    """From BLIP-2's Q-Former options; missing ones are its defaults, as the originals use them.
+    """Settings of the connector, from the options of BLIP-2's Q-Former.
+
+    Missing options get BLIP-2's defaults, as in the originals.
 
     Raises:
-        ConvertError: an activation that this reader does not have.
+        ConvertError: an activation that this connector does not have.
     """
     require("config.json: qformer_config", config, hidden_act="gelu")
     return QueryConnectorConfig(
@@ -113,18 +120,25 @@ def qformer_config(
 
 
 def _bert_attention(src: str, dst: str) -> tuple[Entry, ...]:
-    heads = (("query", "q"), ("key", "k"), ("value", "v"))
-    parts = [linear(f"{src}.attention.{s}", f"{dst}/{d}_proj") for s, d in heads]
+    """Entries of one attention block with BERT's names, and of the norm behind it."""
+    names = (("query", "q"), ("key", "k"), ("value", "v"))
+    projections = [linear(f"{src}.attention.{s}", f"{dst}/{d}_proj") for s, d in names]
     return (
-        *(entry for part in parts for entry in part),
+        *(entry for projection in projections for entry in projection),
         *linear(f"{src}.output.dense", f"{dst}/o_proj"),
         *norm(f"{src}.output.LayerNorm", f"{dst}_norm"),
     )
 
 
 def qformer_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Copy]:
-    """The Q-Former without its queries; `src` includes its group."""
+    """Copies of the Q-Former as a connector, without its queries.
+
+    Args:
+        src: group and prefix of every source name.
+        dst: path of the connector.
+    """
     s, d = f"{src}encoder.layer.{{l}}.", f"{dst}/{{l}}/"
+    # Queries use the `…_query` branch of the feed-forward layer; the other branch is for text.
     layers = (
         *_bert_attention(f"{s}attention", f"{d}attention"),
         *linear(f"{s}intermediate_query.dense", f"{d}mlp/fc1"),
@@ -132,6 +146,7 @@ def qformer_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Cop
         *norm(f"{s}output_query.LayerNorm", f"{d}mlp_norm"),
     )
     places = dict(enumerate(qformer_places(config)))
+    # Only some layers attend to the encoder.
     crossing = {layer: places[layer] for layer, yes in enumerate(cross_layers(config)) if yes}
     return (
         expand(norm(f"{src}layernorm", f"{dst}/query_norm"))
@@ -141,7 +156,7 @@ def qformer_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Cop
 
 
 def to_cfg(config: BeatsConfig) -> dict[str, Any]:
-    """The `cfg` of a BEATs checkpoint."""
+    """The `cfg` of a BEATs checkpoint, for an export."""
     return {
         "encoder_embed_dim": config.hidden_size,
         "embed_dim": config.embed_size,
@@ -159,12 +174,13 @@ def to_cfg(config: BeatsConfig) -> dict[str, Any]:
         "gru_rel_pos": True,
         "deep_norm": True,
         "layer_norm_first": False,
+        # An export has no classification head.
         "finetuned_model": False,
     }
 
 
 def to_qformer_json(config: QueryConnectorConfig) -> dict[str, Any]:
-    """BLIP-2's Q-Former options, as `qformer_config` reads them."""
+    """The options of BLIP-2's Q-Former, for an export; `qformer_config` reads them back."""
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp_dim,

@@ -21,8 +21,11 @@ OUTSIDE = (
 
 
 def excuses(config: ClipConfig) -> tuple[Excuse, ...]:
-    """What has no place in this encoder: only layers that it does not build, nothing in the others,
-    which may hold what would change its features."""
+    """Excuses for the parts of a CLIP that this encoder does not build.
+
+    They cover whole layers only. An unknown tensor in a layer that is built would change the
+    features, so it is never excused.
+    """
     numbers = range(config.used_layers + config.kept_unread, config.num_layers)
     layers = rf"encoder\.layers\.({'|'.join(map(str, numbers))})\..*"
     dropped = Excuse(rf"clip:(vision_model\.)?{layers}", "layers after the selected hidden state")
@@ -30,11 +33,17 @@ def excuses(config: ClipConfig) -> tuple[Excuse, ...]:
 
 
 def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
-    """From a `config.json` of CLIPModel or CLIPVisionModel; defaults are transformers'.
+    """Settings of the encoder, from a `config.json` of CLIPModel or CLIPVisionModel.
+
+    Missing keys get the defaults of transformers.
+
+    Args:
+        select_layer: the hidden state whose features are read; -2 is the input of the last layer.
 
     Raises:
         ConvertError: an activation that this encoder does not have.
     """
+    # CLIPModel nests the settings of its vision side, CLIPVisionModel does not.
     vision = config.get("vision_config") or config
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
@@ -56,10 +65,13 @@ def clip_config(config: Mapping[str, Any], select_layer: int) -> ClipConfig:
 
 
 def copies(config: ClipConfig, dst: str, src: str = "clip:vision_model.") -> list[Copy]:
-    """Everything up to the selected hidden state and the unread layers that are kept.
+    """Copies of the layers up to the selected hidden state, and of unread layers that are kept.
 
-    `src` is the group and what stands before each name.
+    Args:
+        dst: path of the encoder.
+        src: group and prefix of every source name.
     """
+    # Embeddings. The patch convolution becomes a matrix that multiplies flattened patches.
     patch = (("p", config.patch_size), ("q", config.patch_size))
     top = (
         Entry(
@@ -72,6 +84,7 @@ def copies(config: ClipConfig, dst: str, src: str = "clip:vision_model.") -> lis
         Entry(f"{src}embeddings.position_embedding.weight", f"{dst}/position_embedding"),
         *norm(f"{src}pre_layrnorm", f"{dst}/pre_norm"),
     )
+    # One layer; CuMo's layers have experts in place of the MLP.
     s, d = f"{src}encoder.layers.{{l}}.", f"{dst}/{{l}}/"
     layer = (
         *norm(f"{s}layer_norm1", f"{d}attention_norm"),
@@ -89,6 +102,7 @@ def copies(config: ClipConfig, dst: str, src: str = "clip:vision_model.") -> lis
         layer += linear(f"{s}gate", f"{d}moe/router/linear", bias=False)
         for name in ("fc1", "fc2"):
             layer += linear(f"{s}experts.{{e}}.{name}", f"{d}moe/experts/{name}")
+    # Layers after the selected hidden state are stacked separately, as `unread_layers`.
     used = config.used_layers
     places = flat_stack(used)
     for layer_number in range(config.kept_unread):
@@ -97,7 +111,7 @@ def copies(config: ClipConfig, dst: str, src: str = "clip:vision_model.") -> lis
 
 
 def to_json(config: ClipConfig) -> dict[str, Any]:
-    """A `config.json` of CLIPVisionModel."""
+    """The `config.json` of a CLIPVisionModel, for an export."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",

@@ -1,4 +1,4 @@
-"""Mixtral of transformers: LLaMA's trunk, `block_sparse_moe` in every layer."""
+"""Mixtral of transformers: the trunk of `llama`, with `block_sparse_moe` in every layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from unimoe_jax.convert.entry import Copy, expand, linear
 from unimoe_jax.convert.tables import llama
 
 EXCUSES = llama.EXCUSES
-# w1 is the gate, w3 the linear branch, w2 leads back.
+# down(silu(gate(x)) * up(x)) is w2(silu(w1(x)) * w3(x)) in Mixtral's names.
 NAMES = (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
 
 
 def mixtral_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """From a `config.json` of MixtralForCausalLM."""
+    """Settings of the decoder, from a `config.json` of MixtralForCausalLM; defaults as there."""
     router = RouterConfig(dtype_order="softmax_topk", logits_dtype="compute")
     moe = MoEConfig(
         num_experts=config.get("num_local_experts", 8),
@@ -26,10 +26,11 @@ def mixtral_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def copies(config: DecoderConfig) -> list[Copy]:
-    """From group `base`."""
+    """Copies of a Mixtral decoder, from group `base`."""
+    assert config.moe is not None  # `mixtral_config` always sets it
     s, d = "base:model.layers.{l}.block_sparse_moe.", "decoder/{l}/moe/"
     entries = [*linear(f"{s}gate", f"{d}router/linear", bias=False)]
-    for theirs, ours in NAMES:
-        entries += linear(f"{s}experts.{{e}}.{theirs}", f"{d}experts/{ours}", bias=False)
+    for their_name, our_name in NAMES:
+        entries += linear(f"{s}experts.{{e}}.{their_name}", f"{d}experts/{our_name}", bias=False)
     experts = range(config.moe.num_experts)
     return llama.trunk(config) + expand(entries, llama.chosen(config, moe=True), experts)

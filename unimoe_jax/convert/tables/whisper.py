@@ -1,4 +1,7 @@
-"""Whisper of transformers: its encoder, and its text decoder as a reader of learned queries."""
+"""Whisper of transformers: its encoder, and its text decoder as a connector.
+
+The connector feeds learned queries to the text decoder in place of word embeddings.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from unimoe_jax.config import QueryConnectorConfig, WhisperConfig
 from unimoe_jax.convert.entry import Copy, Entry, Excuse, expand, flat_stack, linear, norm
 from unimoe_jax.convert.reader import require
 
+# A Whisper folder holds a whole model; the encoder needs only a part of it.
 EXCUSES = (
     Excuse(
         r"whisper:((model\.)?decoder\..*|proj_out\.weight)",
@@ -18,7 +22,7 @@ EXCUSES = (
 
 
 def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
-    """From a `config.json` of WhisperModel.
+    """Settings of the encoder, from a `config.json` of WhisperModel.
 
     `scale_embedding` is not read: transformers' Whisper computes the scale and never applies it.
 
@@ -31,6 +35,7 @@ def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
         mlp_dim=config["encoder_ffn_dim"],
         num_layers=config["encoder_layers"],
         num_heads=config["encoder_attention_heads"],
+        # The last two keys have the defaults of transformers.
         mel_bins=config.get("num_mel_bins", 80),
         max_positions=config.get("max_source_positions", 1500),
     )
@@ -39,7 +44,7 @@ def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
 def reader_config(
     config: Mapping[str, Any], num_queries: int, projector_depth: int
 ) -> QueryConnectorConfig:
-    """The connector that is this Whisper's decoder."""
+    """Settings of the connector, from the decoder's sizes in a `config.json` of WhisperModel."""
     return QueryConnectorConfig(
         kind="whisper_decoder",
         num_queries=num_queries,
@@ -53,7 +58,7 @@ def reader_config(
 
 
 def attention(src: str, dst: str) -> tuple[Entry, ...]:
-    """Whisper's attention: keys have no bias."""
+    """Entries of one attention block. Whisper's projection of keys has no bias."""
     return (
         *linear(f"{src}.q_proj", f"{dst}/q_proj"),
         *linear(f"{src}.k_proj", f"{dst}/k_proj", bias=False),
@@ -63,7 +68,7 @@ def attention(src: str, dst: str) -> tuple[Entry, ...]:
 
 
 def block(s: str, d: str) -> tuple[Entry, ...]:
-    """What encoder and decoder layers share."""
+    """Entries that encoder and decoder layers share; `s` and `d` are prefixes of a layer."""
     return (
         *norm(f"{s}self_attn_layer_norm", f"{d}attention_norm"),
         *attention(f"{s}self_attn", f"{d}attention"),
@@ -74,25 +79,33 @@ def block(s: str, d: str) -> tuple[Entry, ...]:
 
 
 def encoder_copies(config: WhisperConfig, dst: str, prefix: str = "model.encoder.") -> list[Copy]:
-    """The encoder, from group `whisper`."""
+    """Copies of the encoder, from group `whisper`; `dst` is its path."""
     src = f"whisper:{prefix}"
+    # Before and after the layers: positions, two convolutions over time, the final norm.
     top = [Entry(f"{src}embed_positions.weight", f"{dst}/position_embedding")]
     for name, inputs in (("conv1", config.mel_bins), ("conv2", config.hidden_size)):
-        pattern = Entry(
+        # A convolution becomes a matrix that multiplies flattened windows of k frames.
+        kernel = Entry(
             f"{src}{name}.weight", f"{dst}/{name}/kernel", "o i k -> (k i) o", (("i", inputs),)
         )
-        top += [pattern, Entry(f"{src}{name}.bias", f"{dst}/{name}/bias")]
+        top += [kernel, Entry(f"{src}{name}.bias", f"{dst}/{name}/bias")]
     top += norm(f"{src}layer_norm", f"{dst}/final_norm")
     layers = block(f"{src}layers.{{l}}.", f"{dst}/{{l}}/")
     return expand(top) + expand(layers, flat_stack(config.num_layers))
 
 
 def reader_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Copy]:
-    """The decoder as a connector's reader; `src` includes its group, queries are not among it."""
+    """Copies of the text decoder as a connector, without its queries.
+
+    Args:
+        src: group and prefix of every source name.
+        dst: path of the connector.
+    """
     top = (
         Entry(f"{src}embed_positions.weight", f"{dst}/position_embedding"),
         *norm(f"{src}layer_norm", f"{dst}/final_norm"),
     )
+    # A decoder layer is an encoder layer with a second attention, which reads the encoder.
     s, d = f"{src}layers.{{l}}.", f"{dst}/{{l}}/"
     layers = (
         *block(s, d),
@@ -103,7 +116,7 @@ def reader_copies(config: QueryConnectorConfig, src: str, dst: str) -> list[Copy
 
 
 def to_json(config: WhisperConfig, reader: QueryConnectorConfig) -> dict[str, Any]:
-    """A `config.json` of WhisperModel; `reader` gives the decoder's sizes."""
+    """The `config.json` of a WhisperModel, for an export; `reader` gives the decoder's sizes."""
     return {
         "architectures": ["WhisperModel"],
         "model_type": "whisper",
