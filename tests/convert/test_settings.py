@@ -111,7 +111,11 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
         ("tuned/config", {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ("tuned/config", {"mm_audio_select_layer": -2}, "mm_audio_select_layer -2"),
         ("tuned/config", {"mm_projector_type": "mlp2x_silu"}, "mm_projector_type is 'mlp2x_silu'"),
-        ("tuned/config", {"audio_projector_type": "mlp1x_gelu"}, "is 'mlp1x_gelu', but the tensors"),
+        (
+            "tuned/config",
+            {"audio_projector_type": "mlp1x_gelu"},
+            "is 'mlp1x_gelu', but the tensors",
+        ),
         ("tuned/adapter_config", {"use_rslora": True}, "adapter_config.json: use_rslora = True"),
         ("tuned/adapter_config", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ("tuned/adapter_config", {"peft_type": "VERA"}, "peft_type = 'VERA'"),
