@@ -1,4 +1,14 @@
-"""python -m unimoe_jax.convert {import,export,inspect,verify}: see --help of each."""
+"""Convert PyTorch checkpoints in and out: import, export, inspect and verify.
+
+    python -m unimoe_jax.convert import  --from FOLDER … --to DIR
+    python -m unimoe_jax.convert export  --from DIR --to FOLDER --format hf
+    python -m unimoe_jax.convert inspect DIR
+    python -m unimoe_jax.convert verify  DIR DIR
+
+Each command explains its options with --help. Exit codes: 0 the command succeeded (for verify: both
+checkpoints are equal); 1 verify found a difference; 2 the input was refused; 130 interrupted; 141
+the program that reads the output has closed its end (`… | head`).
+"""
 
 from __future__ import annotations
 
@@ -18,75 +28,136 @@ from unimoe_jax.runtime.program import program_name
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog=program_name("convert"), description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
-    _import_arguments(
-        commands.add_parser("import", help="PyTorch folders -> a checkpoint of this package")
+    """Build the parser of the command line."""
+    program = argparse.ArgumentParser(
+        prog=program_name("convert"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out = commands.add_parser("export", help="a checkpoint of this package -> PyTorch folders")
-    out.add_argument(
+    commands = program.add_subparsers(dest="command", required=True)
+    _add_import(commands)
+    _add_export(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    return program
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    text = "convert PyTorch folders to a checkpoint of this package"
+    command = commands.add_parser("import", help=text, description=text)
+    command.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with the files of one original model or of a part of it; repeat the option "
+        "for a model that is spread over several folders",
+    )
+    command.add_argument(
+        "--to", dest="target", required=True, type=Path, metavar="DIR", help="a new folder"
+    )
+    command.add_argument(
+        "--lora",
+        choices=("merge", "keep"),
+        default="merge",
+        help="merge adds PEFT adapters to their weights; keep stores them as separate parameters "
+        "(default: merge)",
+    )
+    command.add_argument(
+        "--router-lora",
+        choices=("override", "merge"),
+        help="override: mlp_gates replaces merged routers, so their adapters are lost, as in "
+        "released inference (default where adapters are merged); merge: the routers' adapters take "
+        "part, as in training (default with --lora keep)",
+    )
+    command.add_argument(
+        "--numerics",
+        choices=("exact", "released"),
+        default="exact",
+        help="exact keeps the numbers of the files; released rounds weights and RoPE tables "
+        "through float16 (and bfloat16), as the loaders of released Uni-MoE inference do "
+        "(default: exact)",
+    )
+    command.add_argument(
+        "--vision-layer",
+        type=int,
+        default=-2,
+        help="which hidden state of a CLIP encoder that is imported alone is its output "
+        "(default: -2)",
+    )
+    command.add_argument(
+        "--unread-layers",
+        choices=("drop", "keep"),
+        default="drop",
+        help="the layers of that CLIP encoder after its output: drop or keep them; CuMo's run "
+        "files need them (default: drop)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("source", "float32", "bfloat16"),
+        default="source",
+        help="the dtype of the parameters; source keeps the dtype of the files (default: source)",
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    text = "convert a checkpoint of this package to PyTorch folders"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument(
         "--from",
         dest="source",
         required=True,
         type=Path,
-        help="an import, what a stage left, or a run directory (its last whole stage)",
+        metavar="DIR",
+        help="an import, the checkpoint of a stage, or a run directory (the result of its last "
+        "stage that has a whole model)",
     )
-    out.add_argument("--to", dest="target", required=True, type=Path)
-    out.add_argument("--format", choices=("unimoe", "cumo", "hf"), required=True)
-    out.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
-    out.add_argument("--model", type=Path, help="model.yaml, for a checkpoint without one")
-    look = commands.add_parser("inspect", help="tree of parameters, totals, active parameters")
-    look.add_argument("folder", type=Path)
-    same = commands.add_parser(
+    command.add_argument(
+        "--to", dest="target", required=True, type=Path, metavar="FOLDER", help="a new folder"
+    )
+    command.add_argument(
+        "--format",
+        choices=("unimoe", "cumo", "hf"),
+        required=True,
+        help="the layout and names of the original Uni-MoE, of CuMo, or of transformers",
+    )
+    command.add_argument(
+        "--files",
+        choices=("safetensors", "bin"),
+        default="safetensors",
+        help="the file format of the weights (default: safetensors)",
+    )
+    command.add_argument(
+        "--model", type=Path, metavar="FILE", help="model.yaml, for a checkpoint without model.yaml"
+    )
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    text = "print the tree of parameters, their total number, and how many are active per token"
+    command = commands.add_parser("inspect", help=text, description=text)
+    command.add_argument("folder", type=Path, help="a checkpoint of any supported format")
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    text = "compare the parameters and the logits of two checkpoints"
+    command = commands.add_parser(
         "verify",
-        help="compare two checkpoints of any supported format: ours, a folder of the originals, or "
-        "a folder that holds all folders of one model",
+        help=text,
+        description=f"{text}. A checkpoint is one of this package, an original PyTorch folder, or "
+        "a folder that holds all folders of one model.",
     )
-    same.add_argument("a", type=Path)
-    same.add_argument("b", type=Path)
-    return top
-
-
-def _import_arguments(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--from", dest="sources", action="append", required=True, type=Path)
-    add.add_argument("--to", dest="target", required=True, type=Path)
-    add.add_argument("--lora", choices=("merge", "keep"), default="merge")
-    add.add_argument(
-        "--router-lora",
-        choices=("override", "merge"),
-        help="override: mlp_gates replaces merged routers, so their adapters are lost, as in "
-        "released inference (default where adapters are merged); merge: they take part, as in "
-        "training (default with --lora keep)",
-    )
-    add.add_argument(
-        "--numerics",
-        choices=("exact", "released"),
-        default="exact",
-        help="released: round weights and RoPE tables through float16 (and bfloat16), as the "
-        "loaders of released Uni-MoE inference do",
-    )
-    add.add_argument(
-        "--vision-layer",
-        type=int,
-        default=-2,
-        help="selected hidden state of a CLIP imported on its own",
-    )
-    add.add_argument(
-        "--unread-layers",
-        choices=("drop", "keep"),
-        default="drop",
-        help="its layers after that one; CuMo's run files need them",
-    )
-    add.add_argument("--dtype", choices=("source", "float32", "bfloat16"), default="source")
+    command.add_argument("a", type=Path, help="the first checkpoint")
+    command.add_argument("b", type=Path, help="the second checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, and for `verify` equal; 1: `verify` found a difference; 2: refused;
-    130: interrupted; 141: who reads what is printed has gone."""
-    given = parser().parse_args(arguments)
+    """Parse `arguments`, run the command and return the exit code that the module's docstring
+    lists."""
+    args = parser().parse_args(arguments)
     try:
-        return exit_quietly_on_closed_pipe(lambda: COMMANDS[given.command](given))
+        return exit_quietly_on_closed_pipe(lambda: COMMANDS[args.command](args))
     except (ConvertError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,39 +166,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _import(given: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> int:
     options = Options(
-        given.lora, given.router_lora, given.vision_layer, given.numerics, given.unread_layers
+        lora=args.lora,
+        router_lora=args.router_lora,
+        vision_layer=args.vision_layer,
+        numerics=args.numerics,
+        unread_layers=args.unread_layers,
     )
-    importing.import_checkpoint(given.sources, given.target, options, given.dtype)
+    importing.import_checkpoint(args.sources, args.target, options, args.dtype)
     return 0
 
 
-def _export(given: argparse.Namespace) -> int:
-    checkpoint = opening.with_tokenizer(opening.open_checkpoint(given.source, given.model))
-    exporting.export_checkpoint(checkpoint, given.target, given.format, given.files)
+def _export(args: argparse.Namespace) -> int:
+    checkpoint = opening.with_tokenizer(opening.open_checkpoint(args.source, args.model))
+    exporting.export_checkpoint(checkpoint, args.target, args.format, args.files)
     return 0
 
 
-def _inspect(given: argparse.Namespace) -> int:
-    for line in inspecting.inspect_lines(opening.open_checkpoint(given.folder)):
+def _inspect(args: argparse.Namespace) -> int:
+    for line in inspecting.inspect_lines(opening.open_checkpoint(args.folder)):
         print(line)
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
-    a, b = opening.open_pair(given.a, given.b)
+def _verify(args: argparse.Namespace) -> int:
+    a, b = opening.open_pair(args.a, args.b)
     differences = list(compare(a, b))
     for line in differences:
         print(line)
+    # The settings of a checkpoint may describe a decoder whose parameters it does not have.
     if all(opening.has_text_model(checkpoint) for checkpoint in (a, b)):
         for line in verifying.compare_logits(a, b):
             print(line)
     else:
-        print("logits: not compared, one of them has no decoder")
-    count = len(a.params)
-    print(f"DIFFERENT: {len(differences)} parameters" if differences else f"EQUAL: {count}")
-    return 1 if differences else 0
+        print("logits: not compared, because at least one checkpoint has no decoder")
+    if differences:
+        print(f"DIFFERENT: {len(differences)} parameters")
+        return 1
+    print(f"EQUAL: {len(a.params)}")
+    return 0
 
 
 COMMANDS = {"import": _import, "export": _export, "inspect": _inspect, "verify": _verify}

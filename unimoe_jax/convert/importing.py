@@ -1,4 +1,4 @@
-"""`import`: source folders -> an orbax checkpoint, its model.yaml, side files and manifest."""
+"""Import PyTorch folders: write an orbax checkpoint with model.yaml, side files and a manifest."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 import yaml
 
+from unimoe_jax.convert.entry import Copy
 from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import Resolution, read_slice, release_slice, resolve_plan
+from unimoe_jax.convert.plan import (
+    ConversionPlan,
+    Resolution,
+    read_slice,
+    release_slice,
+    resolve_plan,
+)
 from unimoe_jax.convert.reader import ConvertError, np_dtype, sha256
 from unimoe_jax.convert.recognise import SourceFolder, licences, recognise, source_files
 from unimoe_jax.convert.writer import Chunk, Leaf, Work, write_checkpoint
@@ -30,18 +37,31 @@ def import_checkpoint(
     dtype: str = "source",
     tell: Tell = print,
 ) -> Resolution:
-    """Recognise, check, convert; prints a table and a verdict.
+    """Recognise the source folders, check them, and convert them to a checkpoint.
+
+    Args:
+        paths: the source folders; together they hold one model.
+        folder: the new checkpoint.
+        options: how adapters, rounding and unread layers are treated.
+        dtype: of the parameters: "source", "float32" or "bfloat16".
+        tell: receives every line of the report and, at the end, the verdict.
+
+    Returns:
+        Which source tensors filled which parameters.
 
     Raises:
-        ConvertError: anything that does not fit; `folder` is not created then.
+        ConvertError: a source does not fit, or `folder` exists or cannot be written. A failed
+            import does not create `folder`.
     """
     if folder.exists():
         raise ConvertError(f"{folder}: exists already; remove it or choose another --to")
+    # Decide which tensor fills which parameter before anything is written.
     sources = recognise(paths)
     plan = plan_of(sources, options)
     resolution = resolve_plan(plan, dtype)
     for line in conversion_report(resolution):
         tell(line)
+    # Writing the chunks fills `sums`, so the manifest is made after the last chunk.
     sums: dict[Path, str] = {}
     finish = partial(_finish, resolution, sources, options, dtype, sums)
     write_checkpoint(folder, leaves_of(resolution), work_of(resolution, sources, sums), finish)
@@ -50,7 +70,7 @@ def import_checkpoint(
 
 
 def leaves_of(resolution: Resolution) -> dict[str, Leaf]:
-    """The targets as the writer wants them."""
+    """Describe every parameter to the writer: shape, dtype, and how many axes a chunk indexes."""
     return {
         path: Leaf(target.shape, np_dtype(target.dtype), len(next(iter(target.fills))))
         for path, target in resolution.targets.items()
@@ -60,14 +80,17 @@ def leaves_of(resolution: Resolution) -> dict[str, Leaf]:
 def work_of(
     resolution: Resolution, sources: Sequence[SourceFolder], sums: dict[Path, str]
 ) -> Iterator[Work]:
-    """Every chunk, in the order of the source files, each file's digest into `sums` before it.
+    """Yield the work of an import, one source file after the other.
 
-    So a file is read from the disk once, even where the files do not fit into memory together.
+    For each file, first comes a function that puts the file's SHA-256 into `sums`, then all chunks
+    that are made from the file. So each file is read from the disk once: the digest brings the file
+    into the page cache and the chunks find it there, even if all files together exceed the memory.
     """
     plan = resolution.plan
     chunks: dict[Path, dict[str, list[Chunk]]] = {
         file: {} for source in sources for file in source_files(source)
     }
+    # Sort the chunks by source file and source tensor.
     for target in resolution.targets.values():
         for index, copy in target.fills.items():
             chunk = Chunk(
@@ -76,12 +99,24 @@ def work_of(
                 partial(read_slice, plan, copy),
                 partial(release_slice, plan, copy),
             )
-            chunks[plan.tensor(copy.src).file].setdefault(copy.src, []).append(chunk)
-    place = {f"{group}:{name}": n for group, ts in plan.groups.items() for n, name in enumerate(ts)}
-    for file, members in chunks.items():
+            chunks[_file_of(plan, copy.src)].setdefault(copy.src, []).append(chunk)
+    # Within a file, keep the order in which the file lists its tensors.
+    position = {
+        f"{group}:{name}": number
+        for group, tensors in plan.groups.items()
+        for number, name in enumerate(tensors)
+    }
+    for file, chunks_by_tensor in chunks.items():
         yield partial(_digest, file, sums)
-        for src in sorted(members, key=place.__getitem__):
-            yield from members[src]
+        for src in sorted(chunks_by_tensor, key=position.__getitem__):
+            yield from chunks_by_tensor[src]
+
+
+def _file_of(plan: ConversionPlan, src: str) -> Path:
+    """The file of a source tensor that `resolve_plan` has found."""
+    tensor = plan.tensor(src)
+    assert tensor is not None, src
+    return tensor.file
 
 
 def _digest(file: Path, sums: dict[Path, str]) -> None:
@@ -96,6 +131,7 @@ def _finish(
     sums: Mapping[Path, str],
     partial_folder: Path,
 ) -> dict[str, Any]:
+    """Add model.yaml and the side files to the unfinished folder, and return the manifest."""
     plan = resolution.plan
     text = yaml.safe_dump({"model": dict(plan.config)}, sort_keys=False)
     (partial_folder / MODEL_FILE).write_text(text)
@@ -112,17 +148,12 @@ def manifest(
     dtype: str,
     sums: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What was made of what. `shapes` and `moe_layers` let a stage take from the checkpoint."""
+    """Record which sources, options and transforms made the checkpoint.
+
+    A later stage reads `shapes` and `moe_layers` to start from the checkpoint.
+    """
     plan = resolution.plan
     has_decoder = any("decoder/".startswith(part) for part in plan.parts)
-    tensor_groups: dict[str, dict[str, Any]] = {}
-    for path, target in resolution.targets.items():
-        group = tensor_groups.setdefault(path.split("/")[0], {"sources": {}, "transforms": set()})
-        for copy in target.fills.values():
-            names = (copy.src, *((copy.adapter.a, copy.adapter.b) if copy.adapter else ()))
-            for file in (str(plan.tensor(name).file) for name in names):
-                group["sources"][file] = sums[file]
-            group["transforms"].add(transform_of(copy))
     return {
         "family": plan.family,
         "moe_layers": list(plan.model.decoder.moe_layers()) if has_decoder else [],
@@ -133,10 +164,7 @@ def manifest(
         "parents": {source.role: str(source.path) for source in sources},
         "licences": {source.role: licences(source.path) for source in sources},
         "source_configs": {source.role: dict(source.config) for source in sources},
-        "tensor_groups": {
-            name: {"sources": group["sources"], "transforms": sorted(group["transforms"])}
-            for name, group in tensor_groups.items()
-        },
+        "tensor_groups": _tensor_groups(resolution, sums),
         "overridden": dict(resolution.overridden),
         "unused": dict(resolution.excused),
         "shapes": {path: list(target.shape) for path, target in resolution.targets.items()},
@@ -145,15 +173,41 @@ def manifest(
     }
 
 
-def transform_of(copy) -> str:
-    """One word or two on what happens to a tensor."""
+def _tensor_groups(resolution: Resolution, sums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """List the source files with their digests, and the transforms, of each top-level module.
+
+    The groups are the first names of the parameter paths: "vision", "decoder", …
+    """
+    sources: dict[str, dict[str, str]] = {}
+    transforms: dict[str, set[str]] = {}
+    for path, target in resolution.targets.items():
+        group = path.split("/")[0]
+        group_sources = sources.setdefault(group, {})
+        group_transforms = transforms.setdefault(group, set())
+        for copy in target.fills.values():
+            adapter_names = (copy.adapter.a, copy.adapter.b) if copy.adapter else ()
+            for name in (copy.src, *adapter_names):
+                file = str(_file_of(resolution.plan, name))
+                group_sources[file] = sums[file]
+            group_transforms.add(transform_of(copy))
+    return {
+        group: {"sources": sources[group], "transforms": sorted(transforms[group])}
+        for group in sources
+    }
+
+
+def transform_of(copy: Copy) -> str:
+    """Name the transform of a tensor: "copy" or its rearrangement, and a merged adapter's scale."""
     merged = f" + {copy.adapter.scale:g} B A" if copy.adapter else ""
     return (copy.rearrange or "copy") + merged
 
 
 def conversion_report(resolution: Resolution) -> Iterator[str]:
-    """source -> target, shape, dtype, transform: one line per parameter, layers folded."""
-    plan = resolution.plan
+    """Yield the lines of the report: a table of parameters, then the tensors left out, then notes.
+
+    The table has one line per parameter with source, target, shape, dtype and transform. A
+    parameter that stacks several layers shows its first source and the number of sources.
+    """
     yield f"{'source':<78}  {'target':<58}  {'shape':<20}  {'dtype':<9} transform"
     for path, target in resolution.targets.items():
         copies = [target.fills[index] for index in sorted(target.fills)]
@@ -161,14 +215,23 @@ def conversion_report(resolution: Resolution) -> Iterator[str]:
         shape = "×".join(map(str, target.shape)) or "scalar"
         source = copies[0].src + more
         yield f"{source:<78}  {path:<58}  {shape:<20}  {target.dtype:<9} {transform_of(copies[0])}"
-    for title, names in (("overridden", resolution.overridden), ("not used", resolution.excused)):
-        reasons: dict[str, list[str]] = {}
-        for name, why in names.items():
-            why = f"a later file ({why.split(':')[0]}) holds it too" if title[0] == "o" else why
-            reasons.setdefault(why, []).append(name)
-        for why, members in reasons.items():
-            yield f"{title}: {len(members)} tensors, e.g. {members[0]}: {why}"
-    yield from (f"note: {note}" for note in plan.notes)
+    # `overridden` holds the source that replaced each tensor, as "group:name".
+    overridden_reasons = {
+        name: f"a later file ({source.split(':')[0]}) holds the same parameter"
+        for name, source in resolution.overridden.items()
+    }
+    yield from _grouped_by_reason("overridden", overridden_reasons)
+    yield from _grouped_by_reason("not used", resolution.excused)
+    yield from (f"note: {note}" for note in resolution.plan.notes)
+
+
+def _grouped_by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """One line per reason, with the number of tensors and the first of them as an example."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names_by_reason.setdefault(reason, []).append(name)
+    for reason, names in names_by_reason.items():
+        yield f"{title}: {len(names)} tensors, e.g. {names[0]}: {reason}"
 
 
 def verdict(resolution: Resolution, folder: Path) -> str:
