@@ -1,4 +1,8 @@
-"""Any supported checkpoint as lazy parameters by path: ours, or sources as an import sees them."""
+"""Open any supported checkpoint as lazy parameters by path.
+
+A checkpoint of this package is read as it is stored. PyTorch folders are seen through the table of
+their family, so they appear as the parameters that an import would write.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,37 @@ from unimoe_jax.checkpoints.manifest import (
     read_settings,
     run_file_of,
 )
-from unimoe_jax.checkpoints.sources import ParamSource
+from unimoe_jax.checkpoints.sources import ArrayIndex, ParamSource
 from unimoe_jax.config import ConfigError, ModelConfig, RunConfig
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.problems import first_problem
 from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.importing import MODEL_FILE
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import parameter_shapes, read_slice, resolve_plan
+from unimoe_jax.convert.plan import (
+    ConversionPlan,
+    Target,
+    parameter_shapes,
+    read_slice,
+    resolve_plan,
+)
 from unimoe_jax.convert.reader import ConvertError, np_dtype
 from unimoe_jax.convert.recognise import TOKENIZER_FILES, recognise
 from unimoe_jax.data import embedded
 from unimoe_jax.data.sources import cache_folder
 
-OURS = {MANIFEST, SUMS, MODEL_FILE}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+OWN_FILES = {MANIFEST, SUMS, MODEL_FILE}
+"""Files of a checkpoint that every import and stage writes anew."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter; `read` takes a leading index and returns that slice."""
+    """One parameter that is read when it is needed.
+
+    `read` takes a leading index, for example (layer, expert), and returns that slice; () reads the
+    whole parameter.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,10 +64,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Lazy parameters, and the model that they are part of where it is known.
+    """The lazy parameters of a checkpoint, and the settings of its model if they are known.
 
-    files: name -> tokenizer or processor file that goes with them. template: how it was asked, if
-    that is known and does not follow from the family.
+    Attributes:
+        path: the folder, for messages.
+        params: path -> parameter.
+        config: model settings as in model.yaml; empty if they are unknown.
+        manifest: manifest.json, or its first entries for PyTorch folders.
+        files: name -> tokenizer or processor file that belongs to the model.
+        template: the prompt template, if it cannot be derived from the model family.
     """
 
     path: Path
@@ -66,22 +87,20 @@ class Checkpoint:
         """The whole model.
 
         Raises:
-            ConvertError: no settings, or only parts of a model.
+            ConvertError: the settings are unknown, or describe only parts of a model.
         """
         if not self.config:
             raise ConvertError(no_settings(str(self.path)))
         try:
             return ModelConfig.model_validate(self.config)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
             raise ConvertError(
-                f"{self.path}: its settings describe no whole model: {where}: {first['msg']}"
+                f"{self.path}: its settings describe no whole model: {first_problem(error)}"
             ) from error
 
 
 def no_settings(where: str) -> str:
-    """The message for a checkpoint of which nobody says what model it is of."""
+    """The message for a checkpoint whose model settings are unknown."""
     return (
         f"{where}: no {MODEL_FILE} and not in a run directory; name the model's settings with "
         "--model FILE (a model.yaml)"
@@ -89,7 +108,11 @@ def no_settings(where: str) -> str:
 
 
 def has_text_model(checkpoint: Checkpoint) -> bool:
-    """Whether it answers to text: parts of a model may come with the settings of all of it."""
+    """Whether the checkpoint has every parameter that text logits need.
+
+    The settings are not enough to decide this: a checkpoint with a part of a model may have the
+    settings of the whole model.
+    """
     if "decoder" not in checkpoint.config:
         return False
     config = {key: value for key, value in checkpoint.config.items() if key in ("decoder", "lora")}
@@ -98,10 +121,10 @@ def has_text_model(checkpoint: Checkpoint) -> bool:
 
 
 def locate_checkpoint(path: Path) -> Located:
-    """What `path` stands for (`checkpoints.locate`).
+    """Find the checkpoint that a user's `path` means, see `checkpoints.locate`.
 
     Raises:
-        ConvertError: it stands for nothing, or for several checkpoints.
+        ConvertError: the path means no checkpoint, or several.
     """
     try:
         return locate(path)
@@ -112,47 +135,61 @@ def locate_checkpoint(path: Path) -> Located:
 def open_checkpoint(
     path: Path, model_file: Path | None = None, options: Options = Options("keep")
 ) -> Checkpoint:
-    """Parameters of a checkpoint of ours, or of a source as an import with `options` sees it.
+    """Open a checkpoint of this package, or PyTorch folders as an import with `options` sees them.
 
-    A checkpoint of ours without model.yaml, which is what stages leave, gets its settings from
-    `model_file`, else from the run directory that it lies in.
+    The checkpoint of a stage has no model.yaml. Its settings come from `model_file`, or else from
+    the config.yaml of the run directory that contains it.
 
     Raises:
-        ConvertError: damaged, or not recognised; no such model file, or nothing in it.
+        ConvertError: the checkpoint is damaged or not recognised, or `model_file` is missing, empty
+            or wrong.
     """
     located = locate_checkpoint(path)
     if not located.is_checkpoint:
         return _source(located.folder, options, "source")
-    return _ours(located.folder, model_file)
+    return _own_checkpoint(located.folder, model_file)
 
 
 def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
-    """Two checkpoints to be compared; a source beside an import of ours is seen as that saw it.
+    """Open two checkpoints that are to be compared.
+
+    If one of them is an import and the other a PyTorch folder, the folder is opened with the
+    options of the import, so that equal weights compare as equal.
 
     Raises:
         ConvertError: as `open_checkpoint`.
     """
-    pair = (locate_checkpoint(a), locate_checkpoint(b))
-    known = [_ours(found.folder, None) if found.is_checkpoint else None for found in pair]
+    located = (locate_checkpoint(a), locate_checkpoint(b))
+    own = [
+        _own_checkpoint(place.folder, None) if place.is_checkpoint else None for place in located
+    ]
     options, dtype = Options("keep"), "source"
-    for found in known:
-        if found is not None and "options" in found.manifest:
-            options = Options(**found.manifest["options"])
-            dtype = found.manifest["asked_dtype"]
+    for checkpoint in own:
+        if checkpoint is not None and "options" in checkpoint.manifest:
+            options = Options(**checkpoint.manifest["options"])
+            dtype = checkpoint.manifest["asked_dtype"]
     left, right = (
-        found or _source(located.folder, options, dtype)
-        for found, located in zip(known, pair, strict=True)
+        checkpoint or _source(place.folder, options, dtype)
+        for checkpoint, place in zip(own, located, strict=True)
     )
     return left, right
 
 
-def _ours(path: Path, model_file: Path | None) -> Checkpoint:
-    found = _written(path, model_file)
-    return found if found.config else replace(found, config=_config_of_run(found))
+def _own_checkpoint(path: Path, model_file: Path | None) -> Checkpoint:
+    checkpoint = _stored_checkpoint(path, model_file)
+    if checkpoint.config:
+        return checkpoint
+    return replace(checkpoint, config=_config_of_run(checkpoint))
 
 
-def _written(path: Path, model_file: Path | None) -> Checkpoint:
+def _stored_checkpoint(path: Path, model_file: Path | None) -> Checkpoint:
+    """A checkpoint as its folder describes it; `config` is empty if no model.yaml is known.
+
+    Raises:
+        ConvertError: the folder is damaged, or `model_file` cannot be used.
+    """
     path = path.absolute()
+    # Checksums first, so that damage is reported as damage and not as a later failure.
     try:
         verify(path)
         manifest = read_manifest(path)
@@ -163,6 +200,7 @@ def _written(path: Path, model_file: Path | None) -> Checkpoint:
         raise ConvertError(str(error)) from error
     if model_file:
         _check_settings(model_file, config)
+    # The arrays must have the shapes that the manifest lists, because stages rely on the manifest.
     params = {}
     for name, array in arrays.items():
         shape = tuple(manifest["shapes"][name])
@@ -171,90 +209,122 @@ def _written(path: Path, model_file: Path | None) -> Checkpoint:
                 f"{path}: {name!r} has shape {array.shape}, the manifest says {shape}"
             )
         params[name] = Parameter(shape, array.dtype.name, partial(read_part, array))
-    beside, template = dict(_beside(path)), manifest.get("template")
-    return Checkpoint(path, params, config, manifest, beside, template)
+    return Checkpoint(
+        path,
+        params,
+        config,
+        manifest,
+        files=dict(_side_files(path)),
+        template=manifest.get("template"),
+    )
 
 
-def _beside(path: Path) -> Iterator[tuple[str, Path]]:
-    """Tokenizer and processor settings, and whatever else lies beside the parameters."""
+def _side_files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Tokenizer files, processor settings, and any other file beside the parameters."""
     for file in sorted(path.iterdir()):
-        if file.is_file() and file.name not in OURS and not file.name.endswith(WEIGHTS):
+        if (
+            file.is_file()
+            and file.name not in OWN_FILES
+            and not file.name.endswith(WEIGHT_SUFFIXES)
+        ):
             yield file.name, file
 
 
 def _check_settings(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ConvertError where a value makes no sense; a model's parts may be missing."""
+    """Check the values of a model file. Parts of a model may be missing, so missing keys pass.
+
+    Raises:
+        ConvertError: a value is wrong.
+    """
     try:
         ModelConfig.model_validate(config)
     except ValidationError as error:
-        wrong = [one for one in error.errors() if one["type"] != "missing"]
-        if wrong:
-            where = ".".join(map(str, wrong[0]["loc"]))
-            raise ConvertError(f"{file}: {where}: {wrong[0]['msg']}") from error
+        problems = [problem for problem in error.errors() if problem["type"] != "missing"]
+        if problems:
+            where = ".".join(map(str, problems[0]["loc"]))
+            raise ConvertError(f"{file}: {where}: {problems[0]['msg']}") from error
 
 
 # ------------------------------------------------------------------------------- run directories
 
 
-def _run(file: Path) -> Mapping[str, Any]:
-    """Model and stages of a run's config.yaml. Raises ConvertError if the file is no run's."""
-    try:
-        return read_run_file(file)
-    except CheckpointError as error:
-        raise ConvertError(str(error)) from error
-
-
 def _config_of_run(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Model settings of what a stage left, from the run directory it lies in; {} elsewhere."""
-    name, file = checkpoint.manifest.get("stage"), _run_file(checkpoint)
+    """Model settings of a stage's checkpoint, from the run directory that contains it.
+
+    Returns an empty dictionary if no run directory contains the checkpoint.
+
+    Raises:
+        ConvertError: config.yaml of the run is damaged, or does not have the stage.
+    """
+    file = _run_file(checkpoint)
     if file is None:
         return {}
-    run = _run(file)
+    try:
+        run = read_run_file(file)
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from error
+    name = checkpoint.manifest["stage"]
     stage = next((stage for stage in run["stages"] if stage["name"] == name), None)
     if stage is None:
-        raise ConvertError(f"{file}: has no stage {name!r}, which {checkpoint.path} is of")
+        raise ConvertError(f"{file}: has no stage {name!r}, which wrote {checkpoint.path}")
     try:
         model = ModelConfig.model_validate(run["model"])
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("model", *first["loc"])))
-        raise ConvertError(f"{file}: {where}: {first['msg']}") from error
-    shapes = {path: param.shape for path, param in checkpoint.params.items()}
+        raise ConvertError(f"{file}: section model: {first_problem(error)}") from error
+    # The stage may have added experts and adapters to the run's model. The parameters show which
+    # modules have experts; the stage's settings list the rules of its adapters.
     moe_layers = tuple(checkpoint.manifest["moe_layers"])
-    found = ParamSource(
-        name, shapes, lambda path, index: checkpoint.params[path].read(index), moe_layers
-    )
-    config = model.with_experts(found.modules()).model_dump(mode="json", exclude_none=True)
-    adapters = any(path.endswith("/lora_a") for path in shapes)
-    return config | ({"lora": stage["lora"]} if adapters else {})
+    source = shapes_source(name, checkpoint.params, moe_layers)
+    config = model.with_experts(source.modules()).model_dump(mode="json", exclude_none=True)
+    has_adapters = any(path.endswith("/lora_a") for path in checkpoint.params)
+    return config | ({"lora": stage["lora"]} if has_adapters else {})
+
+
+def shapes_source(
+    name: str, params: Mapping[str, Parameter], moe_layers: tuple[bool, ...]
+) -> ParamSource:
+    """A source that finds layers and experts by the shapes of `params`, and that cannot be read."""
+
+    def load(path: str, index: ArrayIndex) -> np.ndarray:
+        raise NotImplementedError(f"read {path!r} through its Parameter")
+
+    shapes = {path: param.shape for path, param in params.items()}
+    return ParamSource(name, shapes, load, moe_layers)
 
 
 def _run_file(checkpoint: Checkpoint) -> Path | None:
-    """The config.yaml of the run that left the checkpoint."""
+    """config.yaml of the run whose stage wrote the checkpoint; None for other checkpoints."""
     return run_file_of(checkpoint.path) if "stage" in checkpoint.manifest else None
 
 
 def with_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with what an answer needs and a stage leaves elsewhere: the run's template, and its
-    tokenizer where that is on this machine."""
+    """Add the prompt template and the tokenizer of the run to a stage's checkpoint.
+
+    A stage does not copy them into its checkpoint, but answering prompts needs both. The tokenizer
+    is added only if its files are on this machine. Other checkpoints are returned unchanged.
+    """
     file = _run_file(checkpoint)
     try:
         run = load_config(file) if file else None
-    except ConfigError:  # a run of another version; its parameters are what was asked for
+    except ConfigError:
+        # Another version of the package wrote config.yaml. The parameters are usable without it.
         run = None
     if run is None:
         return checkpoint
-    named = {stage.name: stage.template for stage in run.stages}
-    template = named.get(checkpoint.manifest["stage"]) or run.data.template
-    if template == "plain":  # captions: nothing was asked
+    # A stage may replace the template that the run's data section names.
+    stage_templates = {stage.name: stage.template for stage in run.stages}
+    template = stage_templates.get(checkpoint.manifest["stage"]) or run.data.template
+    if template == "plain":  # the template for captions, which has no question
         template = None
     files = {**_tokenizer_files(run), **checkpoint.files}
     return replace(checkpoint, files=files, template=template)
 
 
 def _tokenizer_files(run: RunConfig) -> dict[str, Path]:
+    """Name -> tokenizer file of the run; empty if the files are not on this machine."""
     path: Path | None = Path(run.tokenizer)
     if run.tokenizer == "embedded":
+        # The embedded data set makes its tokenizer on first use; None if that has not happened.
         path = embedded.made(cache_folder(run.data), size=run.data.embedded_size)
     if path is None:
         return {}
@@ -267,24 +337,28 @@ def _tokenizer_files(run: RunConfig) -> dict[str, Path]:
 
 
 def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
+    """PyTorch folders as the parameters that an import with `options` and `dtype` would write."""
     sources = recognise([path])
     resolution = resolve_plan(plan_of(sources, options), dtype)
     plan = resolution.plan
-
-    def reader(target):
-        def read(index: tuple[int, ...]) -> np.ndarray:
-            lead = len(next(iter(target.fills)))
-            if len(index) >= lead:
-                part = read_slice(plan, target.fills[index[:lead]])
-                return part.astype(np_dtype(target.dtype), copy=False)[index[lead:]]
-            parts = [read((*index, i)) for i in range(target.shape[len(index)])]
-            return np.stack(parts)
-
-        return read
-
     params = {
-        name: Parameter(t.shape, t.dtype, reader(t)) for name, t in resolution.targets.items()
+        name: Parameter(target.shape, target.dtype, partial(_read_target, plan, target))
+        for name, target in resolution.targets.items()
     }
     parents = {source.role: str(source.path) for source in sources}
     manifest = {"family": plan.family, "parents": parents}
     return Checkpoint(path, params, plan.config, manifest, plan.files)
+
+
+def _read_target(plan: ConversionPlan, target: Target, index: tuple[int, ...]) -> np.ndarray:
+    """Read the slice of a parameter at a leading index of any length.
+
+    One source tensor fills one slice at an index of full length, for example (layer, expert). A
+    longer index selects a part of that slice; a shorter one stacks slices.
+    """
+    full_length = len(next(iter(target.fills)))
+    if len(index) < full_length:
+        size = target.shape[len(index)]
+        return np.stack([_read_target(plan, target, (*index, i)) for i in range(size)])
+    value = read_slice(plan, target.fills[index[:full_length]])
+    return value.astype(np_dtype(target.dtype), copy=False)[index[full_length:]]
