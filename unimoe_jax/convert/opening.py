@@ -45,7 +45,7 @@ from unimoe_jax.data import embedded
 from unimoe_jax.data.sources import cache_folder
 
 OWN_FILES = {MANIFEST, SUMS, MODEL_FILE}
-"""Files of a checkpoint that every import and stage writes anew."""
+"""Files that every import and stage writes itself, so they are no side files."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
 
 
@@ -146,7 +146,7 @@ def open_checkpoint(
     """
     located = locate_checkpoint(path)
     if not located.is_checkpoint:
-        return _source(located.folder, options, "source")
+        return _pytorch_checkpoint(located.folder, options, "source")
     return _own_checkpoint(located.folder, model_file)
 
 
@@ -169,7 +169,7 @@ def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
             options = Options(**checkpoint.manifest["options"])
             dtype = checkpoint.manifest["asked_dtype"]
     left, right = (
-        checkpoint or _source(place.folder, options, dtype)
+        checkpoint or _pytorch_checkpoint(place.folder, options, dtype)
         for checkpoint, place in zip(own, located, strict=True)
     )
     return left, right
@@ -336,7 +336,7 @@ def _tokenizer_files(run: RunConfig) -> dict[str, Path]:
 # ---------------------------------------------------------------------------------- PyTorch folders
 
 
-def _source(path: Path, options: Options, dtype: str) -> Checkpoint:
+def _pytorch_checkpoint(path: Path, options: Options, dtype: str) -> Checkpoint:
     """PyTorch folders as the parameters that an import with `options` and `dtype` would write."""
     sources = recognise([path])
     resolution = resolve_plan(plan_of(sources, options), dtype)
