@@ -214,7 +214,7 @@ def write_safetensors(path: Path, pieces: list[Piece]) -> None:
     order at the offsets that the header lists (safetensors' README).
 
     Raises:
-        ConvertError: a tensor has not the announced size, or the file does not read back.
+        ConvertError: a tensor does not have the announced size, or the file does not read back.
     """
     # The header needs the place of every tensor, which follows from the sizes alone.
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
@@ -237,7 +237,7 @@ def write_safetensors(path: Path, pieces: list[Piece]) -> None:
                 raise ConvertError(
                     f"{path}: {piece.name!r} has {value.nbytes} bytes instead of {piece.nbytes}"
                 )
-            # bfloat16 is no dtype that Python's buffers know, so its bytes have to be copied.
+            # Python's buffer protocol has no bfloat16, so these bytes have to be copied.
             file.write(value.data if value.dtype.kind in "fiub" else value.tobytes())
     if set(open_file(path)) != {piece.name for piece in pieces}:
         raise ConvertError(f"{path}: the written file does not read back")
