@@ -305,7 +305,7 @@ def refusals(dense: Path, moe: Path) -> dict[str, tuple[tuple, str]]:
         "dense": (("split", "--from", dense, "--to", "x"), "has no experts"),
         "no such expert": (
             ("prune", "--from", moe, "--keep", "0,7", "--to", "x"),
-            "no expert 7 in its encoder; 0..2",
+            "no expert 7 in its encoder; allowed: 0..2",
         ),
         "twice": (("prune", "--from", moe, "--keep", "1,1", "--to", "x"), "named twice"),
         "name": (
@@ -319,15 +319,15 @@ def refusals(dense: Path, moe: Path) -> dict[str, tuple[tuple, str]]:
         "seed": ((*up, "--module", "encoder", "--seed", -1, "--to", "x"), "--seed -1: allowed: 0"),
         "keep": (
             ("prune", "--from", moe, "--keep", "a,b", "--to", "x"),
-            "numbers from 0 up, as 0,2",
+            "numbers from 0 up, like 0,2",
         ),
         "layers": (
             (*up, "--module", "decoder", "--layers", "0,x", "--to", "x"),
-            "--layers: '0,x': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+            "--layers: '0,x': allowed: numbers from 0 up, like 0,2, or one of all, even,",
         ),
         "named layers": (
             (*up, "--module", "decoder", "--layers", "odd", "--to", "x"),
-            "--layers: 'odd': allowed: numbers from 0 up, as 0,2, or one of all, even,",
+            "--layers: 'odd': allowed: numbers from 0 up, like 0,2, or one of all, even,",
         ),
         "beyond": (
             (*up, "--module", "decoder", "--layers", "0,9", "--to", "x"),

@@ -1,4 +1,8 @@
-"""A checkpoint as members: every layer's part of every parameter, read one slice at a time."""
+"""Open a checkpoint as layer parts: every layer's slice of every parameter, read when needed.
+
+Layer parts are named independently of how layers are stacked (`params.layer_parts`), so a dense
+model and a model with experts can be matched part by part.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,13 @@ from unimoe_jax.checkpoints.checksums import SUMS
 from unimoe_jax.checkpoints.locate import is_checkpoint
 from unimoe_jax.checkpoints.sources import ParamSource
 from unimoe_jax.config import LoRARule, ModelConfig, ModuleName
-from unimoe_jax.convert.opening import Checkpoint, Parameter, no_settings, open_checkpoint
+from unimoe_jax.convert.opening import (
+    Checkpoint,
+    Parameter,
+    no_settings,
+    open_checkpoint,
+    shapes_source,
+)
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.reader import ConvertError, sha256
 from unimoe_jax.convert.recognise import recognise, source_files
@@ -25,7 +35,13 @@ from unimoe_jax.params.layer_parts import LayerPart, layer_parts
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of a result: its shape and dtype, where it comes from, its value when asked."""
+    """One slice of a new checkpoint.
+
+    Attributes:
+        shape, dtype: of the slice.
+        origin: where the slice comes from, for the report.
+        read: returns the value; nothing is read before.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -35,7 +51,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened checkpoint. `name`: for tables; `config`: model settings as in model.yaml."""
+    """An opened checkpoint without adapters.
+
+    Attributes:
+        name: for reports and the manifest, e.g. "base".
+        checkpoint: its lazy parameters.
+        config: model settings as in model.yaml, without adapters.
+        moe_layers: one flag per decoder layer: True if the layer has experts.
+    """
 
     name: str
     checkpoint: Checkpoint
@@ -44,57 +67,64 @@ class Opened:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The checkpoint's path, for messages."""
         return str(self.checkpoint.path)
 
     @cached_property
     def source(self) -> ParamSource:
-        """Shapes and places; reading goes through `part`."""
-        params = self.checkpoint.params
-        shapes = {path: param.shape for path, param in params.items()}
-        return ParamSource(
-            self.where, shapes, lambda path, index: params[path].read(index), self.moe_layers
-        )
+        """Finds the parameter and index of a layer part; `part` reads it."""
+        return shapes_source(self.where, self.checkpoint.params, self.moe_layers)
 
     @cached_property
-    def members(self) -> list[LayerPart]:
-        """Everything there is."""
+    def layer_parts(self) -> list[LayerPart]:
+        """The layer parts of all parameters. A part of experts stands for all experts."""
         return [
-            member
+            layer_part
             for path, param in self.checkpoint.params.items()
-            for _, member in layer_parts(path, param.shape, self.moe_layers)
+            for _, layer_part in layer_parts(path, param.shape, self.moe_layers)
         ]
 
-    def part(self, member: LayerPart, *inner: int) -> Part:
-        """`member`, or entry `inner` (an expert) of it. Raises ParamError where it is missing."""
-        path, outer = self.source.find(member)
-        param, index = self.checkpoint.params[path], (*outer, *inner)
-        origin = f"{self.name} expert {inner[0]}" if inner else self.name
+    def part(self, layer_part: LayerPart, *expert: int) -> Part:
+        """The slice of a layer part, or of one expert of it.
+
+        Raises:
+            ParamError: the checkpoint has no such part.
+        """
+        path, layer_index = self.source.find(layer_part)
+        param, index = self.checkpoint.params[path], (*layer_index, *expert)
+        origin = f"{self.name} expert {expert[0]}" if expert else self.name
         shape = param.shape[len(index) :]
         return Part(shape, param.dtype, origin, lambda: np.asarray(param.read(index)))
 
     @cached_property
-    def _counts(self) -> dict[ModuleName | None, set[int]]:
+    def _expert_counts(self) -> dict[ModuleName | None, set[int]]:
+        """Module -> the numbers of experts that its layers have."""
         counts: dict[ModuleName | None, set[int]] = {}
-        for member in self.members:
-            if member.expert is not None:
-                counts.setdefault(member.module, set()).add(self.part(member).shape[0])
+        for layer_part in self.layer_parts:
+            if layer_part.expert is not None:
+                num_experts = self.part(layer_part).shape[0]
+                counts.setdefault(layer_part.module, set()).add(num_experts)
         return counts
 
     def num_experts(self, module: ModuleName) -> int:
-        """Experts in each MoE layer of `module`; 0: there are none.
+        """Number of experts in each MoE layer of `module`, or 0 if it has no MoE layer.
 
         Raises:
-            ConvertError: layers differ.
+            ConvertError: layers have different numbers of experts.
         """
-        found = sorted(self._counts.get(module, {0}))
-        if len(found) > 1:
-            raise ConvertError(f"{self.where}: {module} layers have {found} experts")
-        return found[0]
+        counts = sorted(self._expert_counts.get(module, {0}))
+        if len(counts) > 1:
+            raise ConvertError(
+                f"{self.where}: the {module}'s layers have different numbers of experts: {counts}"
+            )
+        return counts[0]
 
     def digests(self) -> dict[str, str]:
-        """{file: SHA-256} that tell this checkpoint from any other: of its list of checksums, or of
-        its files."""
+        """File -> SHA-256, for files that identify the checkpoint.
+
+        The list of checksums identifies a checkpoint of this package. PyTorch folders have no such
+        list, so all their weight files are hashed.
+        """
         path = self.checkpoint.path
         if is_checkpoint(path):
             return {SUMS: sha256(path / SUMS)}
@@ -103,12 +133,19 @@ class Opened:
 
 
 def open_experts(name: str, path: Path, model_file: Path | None = None) -> Opened:
-    """A checkpoint of this package, whole or a part, or PyTorch folders that an import takes.
+    """Open a checkpoint of this package or PyTorch folders; either may hold a part of a model.
 
-    Adapters are merged as they are read; PyTorch folders are what `import` makes of them.
+    Adapters are merged into their kernels when the kernels are read. PyTorch folders are opened as
+    the parameters that `import` would write.
+
+    Args:
+        name: for reports and the manifest.
+        path: the checkpoint, a run directory, or a PyTorch folder.
+        model_file: model.yaml, for a checkpoint without settings.
 
     Raises:
-        ConvertError: not there, damaged or not recognised; ParamError: adapters without a rule.
+        ConvertError: the checkpoint is missing, damaged or not recognised.
+        ParamError: an adapter has no rule that gives its scale.
     """
     if not path.is_dir():
         raise ConvertError(f"{path}: no such folder; give a checkpoint")
@@ -126,28 +163,35 @@ def open_experts(name: str, path: Path, model_file: Path | None = None) -> Opene
 def without_adapters(
     params: Mapping[str, Parameter], rules: Sequence[LoRARule]
 ) -> dict[str, Parameter]:
-    """The same parameters with every adapter merged into its kernel, slice by slice."""
+    """The same parameters with every adapter merged into its kernel when the kernel is read.
+
+    Raises:
+        ParamError: an adapter has no rule that gives its scale.
+    """
     merged = {path: param for path, param in params.items() if not lora.is_adapter(path)}
     for module in lora.modules(params):
-        lora.scale_of(module, rules)  # raises now, not in the middle of writing
+        lora.scale_of(module, rules)  # an adapter without a rule is an error now, not while writing
         merged[f"{module}/kernel"] = _merged(params, module, rules)
     return merged
 
 
 def _merged(params: Mapping[str, Parameter], module: str, rules: Sequence[LoRARule]) -> Parameter:
-    paths = [f"{module}/{name}" for name in ("kernel", "lora_a", "lora_b")]
+    """The kernel of a linear layer with its adapter merged into every slice that is read."""
+    kernel = f"{module}/kernel"
+    paths = (kernel, f"{module}/lora_a", f"{module}/lora_b")
 
     def read(index: tuple[int, ...]) -> np.ndarray:
-        return lora.merge({path: params[path].read(index) for path in paths}, rules)[paths[0]]
+        return lora.merge({path: params[path].read(index) for path in paths}, rules)[kernel]
 
-    return replace(params[paths[0]], read=read)
+    return replace(params[kernel], read=read)
 
 
 def model_text(config: Mapping[str, Any], where: str) -> str:
-    """The content of model.yaml, checked where it is a whole model.
+    """The content of model.yaml for these settings. Settings of a whole model are checked.
 
     Raises:
-        ConvertError: there are no settings; pydantic's ValidationError: they do not fit.
+        ConvertError: the settings are unknown.
+        pydantic.ValidationError: the settings of a whole model do not fit each other.
     """
     if not config:
         raise ConvertError(no_settings(where))

@@ -1,4 +1,7 @@
-"""A made checkpoint onto disk, slice by slice: beside its place, sealed, renamed."""
+"""Write a new checkpoint to disk slice by slice, with model.yaml, side files and a manifest.
+
+`convert.writer` writes it beside its final place, seals it with checksums and then renames it.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,26 @@ from unimoe_jax.experts.opening import Opened, Part, model_text
 from unimoe_jax.params.layer_parts import locate_part
 
 Stacked = dict[str, dict[tuple[int, ...], Part]]
+"""Path of a parameter -> its slices by leading index, for example (layer, expert)."""
 Tell = Callable[[str], None]
 
 
 def write(
     made: Made, base: Opened, sources: Sequence[Opened], folder: Path, command: str, tell: Tell
 ) -> None:
-    """Write `made` to `folder` and tell what was done.
+    """Write `made` to `folder` and report what was written.
+
+    Args:
+        made: content, settings and origins of the new checkpoint.
+        base: the checkpoint that gives tokenizer, template and family.
+        sources: all other checkpoints that `made` takes slices from.
+        folder: the new checkpoint.
+        command: the command line, for the manifest.
+        tell: receives the lines of the report.
 
     Raises:
-        ConvertError: `folder` exists, settings are missing, layers do not fit together. Nothing is
-            left behind then.
+        ConvertError: `folder` exists, settings are missing, or layers do not fit together. A failed
+            command leaves nothing behind.
     """
     text = model_text(made.config, str(base.checkpoint.path))
     stacked = stack(made)
@@ -45,43 +57,45 @@ def write(
 
 
 def stack(made: Made) -> Stacked:
-    """{path: {leading index: part}} in this package's layout."""
+    """Arrange the slices of `made` by parameter, in the layout that its MoE layers lead to."""
     stacked: Stacked = {}
-    for member, parts in made.content.items():
-        path, outer = locate_part(member, made.moe_layers)
-        for inner, part in parts.items():
-            stacked.setdefault(path, {})[(*outer, *inner)] = part
+    for layer_part, parts in made.content.items():
+        path, layer_index = locate_part(layer_part, made.moe_layers)
+        for expert_index, part in parts.items():
+            stacked.setdefault(path, {})[(*layer_index, *expert_index)] = part
     return stacked
 
 
 def leaf_of(path: str, parts: Mapping[tuple[int, ...], Part]) -> Leaf:
-    """The array that the parts of one parameter form.
+    """Describe the array that the slices of one parameter form.
 
-    Where their dtypes differ it is float32.
+    Its dtype is the dtype of the slices, or float32 if they differ. Example: slices of shape (8, 4)
+    at (0, 0), (0, 1), (1, 0) and (1, 1) form an array of shape (2, 2, 8, 4).
 
     Raises:
-        ConvertError: a hole, or parts of different shapes.
+        ConvertError: a slice is missing, or slices have different shapes.
     """
-    lead = tuple(1 + max(index[axis] for index in parts) for axis in range(len(min(parts))))
-    missing = set(itertools.product(*map(range, lead))) - set(parts)
+    index_axes = len(next(iter(parts)))
+    stack_shape = tuple(1 + max(index[axis] for index in parts) for axis in range(index_axes))
+    missing = set(itertools.product(*map(range, stack_shape))) - set(parts)
     shapes = {part.shape for part in parts.values()}
     if missing or len(shapes) > 1:
-        what = f"nothing at {sorted(missing)[:3]}" if missing else f"shapes {sorted(shapes)}"
-        raise ConvertError(f"{path!r} cannot be stacked: {what}")
+        reason = f"nothing at {sorted(missing)[:3]}" if missing else f"shapes {sorted(shapes)}"
+        raise ConvertError(f"{path!r} cannot be stacked: {reason}")
     dtypes = {part.dtype for part in parts.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return Leaf((*lead, *shapes.pop()), np_dtype(dtype), len(lead))
+    return Leaf((*stack_shape, *shapes.pop()), np_dtype(dtype), index_axes)
 
 
 def chunks(stacked: Stacked) -> Iterator[Chunk]:
-    """Every slice, to be read when its turn comes."""
+    """Yield every slice as a chunk, which is read when a thread writes it."""
     for path, parts in stacked.items():
         for index in sorted(parts):
             yield Chunk(path, index, parts[index].read, _nothing)
 
 
 def _nothing() -> None:
-    """Slices of checkpoints hold no pages that could be given back."""
+    """Release nothing: the slices of checkpoints are no views of mapped files."""
 
 
 def _finish(
@@ -93,19 +107,20 @@ def _finish(
     leaves: Mapping[str, Leaf],
     folder: Path,
 ) -> dict[str, Any]:
+    """Add model.yaml, tokenizer and processor files to `folder`, and return the manifest."""
     (folder / MODEL_FILE).write_text(text)
-    spoken = with_tokenizer(base.checkpoint)
-    for name, path in spoken.files.items():
+    checkpoint = with_tokenizer(base.checkpoint)
+    for name, path in checkpoint.files.items():
         shutil.copyfile(path, folder / name)
-    every = {source.name: source for source in (base, *sources)}
+    parents = {source.name: source for source in (base, *sources)}
     return {
-        "family": spoken.manifest.get("family", ""),
-        "template": spoken.template,
+        "family": checkpoint.manifest.get("family", ""),
+        "template": checkpoint.template,
         "moe_layers": list(made.moe_layers),
         "lora_merged": True,
         "command": command,
-        "parents": {name: str(source.checkpoint.path) for name, source in every.items()},
-        "hashes": {name: source.digests() for name, source in every.items()},
+        "parents": {name: str(source.checkpoint.path) for name, source in parents.items()},
+        "hashes": {name: source.digests() for name, source in parents.items()},
         "experts": {module: list(names) for module, names in made.experts.items()},
         "shapes": {path: list(leaf.shape) for path, leaf in leaves.items()},
         "dtypes": {path: leaf.dtype.name for path, leaf in leaves.items()},
@@ -114,15 +129,18 @@ def _finish(
 
 
 def experts_report(made: Made) -> Iterator[str]:
-    """One line per module and expert: how many parameters it has, and where they come from."""
+    """Yield one line per module, part and origin, with its slices and parameters counted."""
     rows: dict[tuple[str, str, str], list[int]] = {}
-    for member, parts in made.content.items():
-        module = member.module or "elsewhere"
-        for inner, part in parts.items():
-            what = f"expert {inner[0]}" if inner else ("router" if member.is_router else "")
-            row = rows.setdefault((module, what, part.origin), [0, 0])
+    for layer_part, parts in made.content.items():
+        module = layer_part.module or "elsewhere"
+        for expert_index, part in parts.items():
+            if expert_index:
+                kind = f"expert {expert_index[0]}"
+            else:
+                kind = "router" if layer_part.is_router else ""
+            row = rows.setdefault((module, kind, part.origin), [0, 0])
             row[0] += 1
             row[1] += int(np.prod(part.shape, dtype=np.int64))
     yield f"{'module':<12}{'part':<12}{'slices':>8}{'parameters':>18}  from"
-    for (module, what, origin), (count, size) in sorted(rows.items()):
-        yield f"{module:<12}{what:<12}{count:>8,}{size:>18,}  {origin}"
+    for (module, kind, origin), (count, size) in sorted(rows.items()):
+        yield f"{module:<12}{kind:<12}{count:>8,}{size:>18,}  {origin}"
