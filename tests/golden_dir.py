@@ -1,6 +1,7 @@
-"""Where recorded reference data lie, and how they name arrays of which only some rows were kept.
+"""Find recorded reference data, and read arrays of which only some rows are stored.
 
-`NAME@STEP` holds every STEP-th row of the recorded array NAME, rows being the axis before the last.
+The key `NAME@STEP` holds every STEP-th row of the recorded array NAME; rows are the axis before the
+last.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 def golden_dir(name: str = "") -> Path:
     """Folder of recorded reference data, e.g. `golden_dir("preprocessing")`.
 
-    `$GOLDEN_DIR`, else `../shared/golden` beside the repository, else `tests/parity/fixtures`.
-    Fails the test when none of them has `name`.
+    The folder is in `$GOLDEN_DIR`, or in `../shared/golden` beside the repository if the variable
+    is not set; if it is not there, it is in `tests/parity/fixtures`. The test fails if none of them
+    has `name`.
     """
     given = os.environ.get("GOLDEN_DIR")
     folders = [Path(given)] if given else [ROOT.parent / "shared" / "golden"]
@@ -33,7 +35,7 @@ def golden_dir(name: str = "") -> Path:
 
 
 def recorded_systems(folder: Path | None = None) -> list[Path]:
-    """Folders of recorded Uni-MoE systems, whole or in part, in the golden directory in use."""
+    """Folders of recorded Uni-MoE systems, or of parts of them, in the golden directory in use."""
     adapters = (folder or golden_dir()).glob("*/checkpoint/*/adapter_config.json")
     found = sorted({path.parents[2] for path in adapters})
     if not found:
@@ -42,8 +44,8 @@ def recorded_systems(folder: Path | None = None) -> list[Path]:
 
 
 def recorded_cumo() -> list[Path]:
-    """Folders of recorded CuMo systems, whole or in part, in the golden directory in use; none is
-    a failure."""
+    """Folders of recorded CuMo systems, or of parts of them, in the golden directory in use. The
+    test fails if there is none."""
     configs = golden_dir().glob("*/checkpoint/*/config.json")
     found = sorted({path.parents[2] for path in configs if '"clip_smoe"' in path.read_text()})
     if not found:
@@ -52,7 +54,7 @@ def recorded_cumo() -> list[Path]:
 
 
 def split_key(key: str) -> tuple[str, int]:
-    """`NAME@STEP` -> (NAME, STEP); a whole array has step 1."""
+    """Split `NAME@STEP` into (NAME, STEP); the key of a whole array has no STEP, which means 1."""
     name, _, step = key.partition("@")
     return name, int(step or 1)
 
@@ -63,6 +65,6 @@ def thin(value: np.ndarray, step: int) -> np.ndarray:
 
 
 def as_recorded(values: Mapping[str, np.ndarray], keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """{recorded key: the part of `values` that it holds}, for those keys whose name is known."""
+    """Recorded key -> the rows of `values` that it holds, for keys whose NAME is in `values`."""
     named = {key: split_key(key) for key in keys}
     return {k: thin(values[name], step) for k, (name, step) in named.items() if name in values}

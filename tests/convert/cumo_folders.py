@@ -1,4 +1,4 @@
-"""CuMo's released layouts: names and shapes at any size, and tiny folders of every stage."""
+"""The released layouts of CuMo: names and shapes at any size, and tiny folders of every stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of decoder and vision encoder; `mixtral`: the decoder's experts, 0 for Mistral."""
+    """Sizes of decoder and vision encoder. `mixtral`: experts of the decoder, 0 for Mistral."""
 
     hidden: int = 8
     mlp: int = 12
@@ -46,7 +46,7 @@ def linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
 
 
 def decoder_shapes(size: Sizes) -> Shapes:
-    """MistralForCausalLM or MixtralForCausalLM."""
+    """Tensors of MistralForCausalLM or MixtralForCausalLM."""
     wide, head = size.hidden, size.hidden // size.heads
     found = {"model.embed_tokens.weight": (size.vocab, wide), "model.norm.weight": (wide,)}
     found |= linear("lm_head", wide, size.vocab, bias=False)
@@ -72,7 +72,7 @@ def decoder_shapes(size: Sizes) -> Shapes:
 
 
 def encoder_shapes(size: Sizes, moe: bool) -> Shapes:
-    """The vision tower, names from `vision_model.` on."""
+    """Tensors of the vision tower, with names from `vision_model.` on."""
     wide, top = size.clip_hidden, "vision_model."
     patches = (size.image // size.patch) ** 2
     found = {
@@ -97,7 +97,7 @@ def encoder_shapes(size: Sizes, moe: bool) -> Shapes:
 
 
 def connector_shapes(size: Sizes, moe: bool) -> Shapes:
-    """`model.mm_projector.…`."""
+    """Tensors of the connector, `model.mm_projector.…`."""
     inputs, top = size.clip_hidden * len(size.scales), "model.mm_projector."
     found = linear(f"{top}gate", inputs, size.experts, bias=False) if moe else {}
     inner = [f"{top}experts.{e}." for e in range(size.experts)] if moe else [top]
@@ -108,13 +108,13 @@ def connector_shapes(size: Sizes, moe: bool) -> Shapes:
 
 
 def whole_shapes(size: Sizes) -> Shapes:
-    """What the last stage leaves: everything in the shards."""
+    """Tensors that the last stage saves, all of them in the shards."""
     encoder = {f"model.vision_tower.{k}": v for k, v in encoder_shapes(size, True).items()}
     return decoder_shapes(size) | encoder | connector_shapes(size, True)
 
 
 def config_json(size: Sizes, moe: bool) -> dict:
-    """config.json of such a folder."""
+    """config.json of a CuMo folder."""
     made = {
         "model_type": "llava_mixtral" if size.mixtral else "llava_mistral",
         "hidden_size": size.hidden,
@@ -141,7 +141,7 @@ def config_json(size: Sizes, moe: bool) -> dict:
 
 
 def tower_json(size: Sizes) -> dict:
-    """config.json of the encoder's own folder."""
+    """config.json of the encoder's folder."""
     vision = {
         "hidden_size": size.clip_hidden,
         "intermediate_size": size.clip_mlp,
@@ -159,8 +159,9 @@ def tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, n
 
 
 def write_stage(folder: Path, stage: str, size: Sizes = TINY) -> Path:
-    """The folder that stage `pt`, `pft` or `sft` leaves, its encoder's config.json beside it.
+    """Write the folder that stage `pt`, `pft` or `sft` saves.
 
+    The encoder's config.json is in the folder `tower` beside it.
     Files that the originals write with torch are safetensors here, so that torch is not needed.
     """
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tiny source folders, written without torch."""
+"""Write tiny source folders without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = {
 
 
 def llama_tensors() -> dict[str, np.ndarray]:
-    """Random weights under the names of LlamaForCausalLM."""
+    """Random weights with the names of LlamaForCausalLM."""
     shapes = {
         "model.embed_tokens.weight": (VOCAB, WIDTH),
         "lm_head.weight": (VOCAB, WIDTH),
@@ -44,7 +44,7 @@ def llama_tensors() -> dict[str, np.ndarray]:
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One safetensors file."""
+    """Write one safetensors file."""
     pieces = [
         Piece(name, value.shape, value.dtype.name, lambda value=value: value)
         for name, value in tensors.items()
@@ -53,7 +53,7 @@ def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_llama(folder: Path, tensors: dict[str, np.ndarray], **config) -> Path:
-    """A Hugging Face folder."""
+    """Write a folder of transformers: weights, config.json and tokenizer settings."""
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))

@@ -1,4 +1,4 @@
-"""A CLIP imported on its own, with and without the layers that nothing reads."""
+"""Import a CLIP encoder alone, with and without the layers after its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unimoe_jax.convert.__main__ import main
 
 @pytest.mark.parametrize("unread", ["drop", "keep"])
 def test_layers_after_the_selected_one(tmp_path: Path, unread: str):
-    """`keep`: what CuMo's first stage takes its encoder from."""
+    """CuMo's first stage starts from an import with `keep`."""
     folder, out = tmp_path / "clip", tmp_path / "out"
     folder.mkdir()
     write_file(folder / "model.safetensors", tensors(encoder_shapes(TINY, moe=False)))
@@ -34,8 +34,9 @@ def test_layers_after_the_selected_one(tmp_path: Path, unread: str):
 
 
 @pytest.mark.parametrize("unread", ["drop", "keep"])
-def test_what_no_layer_of_the_encoder_has_is_refused(tmp_path: Path, capsys, unread: str):
-    """Only layers that are not built are passed over: in a built one it would change features."""
+def test_an_unknown_tensor_in_a_built_layer_is_refused(tmp_path: Path, capsys, unread: str):
+    """An unknown tensor is ignored only in layers that are not built; elsewhere it could change
+    features."""
     folder, out = tmp_path / "clip", tmp_path / "out"
     folder.mkdir()
     shapes = encoder_shapes(TINY, moe=False)

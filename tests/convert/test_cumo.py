@@ -1,4 +1,4 @@
-"""CuMo: the released folders by their names and shapes; every stage's files there and back."""
+"""CuMo: the names and shapes of the released folders, and import and export of every stage."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def filled(resolution: Resolution) -> int:
     "size, count, total", [(SEVEN, 1009, 8_250_388_480), (EIGHT_SEVEN, 1713, 47_711_449_088)]
 )
 def test_released_folders(size: Sizes, count: int, total: int):
-    """Every tensor of a released folder has its place, and every parameter its tensor."""
+    """Every tensor of a released folder is used, and every parameter is filled."""
     shapes = whole_shapes(size)
     resolution = resolved(size, {"base": shapes}, moe=True)
     assert len(shapes) == filled(resolution) == count
@@ -82,7 +82,7 @@ def test_released_folders(size: Sizes, count: int, total: int):
 
 
 def test_released_folder_of_the_second_stage():
-    """Dense parts in three files: 684 tensors."""
+    """The second stage saves dense parts in three files, 684 tensors in all."""
     groups = {
         "base": decoder_shapes(SEVEN),
         "clip": encoder_shapes(SEVEN, False),
@@ -95,7 +95,7 @@ def test_released_folder_of_the_second_stage():
 
 
 def test_shards_that_hold_the_dense_parts_too():
-    """Files beside the shards override what the shards say."""
+    """Tensors in files beside the shards override the same tensors in the shards."""
     encoder = encoder_shapes(TINY, False)
     whole = decoder_shapes(TINY) | connector_shapes(TINY, False)
     whole |= {f"model.vision_tower.{name}": shape for name, shape in encoder.items()}
@@ -126,7 +126,7 @@ def clip_json() -> dict:
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, words: list[str]):
+def test_a_setting_that_does_not_fit_is_named(change, words: list[str]):
     config = config_json(TINY, True)
     source = SourceFolder(
         "cumo", HERE.parent, config, {"base": headers(change(whole_shapes(TINY)))}
@@ -138,8 +138,8 @@ def test_what_does_not_fit_is_named(change, words: list[str]):
         assert word in str(error.value)
 
 
-def test_an_encoder_that_nobody_knows():
-    """Nothing is fetched: its config.json has to be given."""
+def test_an_unknown_encoder_is_refused():
+    """config.json of an unknown encoder must be given, because nothing is downloaded."""
     with pytest.raises(ConvertError, match=r"'tower' is neither a folder nor one of .*--from"):
         resolved(TINY, {"base": whole_shapes(TINY)}, moe=True)
 
@@ -181,7 +181,7 @@ def test_there_and_back_is_bit_identical(stage: str, experts: int, tmp_path: Pat
 
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
 def test_stages_are_completed_by_other_folders(tmp_path: Path, prefix: str):
-    """A connector alone with the encoder and the decoder it was trained beside."""
+    """A connector is completed by the encoder and the decoder with which it was trained."""
     connector = write_stage(tmp_path / "pt" / "source", "pt")
     other = write_stage(tmp_path / "pft" / "source", "pft")
     (alone,) = recognise([connector])

@@ -1,4 +1,4 @@
-"""Tables: shapes are known in advance, and every entry has an inverse."""
+"""Entries of tables: the source shape follows from the target, and every entry has an inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile input from the command line: status 2, one message, no output."""
+"""Damaged and hostile input on the command line: exit code 2, one message, no output folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_settings_that_describe_no_model(case: str, tmp_path: Path, capsys):
 
 
 def shards(folder: Path, change=lambda index: index, repeat: int = 0) -> Path:
-    """A LLaMA folder in two shards; `change` is applied to its index."""
+    """Write a LLaMA folder with two shards; `change` is applied to its index."""
     folder.mkdir()
     tensors = llama_tensors()
     names = list(tensors)
@@ -166,7 +166,7 @@ def test_adapters_of_another_rank_than_their_settings(tmp_path: Path, capsys):
 
 
 def wide_llama(folder: Path) -> Path:
-    """A LLaMA folder of about 200 kB."""
+    """Write a LLaMA folder of about 200 kB."""
     tensors = llama_tensors() | {"model.embed_tokens.weight": np.zeros((3000, 8), np.float32)}
     tensors["lm_head.weight"] = np.ones((3000, 8), np.float32)
     return write_llama(folder, tensors, vocab_size=3000)

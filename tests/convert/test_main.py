@@ -1,4 +1,4 @@
-"""The command line on tiny folders: there and back, refusals that leave nothing behind."""
+"""The command line on tiny folders: import and export, and refusals that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_import_can_be_taken_from(source: Path, tmp_path: Path, capsys):
 
 def test_an_import_is_not_imported_again(source: Path, tmp_path: Path, capsys):
     assert run("import", "--from", source, "--to", tmp_path / "out") == 0
-    for given in (tmp_path / "out", tmp_path):  # a folder of folders stands for its members
+    for given in (tmp_path / "out", tmp_path):  # a folder of folders means all folders in it
         assert run("import", "--from", given, "--to", tmp_path / "again") == 2
         assert f"{tmp_path / 'out'}: is a checkpoint of this package" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_verify_finds_a_difference(source: Path, tmp_path: Path, capsys):
 
 
 def test_verify_takes_experts_of_any_width(tmp_path: Path, capsys):
-    """torch's grouped product wants rows of whole 16 bytes; transformers uses it unless told."""
+    """transformers uses torch's grouped product, which needs rows of a multiple of 16 bytes."""
     pytest.importorskip("torch")
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -1,4 +1,4 @@
-"""Damaged, truncated and hostile files are refused by name; nothing in them runs."""
+"""Damaged, truncated and hostile files are refused by name, and no code in them runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source's config.json and side files say: read as the originals read it, or refused."""
+"""config.json and side files of a source are read as the originals read them, or refused."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(*arguments) -> int:
 
 
 def edit(path: Path, **changes) -> None:
-    """Keys of a JSON file; None removes one."""
+    """Change keys of a JSON file; None removes a key."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def rewrite(path: Path, **changes: np.ndarray | None) -> None:
-    """Tensors of a file; None removes one."""
+    """Change tensors of a file; None removes a tensor."""
     tensors = {name: tensor.read() for name, tensor in open_file(path).items()} | changes
     write_file(path, {k: np.array(v) for k, v in tensors.items() if v is not None})
 
@@ -49,7 +49,7 @@ def model_of(root: Path) -> ModelConfig:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])
-def test_a_silent_config_means_what_transformers_takes(kind: str):
+def test_missing_settings_have_the_defaults_of_transformers(kind: str):
     theirs = {"llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig}[kind]
     sizes = {key: value for key, value in CONFIG.items() if key not in OPTIONAL}
     sizes |= {"model_type": kind, "num_attention_heads": 8, "hidden_size": 64}
@@ -65,14 +65,14 @@ def test_a_silent_config_means_what_transformers_takes(kind: str):
     assert config.num_kv_heads == expected.num_key_value_heads
     assert config.max_positions == min(window or 1 << 40, expected.max_position_embeddings)
     theta = expected.rope_parameters["rope_theta"]
-    # Only Mixtral's own default is another in old releases, which wrote the published files.
+    # Old releases, which wrote the published files, have another default for Mixtral only.
     assert config.rope_theta == (1e6 if kind == "mixtral" else theta)
 
 
 OPTIONAL = ("architectures", "num_key_value_heads", "rms_norm_eps")
 
 
-def test_cumo_goes_by_its_type_and_not_by_a_key():
+def test_cumos_decoder_follows_from_model_type():
     config = config_json(TINY, False) | {"model_type": "llava_mixtral"}
     assert cumo.decoder_config(config).moe.num_experts == 8
     del config["rms_norm_eps"], config["sliding_window"]
@@ -123,7 +123,7 @@ def test_clip_activations_are_read_or_refused(tmp_path: Path):
         ("tuned/config", {"num_experts": 8}, "num_experts = 8, but the base has 4"),
     ],
 )
-def test_what_changes_numbers_is_refused_where_it_is_not_known(
+def test_unknown_settings_that_change_numbers_are_refused(
     tmp_path: Path, file: str, change: dict, message: str
 ):
     unimoe_folders.write(tmp_path, experts=4)
@@ -164,7 +164,9 @@ def test_a_processor_of_another_kind_is_refused(
         ({"use_fm_block": True}, "use_fm_block = True, but fm_adapter is missing"),
     ],
 )
-def test_what_deepspeed_computes_otherwise_is_refused(tmp_path: Path, change: dict, message: str):
+def test_settings_that_deepspeed_computes_differently_are_refused(
+    tmp_path: Path, change: dict, message: str
+):
     unimoe_folders.write(tmp_path, experts=8)
     for folder in ("base", "tuned"):
         edit(tmp_path / folder / "config.json", **change)
@@ -172,7 +174,7 @@ def test_what_deepspeed_computes_otherwise_is_refused(tmp_path: Path, change: di
         model_of(tmp_path)
 
 
-def test_maps_before_the_routers_are_not_read_against_the_config(tmp_path: Path):
+def test_modality_maps_must_agree_with_the_config(tmp_path: Path):
     unimoe_folders.write(tmp_path, experts=8)
     write_file(tmp_path / "tuned/fm_adapter.safetensors", {})
     assert not model_of(tmp_path).decoder.moe.router.modality_map
@@ -189,7 +191,7 @@ def test_maps_before_the_routers_are_not_read_against_the_config(tmp_path: Path)
     [("deep_norm", None), ("gru_rel_pos", None), ("activation_fn", "relu"), ("conv_bias", True)],
 )
 def test_a_beats_of_another_kind_is_refused(key: str, value):
-    """Silent switches are off in the original."""
+    """A switch that the file does not name is off in the original."""
     sizes = {"hidden_size": 4, "embed_size": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 1}
     cfg = beats.to_cfg(BeatsConfig(**sizes))
     assert beats.beats_config(cfg).hidden_size == 4
@@ -204,8 +206,8 @@ def test_a_qformer_of_another_activation_is_refused():
 
 
 @pytest.mark.parametrize("name", ["/data/models/{}", "openai/{}", "{}"])
-def test_a_tower_lies_beside_cumo_whatever_stands_before_its_name(tmp_path: Path, name: str):
-    """Where it was trained it lay elsewhere; the folder here is believed before what is known."""
+def test_the_encoder_beside_cumo_is_found_by_its_last_name(tmp_path: Path, name: str):
+    """The config may name a path of another machine; a folder here precedes known encoders."""
     folder = write_stage(tmp_path / "source", "sft")
     last = Path(next(iter(cumo.KNOWN))).name
     (tmp_path / "tower").rename(tmp_path / last)
@@ -229,7 +231,7 @@ def test_cumo_refuses_what_changes_its_images(tmp_path: Path, stage: str, change
 
 
 def test_unimoe_cuts_images_whatever_the_config_says(tmp_path: Path):
-    """Released base configs say "pad", and nothing in the originals reads it."""
+    """Released base configs say "pad", but the originals do not read this setting."""
     unimoe_folders.write(tmp_path, experts=4)
     edit(tmp_path / "base/config.json", image_aspect_ratio="pad", architectures=None)
     edit(tmp_path / "tuned/config.json", image_aspect_ratio="pad")
@@ -252,7 +254,7 @@ def test_a_base_may_keep_its_connectors_in_safetensors(tmp_path: Path):
     assert set(resolution.overridden) >= {f"base_projector:{name}" for name in moved}
 
 
-def test_adapters_that_are_announced_must_be_there(tmp_path: Path):
+def test_adapters_of_an_adapter_config_must_exist(tmp_path: Path):
     unimoe_folders.write(tmp_path, experts=4)
     (tmp_path / "tuned/adapter_model.safetensors").unlink()
     with pytest.raises(ConvertError, match=r"lacks \['adapter_model'\]"):
@@ -274,8 +276,8 @@ def test_an_adapter_of_one_layer_may_not_be_missing(tmp_path: Path, lora: str, m
         resolve_plan(plan_of(recognise([tmp_path]), Options(lora)))
 
 
-def test_an_adapter_may_be_missing_where_peft_was_not_told_to_make_one(tmp_path: Path):
-    """The originals list whole names of modules."""
+def test_an_adapter_may_be_missing_if_target_modules_does_not_list_it(tmp_path: Path):
+    """The originals list the full names of the adapted modules."""
     unimoe_folders.write(tmp_path, experts=4)
     file = tmp_path / "tuned/adapter_model.safetensors"
     module = "model.layers.2.self_attn.q_proj"
@@ -304,7 +306,7 @@ def test_every_layer_of_experts_needs_its_trained_router(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["mlp1x_gelu", "linear"])
 def test_a_projector_of_one_layer_keeps_its_names(tmp_path: Path, kind: str):
-    """The originals number the layers of mlp1x_gelu, and do not find others."""
+    """The originals expect numbered layers for mlp1x_gelu and find no others."""
     unimoe_folders.write(tmp_path / "in", experts=4)
     name = "model.mm_audio_aligner.projector."
     if kind == "mlp1x_gelu":
@@ -325,8 +327,8 @@ def test_a_projector_of_one_layer_keeps_its_names(tmp_path: Path, kind: str):
     assert model_of(out).speech == model_of(tmp_path / "in").speech
 
 
-def test_a_pruned_8e_model_goes_out_and_comes_back(tmp_path: Path):
-    """Its adapters are merged: no config.json has their rank."""
+def test_a_pruned_8e_model_survives_export_and_import(tmp_path: Path):
+    """The adapters are merged, so no config.json states their rank."""
     unimoe_folders.write(tmp_path / "in", experts=8)
     assert run("import", "--from", tmp_path / "in", "--to", tmp_path / "a") == 0
     pruned = ["prune", "--from", tmp_path / "a", "--keep", "0,1,7", "--to", tmp_path / "b"]

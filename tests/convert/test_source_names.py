@@ -1,4 +1,4 @@
-"""Prefixes of names that the originals' loaders do not care about, and tensors they pass over."""
+"""Prefixes of names that the original loaders ignore, and tensors that they skip."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_prefixes_of_non_lora_trainables(tmp_path: Path, experts: int, prefix: s
 
 
 @pytest.mark.parametrize("experts", [4, 8])
-def test_what_later_files_hold_too_is_theirs(tmp_path: Path, experts: int):
-    """An earlier write of non_lora_trainables has the aligner and the gates as they were then."""
+def test_later_files_override_non_lora_trainables(tmp_path: Path, experts: int):
+    """non_lora_trainables may be older and hold earlier values of the aligner and the gates."""
     files = unimoe_folders.write(tmp_path, experts)
     before = read_all(resolved(tmp_path))
     later = files["tuned/mm_audio_aligner"] | files["tuned/mlp_gates"]
@@ -83,7 +83,7 @@ def test_names_that_differ_in_their_prefix_only(tmp_path: Path):
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model.", "module.model."])
-def test_names_count_from_mm_projector_in_cumo(tmp_path: Path, prefix: str):
+def test_prefixes_before_mm_projector_are_ignored_in_cumo(tmp_path: Path, prefix: str):
     folder = write_stage(tmp_path / "source", "pft")
     before = read_all(resolved(folder))
     rename(folder / "mm_projector.safetensors", lambda name: prefix + name.removeprefix("model."))
@@ -91,8 +91,8 @@ def test_names_count_from_mm_projector_in_cumo(tmp_path: Path, prefix: str):
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model.", "module.model."])
-def test_connectors_of_a_base_count_from_their_own_names(tmp_path: Path, prefix: str):
-    """The queries of speech have no such name: they come first in their file."""
+def test_prefixes_before_connectors_of_a_base_are_ignored(tmp_path: Path, prefix: str):
+    """The queries of speech have no such name; they are the first tensor of their file."""
     files = unimoe_folders.write(tmp_path, experts=4)
     aligner, queries = files["tuned/mm_audio_aligner"], "model.query_tokens"
     shutil.rmtree(tmp_path / "tuned")
@@ -116,7 +116,7 @@ def test_connectors_of_a_base_count_from_their_own_names(tmp_path: Path, prefix:
 
 
 @pytest.mark.parametrize("experts", [4, 8])
-def test_cached_rotary_tables_are_passed_over(tmp_path: Path, experts: int):
+def test_cached_rotary_tables_are_skipped(tmp_path: Path, experts: int):
     unimoe_folders.write(tmp_path, experts)
     before = read_all(resolved(tmp_path))
     file = tmp_path / "base/model.safetensors"
@@ -127,7 +127,7 @@ def test_cached_rotary_tables_are_passed_over(tmp_path: Path, experts: int):
 
 
 @pytest.mark.parametrize("experts", [4, 8])
-def test_a_tied_head_is_passed_over(tmp_path: Path, experts: int):
+def test_a_tied_head_is_skipped(tmp_path: Path, experts: int):
     unimoe_folders.write(tmp_path, experts)
     before = read_all(resolved(tmp_path))
     del before["lm_head/kernel"]
@@ -138,7 +138,7 @@ def test_a_tied_head_is_passed_over(tmp_path: Path, experts: int):
     assert "tied" in resolved(tmp_path).excused["base:lm_head.weight"]
 
 
-def test_the_last_norm_of_cumos_tower_is_passed_over(tmp_path: Path):
+def test_the_last_norm_of_cumos_tower_is_skipped(tmp_path: Path):
     folder = write_stage(tmp_path / "source", "sft")
     before = read_all(resolved(folder))
     file = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Uni-MoE in the originals' files: experts by rank, router adapters, the loaders' rounding."""
+"""Uni-MoE in its original files: experts by rank, router adapters, and rounding of the loaders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def imported(root: Path, name: str, *options: str) -> dict[str, np.ndarray]:
 
 
 def adapter(tensors: Mapping[str, np.ndarray], module: str) -> np.ndarray:
-    """B A in float32, unscaled, as torch keeps weights: [out, in]."""
+    """B A in float32 without its scale, [out, in] like weights of torch."""
     a, b = (tensors[f"{PEFT}{module}.lora_{part}.weight"] for part in "AB")
     return b.astype(np.float32) @ a.astype(np.float32)
 
@@ -130,7 +130,7 @@ def test_active_parameters(tmp_path: Path, capsys):
 # ---------------------------------------------------------------------------------- routers
 
 
-def test_router_adapters_stay_where_adapters_are_kept(tmp_path: Path):
+def test_router_adapters_are_kept_with_the_other_adapters(tmp_path: Path):
     files = unimoe_folders.write(tmp_path / "in", experts=4)
     params = imported(tmp_path / "in", "out", "--lora", "keep")
     gate = "model.layers.2.mlp.gate"
@@ -143,7 +143,7 @@ def test_router_adapters_stay_where_adapters_are_kept(tmp_path: Path):
     assert "router adapters: take part, as in training" in read_manifest(tmp_path / "out")["notes"]
 
 
-def test_router_adapters_are_lost_as_released_unless_asked_for(tmp_path: Path):
+def test_router_adapters_are_lost_by_default_as_in_released_inference(tmp_path: Path):
     files = unimoe_folders.write(tmp_path / "in", experts=4)
     gate = "model.layers.2.mlp.gate"
     trained = files["tuned/mlp_gates"][f"{gate}.weight"]
@@ -221,7 +221,7 @@ def test_released_audio_ends_in_float32():
 
 @pytest.mark.parametrize("chain", ["float16", "float16_bfloat16"])
 def test_rope_tables_are_rounded_inside_a_program(chain: str):
-    """A compiler that may keep more digits would undo the rounding."""
+    """A compiler that keeps more digits than the dtype has would undo the rounding."""
     position = jnp.arange(512)[None]
     rounded = jax.jit(lambda p: rope_tables(p, 16, 1e4, chain))(position)
     for exact, table in zip(rope_tables(position, 16, 1e4), rounded, strict=True):

@@ -1,4 +1,4 @@
-"""The bytes of a chunk: any layout and dtype, piece by piece."""
+"""The bytes of a chunk for any layout and dtype, and the files in which it is stored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_files_of_chunks(monkeypatch):
     assert list(Leaf((), np.dtype(np.float32), 0).files(())) == [("0", ())]
     assert [name for name, _ in Leaf((0, 3), np.dtype(np.float32), 0).files(())] == ["0.0"]
     monkeypatch.setattr(writer, "PIECE_BYTES", 48)  # twelve numbers
-    assert list(leaf.files((0, 2))) == [  # 5 cannot be halved
+    assert list(leaf.files((0, 2))) == [  # 5 is odd and cannot be halved
         ("0.2.0.0", (slice(0, 5), slice(0, 3))),
         ("0.2.0.1", (slice(0, 5), slice(3, 6))),
     ]
@@ -68,7 +68,7 @@ def test_a_part_of_a_matrix_is_read_from_its_files_alone(tmp_path: Path, monkeyp
     assert leaf.piece == (4, 6)
     for file in (folder / "params/a/b").glob("1.*"):
         if file.name != "1.1.0":
-            file.unlink()  # zarr takes what is not there for zeros
+            file.unlink()  # zarr reads a missing file as zeros
     found = source.load("a/b", (1, slice(4, 8)))
     np.testing.assert_array_equal(found[:, :6], value[1, 4:, :6])
     assert not found[:, 6:].any()

@@ -1,7 +1,8 @@
-"""Tiny Uni-MoE checkpoints under the originals' names, file by file, written without torch.
+"""Write tiny Uni-MoE checkpoints with the original names, file by file, without torch.
 
-Four experts: base, fine-tune, encoders. 8e with `moe_type: sparse`: base with dense layers that
-carry built-in adapters, experts folder, fine-tune with one file of expert adapters per rank.
+A model of four experts has a base, a fine-tune and encoders. An 8e model with `moe_type: sparse`
+has a base whose dense layers have built-in adapters, a folder of experts, and a fine-tune with one
+file of expert adapters per rank.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Files = dict[str, Tensors]
 
 
 class Maker:
-    """Random tensors, seeded by their order."""
+    """Makes random tensors, which depend on the order of the calls."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -142,7 +143,7 @@ class Maker:
 
 
 def four_experts(maker: Maker) -> tuple[Files, dict]:
-    """Experts in every second layer; adapters on attention, experts, dense layers and routers."""
+    """Four experts in every second layer; adapters on attention, experts, dense layers, routers."""
     base, gates = maker.trunk(), {}
     modules = {
         f"model.layers.{n}.self_attn.{p}_proj": (WIDTH, WIDTH) for n in range(4) for p in "qv"
@@ -172,7 +173,7 @@ def eight_experts(maker: Maker, ranks: int) -> tuple[Files, dict]:
     for layer in range(1, LAYERS, 2):
         base |= maker.mlp(f"model.layers.{layer}.mlp")
         base |= maker.builtin(f"model.layers.{layer}.mlp")
-    # The released base serves the 4-expert model too.
+    # The released base of 8e also has tensors of the 4-expert model.
     base |= maker.linear("model.layers.0.mlp.gate", 4, WIDTH, bias=False)
     base |= maker.mlp("model.layers.0.mlp.experts.0")
     modules = {
@@ -201,7 +202,7 @@ def eight_experts(maker: Maker, ranks: int) -> tuple[Files, dict]:
 
 
 def write(root: Path, experts: int, ranks: int = 8, dtype: str = "float32") -> Files:
-    """A whole system below `root`; returns {file: tensors}."""
+    """Write a whole system below `root`; returns {file: tensors}."""
     maker = Maker()
     files, settings = four_experts(maker) if experts == 4 else eight_experts(maker, ranks)
     files["tuned/mm_audio_aligner"] = maker.aligner()

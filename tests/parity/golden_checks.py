@@ -1,7 +1,7 @@
-"""Every recorded key: how it is computed here, and how far it may be off.
+"""How every recorded key is computed here, and its tolerance.
 
-Tolerances are those of the systems' READMEs. `compute` answers with {key: value} for a group of
-keys; a key that no group answers for must be listed in `golden_unchecked.json` with a reason.
+The tolerances are those of the READMEs of the recorded systems. `compute` returns {key: value} for
+a group of keys; a key of no group must be listed in `golden_unchecked.json` with a reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unimoe_jax.nn.moe.layer import MoEAux
 from unimoe_jax.nn.stack import where_is
 from unimoe_jax.params.paths import nest
 
-TIE = 5e-4  # closer router logits may change places
+TIE = 5e-4  # router logits that are closer may change their order
 EXACT = (0.0, 0.0)
 
 # (pattern of the key, atol, rtol); the first match counts.
@@ -44,7 +44,7 @@ TOLERANCES = (
 )
 
 
-# What CuMo's recordings have and Uni-MoE's have not.
+# Keys that only the recordings of CuMo have.
 CUMO_TOLERANCES = (
     (r".*/selected_experts/call\d+", *EXACT),
     (r".*/pixel_values/call\d+", 1e-5, 0.0),
@@ -67,7 +67,7 @@ def check(system: System, key: str, actual: np.ndarray) -> float:
         known = (*TOLERANCES, *CUMO_TOLERANCES)
         atol, rtol = next(t[1:] for t in known if re.fullmatch(t[0], name))
     if key.endswith("_scaled"):
-        # Recorded as a difference of float32 totals: no finer than the rounding of two of them.
+        # The recorded value is a difference of two float32 totals and has both rounding errors.
         total = system.expected[key.split("/")[0] + "/loss_total"]
         atol += 2 * float(np.spacing(np.float32(total)))
     if "/selected_experts" in key:
@@ -77,7 +77,7 @@ def check(system: System, key: str, actual: np.ndarray) -> float:
 
 
 def _tied(system: System, key: str) -> np.ndarray:
-    """Tokens whose choice hangs on less than `TIE` in the recorded router logits."""
+    """Tokens whose experts are decided by less than `TIE` in the recorded router logits."""
     top_k = system.expected[key].shape[-1]
     logits = system.expected[key.replace("selected_experts", "router_logits")]
     ordered = -np.sort(-logits, axis=-1)
@@ -85,7 +85,7 @@ def _tied(system: System, key: str) -> np.ndarray:
 
 
 def compute(system: System, compute_group: Callable) -> dict[str, np.ndarray]:
-    """Recorded keys of one group, as this package computes them."""
+    """Recorded keys of one group -> the values that this package computes."""
     with jax.default_matmul_precision("highest"):
         values = compute_group(system)
     return as_recorded(jax.tree.map(np.asarray, values), system.expected)
@@ -123,7 +123,7 @@ def _spliced(spliced: Spliced) -> dict[str, np.ndarray]:
 
 @cache
 def forward_backward(system: System):
-    """(outputs, gradients) of the unmerged form; one compiled program."""
+    """(outputs, gradients) of the unmerged form, from one compiled program."""
     golden = Golden(system, "unmerged")
     return loss_and_gradients(golden, *_batch(golden))
 
@@ -179,7 +179,7 @@ def _router(form: str, golden: Golden, aux: MoEAux | None) -> dict[str, np.ndarr
 
 
 def margins(system: System) -> dict[str, np.ndarray]:
-    """The smallest distance between a chosen and the next router logit, unmerged and merged."""
+    """Smallest distance between the last chosen router logit and the next one, for both forms."""
     found = []
     top_k = Golden(system, "merged").config.decoder.moe.top_k
     for out in (forward_backward(system)[0], forward_merged(system)):
@@ -193,7 +193,7 @@ def margins(system: System) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _drawing(noise):
-    """Routers draw this Gumbel noise; None leaves them alone."""
+    """Make routers draw this Gumbel noise; None does not change the routers."""
     if noise is None:
         yield
         return
@@ -208,7 +208,7 @@ def _stream(golden: Golden):
 
 
 def layers(system: System) -> dict[str, np.ndarray]:
-    """Inside each block: what the router reads and what the experts return."""
+    """Inputs of the router and outputs of the experts in each block."""
     golden = Golden(system, "unmerged")
     stream, spliced = _stream(golden)
     values = {}
@@ -224,7 +224,7 @@ def layers(system: System) -> dict[str, np.ndarray]:
 
 
 def noisy(system: System) -> dict[str, np.ndarray]:
-    """The second expert drawn with the recorded noise."""
+    """Values of routers that draw the second expert with the recorded noise."""
     pattern = re.compile(r"noisy/layer(\d+)/gumbel_noise")
     noise = {int(m[1]): system.expected[k] for k in system.expected if (m := pattern.fullmatch(k))}
     if not noise:
@@ -264,7 +264,7 @@ def greedy(golden: Golden) -> dict[str, np.ndarray]:
     zero = np.pad(spliced.zero, ((0, 0), (0, count)))
     rows, last = np.arange(len(slot)), spliced.attended - 1
     token_id, chosen, logits = wider[0], [], []
-    # Later positions are hidden from earlier ones, so nothing but the next token changes.
+    # Attention is causal, so the next token changes no earlier position.
     everything = np.full(len(slot), slot.shape[1])
 
     soft = jax.jit(lambda flat: golden.soft_tokens(nest(flat), pools))(golden.flat)
@@ -296,7 +296,7 @@ def greedy(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def gradients(system: System) -> dict[str, np.ndarray]:
-    """Recorded gradient tensors; the encoders are frozen in both recorded runs."""
+    """Recorded gradient tensors. The encoders are frozen in both recorded runs."""
     all_of = all_gradients(system)
     values = {}
     for key in system.expected:
@@ -308,7 +308,7 @@ def gradients(system: System) -> dict[str, np.ndarray]:
 
 @cache
 def all_gradients(system: System) -> dict[str, np.ndarray]:
-    """Every recorded name -> its gradient in torch layout."""
+    """Recorded name -> gradient in torch layout, for every recorded name."""
     names = set().union(*system.grad_norms.values())
     names |= {k.split("/", 1)[1] for k in system.expected if k.startswith("grad_")}
     _, grads = forward_backward(system)

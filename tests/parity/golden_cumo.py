@@ -1,7 +1,7 @@
-"""Recorded CuMo systems: dense, just upcycled and final, from their files to losses and gradients.
+"""Recorded CuMo systems from their files to losses and gradients: dense, just upcycled, and final.
 
-The reference runs the encoder once for every scale and keeps what each router did; those calls are
-made here one by one. Features, losses and gradients come from the package's own `Vision`, which
+The reference runs the encoder once per scale and records the values of each router. The same calls
+are made here one by one. Features, losses and gradients come from the package's `Vision`, which
 reads all scales at once.
 """
 
@@ -41,13 +41,13 @@ GATES = "_gates.safetensors"
 
 @dataclass(frozen=True)
 class CumoSystem(System):
-    """One folder of recorded data; forms `dense`, `upcycled`, `final`."""
+    """One folder of recorded data, with the forms `dense`, `upcycled` and `final`."""
 
-    voice = "audio"  # there is none
+    voice = "audio"  # CuMo has no sound; the shared code needs a name
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """The checkpoint of each form; upcycled ones may be no more than the routers' weights."""
+        """Form -> its checkpoint. The upcycled form may consist of the routers' weights only."""
         checkpoint, found = self.folder / "checkpoint", {}
         configs = [path.parent for path in checkpoint.glob("*/config.json")]
         folders = [path for path in configs if "clip_smoe" in read_json(path / "config.json")]
@@ -58,7 +58,7 @@ class CumoSystem(System):
         return found
 
     def settings(self, form: str) -> dict[str, Any]:
-        """The config.json that belongs to a form."""
+        """config.json of a form."""
         path = self.paths[form]
         beside = path.with_name(path.name.removesuffix(GATES) + "_config.json")
         return read_json(path / "config.json" if path.is_dir() else beside)
@@ -69,7 +69,7 @@ class CumoSystem(System):
 
     @property
     def is_whole(self) -> bool:
-        """Not the vision side alone."""
+        """Whether the decoder was recorded, too, and not the vision side alone."""
         return (self.folder / "grad_norms.json").is_file()
 
     def resolution(self, form: str) -> Resolution:
@@ -88,7 +88,7 @@ class CumoGolden(Golden):
 
     @property
     def is_upcycled_here(self) -> bool:
-        """Recorded by its routers alone."""
+        """Whether only the routers of this form were recorded."""
         return not self.system.paths[self.form].is_dir()
 
     @cached_property
@@ -103,7 +103,10 @@ class CumoGolden(Golden):
 
     @cached_property
     def coefficients(self) -> AuxLossConfig:
-        """As the reference adds them: the decoder's only beside encoder's or connector's."""
+        """Coefficients of the losses as the reference adds them.
+
+        It adds the decoder's losses only if encoder or connector has losses, too.
+        """
         settings = self.system.settings(self.form)
         own = {"balance": settings["balance_loss_coef"], "router_z": settings["router_z_loss_coef"]}
         on = {"encoder": settings["clip_smoe"], "connector": settings["mlp_smoe"]}
@@ -111,7 +114,7 @@ class CumoGolden(Golden):
         return AuxLossConfig(**{name: RouterLossConfig(**own) for name in on if on[name]})
 
     def vision(self, params: dict, pools: Pools) -> tuple[jax.Array, dict[str, MoEAux]]:
-        """The soft-token table [1,S,D] and router statistics, all images counted."""
+        """The soft-token table [1,S,D] and the router statistics over all images."""
         vision = Vision(self.config.vision, self.width, self.options)
         pictures = Pictures(pools.image, None)
         tables, aux = vision.apply({"params": params["vision"]}, pictures)
@@ -134,7 +137,7 @@ class CumoGolden(Golden):
     # ----------------------------------------------------------------------- call by call
 
     def calls(self, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-        """What each call of the encoder, one per scale, and the connector were given and did."""
+        """Inputs and outputs of each call of the encoder, one per scale, and of the connector."""
         config, steps = self.config.vision, self.config.vision.scales
         views, states, values, start = scales.views(image_BHWC, steps), [], {}, 0
         encoder = ClipEncoder(config.encoder, self.options)
@@ -142,7 +145,7 @@ class CumoGolden(Golden):
         for call, scale in enumerate(steps):
             tiles = views[:, start : start + scale**2]
             start += scale**2
-            # The reference puts the first tile of all images before the second of any.
+            # The reference puts the first tiles of all images before the second tiles.
             pixels = rearrange(tiles, "b s h w c -> (s b) h w c")
             state, aux = hidden({"params": params["vision"]["encoder"]}, pixels)
             values[f"clip/pixel_values/call{call}"] = rearrange(pixels, "b h w c -> b c h w")
@@ -166,7 +169,7 @@ class CumoGolden(Golden):
 
 
 def unscaled(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:
-    """Losses of encoder and connector before coefficients, under their recorded names."""
+    """Losses of encoder and connector without coefficients, by recorded name."""
     values = {}
     for name, kind in (("encoder", "clip"), ("connector", "mlp")):
         if name in aux:
@@ -176,7 +179,7 @@ def unscaled(aux: dict[str, MoEAux]) -> dict[str, jax.Array]:
 
 
 def encoder_values(aux: MoEAux, call: int) -> dict[str, jax.Array]:
-    """Statistics of one call under their recorded names."""
+    """Statistics of one call of the encoder, by recorded name."""
     values = {
         f"clip/balance_loss/call{call}": aux.balance.mean(),
         f"clip/z_loss/call{call}": aux.router_z.mean(),
@@ -193,7 +196,7 @@ def encoder_values(aux: MoEAux, call: int) -> dict[str, jax.Array]:
 
 
 def upcycled(golden: CumoGolden) -> dict[str, np.ndarray]:
-    """Every expert a copy of the dense layer; routers from their file."""
+    """Parameters of the upcycled form: copies of the dense layer, and recorded routers."""
     system, final = golden.system, golden.resolution
     dense = Golden(system, "dense").flat
     gates = open_file(system.paths["upcycled"])
@@ -217,7 +220,7 @@ def upcycled(golden: CumoGolden) -> dict[str, np.ndarray]:
 
 
 def batch(system: System, config: ModelConfig) -> tuple[Spliced, Pools]:
-    """The collated batch of inputs.npz; padding is cut off before images go in."""
+    """The collated batch of inputs.npz. Padding is cut off before images are inserted."""
     inputs, lengths = system.inputs, system.inputs["attention_mask"].sum(1)
     cut = [
         [row[:length].tolist() for row, length in zip(inputs[name], lengths, strict=True)]
@@ -235,9 +238,9 @@ def batch(system: System, config: ModelConfig) -> tuple[Spliced, Pools]:
 
 @cache
 def forward_backward(system: CumoSystem, form: str):
-    """(outputs, values by recorded name, gradients of everything)."""
+    """(outputs, values by recorded name, gradients of all parameters)."""
     golden, final = CumoGolden(system, form), CumoGolden(system, "final")
-    # The same model with other numbers is not compiled again.
+    # Forms that differ only in their numbers share one compiled program.
     same = golden.config == final.config and golden.coefficients == final.coefficients
     learn, look = programs(system, "final" if same else form)
     (_, out), grads = learn(golden.flat)
@@ -246,7 +249,7 @@ def forward_backward(system: CumoSystem, form: str):
 
 @cache
 def programs(system: CumoSystem, form: str):
-    """The compiled loss with outputs and gradients, and the compiled calls of the encoder."""
+    """Compiled programs: the loss with outputs and gradients, and the calls of the encoder."""
     golden = CumoGolden(system, form)
     spliced, pools = batch(system, golden.config)
 
@@ -260,7 +263,7 @@ def programs(system: CumoSystem, form: str):
 
 
 def values_of(form: str, system: CumoSystem) -> dict[str, np.ndarray]:
-    """Everything recorded of one forward pass."""
+    """All recorded values of one forward pass."""
     golden = CumoGolden(system, form)
     spliced, _ = batch(system, golden.config)
     out, calls, _ = forward_backward(system, form)
@@ -288,7 +291,7 @@ def values_of(form: str, system: CumoSystem) -> dict[str, np.ndarray]:
 
 
 def module_values(name: str, aux: MoEAux) -> dict[str, jax.Array]:
-    """Statistics of one MoE layer under their recorded names."""
+    """Statistics of one MoE layer, by recorded name."""
     return {
         f"{name}/router_logits": aux.logits_BTE,
         f"{name}/selected_experts": aux.expert_BTK,
@@ -298,7 +301,7 @@ def module_values(name: str, aux: MoEAux) -> dict[str, jax.Array]:
 
 
 def vision(system: CumoSystem) -> dict[str, np.ndarray]:
-    """What is recorded of the final form's vision side, without its decoder."""
+    """Recorded values of the vision side of the final form, without its decoder."""
     golden = CumoGolden(system, "final")
     image = system.inputs["images"].transpose(0, 2, 3, 1)
     values = jax.jit(lambda flat: golden.calls(nest(flat), image))(golden.flat)
@@ -311,7 +314,7 @@ def generate(system: CumoSystem) -> dict[str, np.ndarray]:
 
 
 def all_gradients(system: CumoSystem, run: str) -> dict[str, np.ndarray]:
-    """Every name of a run's gradients -> its gradient in torch layout."""
+    """Recorded name -> gradient in torch layout, for all gradients of a run."""
     names = set(system.grad_norms[run])
     resolution = CumoGolden(system, run).resolution
     return recorded_gradients(resolution, forward_backward(system, run)[2], names)
@@ -334,5 +337,5 @@ WHOLE = {form: partial(values_of, form) for form in FORMS} | {
 
 
 def groups(system: CumoSystem) -> dict[str, Callable]:
-    """What can be computed of a system, by group of keys."""
+    """Group of keys -> the function that computes it, for the groups that a system has."""
     return WHOLE if system.is_whole else {"vision": vision}

@@ -1,4 +1,4 @@
-"""Gradients under the names that PyTorch gave them, in its layout."""
+"""Gradients by their PyTorch names, in the layout of PyTorch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ HALF = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 def stage_3(family: str) -> tuple[Rule, ...]:
-    """What stage 3 trains (spec §8): adapters, both projections, routers and their maps.
+    """The rules of stage 3 (spec §8): train adapters, both projections, routers and their maps.
 
-    8e names its trainable parameters by `deepspeed_moe`, so built-in adapters of dense layers rest.
+    8e chooses its trainable parameters by the name `deepspeed_moe`. Built-in adapters of dense
+    layers do not have this name, so they are frozen.
     """
     dense = (Rule(match=r"decoder/.*/mlp/.*", lr=None),) if family == "unimoe-8e" else ()
     return (
@@ -44,22 +45,22 @@ def recorded_name(copy: Copy) -> str:
 
 
 def copies_by_name(resolution: Resolution) -> dict[str, Copy]:
-    """Recorded name (without prefixes) -> the slice that this tensor fills or would fill."""
+    """Recorded name without prefixes -> the copy of the tensor, even if another overrides it."""
     return {recorded_name(copy): copy for copy in resolution.plan.copies}
 
 
 def plain(name: str) -> str:
-    """A recorded name without PEFT's additions."""
+    """A recorded name without the parts that PEFT adds."""
     return name.removeprefix(PREFIX).replace(".default.", ".")
 
 
 def recorded_gradients(
     resolution: Resolution, grads: dict[str, np.ndarray], names: set[str]
 ) -> dict[str, np.ndarray]:
-    """{recorded name: gradient in torch layout}, for those of `names` that can be told.
+    """Recorded name -> gradient in torch layout, for the `names` whose gradient can be computed.
 
-    An adapter that was merged on import gets its gradients from its host's by the chain rule:
-    W + s B A gives dA = s Bᵀ dW and dB = s dW Aᵀ.
+    The gradients of an adapter that was merged on import follow from the gradient of the weight by
+    the chain rule: W + s B A gives dA = s Bᵀ dW and dB = s dW Aᵀ.
     """
     copies = copies_by_name(resolution)
 

@@ -1,8 +1,8 @@
-"""The package's modules put together as the reference runs them, padding included.
+"""Run the package's modules as the reference runs them, padding included.
 
-The reference embeds padding, routes it and counts it in the balance loss, but lets nobody attend to
-it. Training here leaves padding out, so the whole model cannot be asked for those positions; the
-parts of which it consists can.
+The reference embeds padding, routes it and counts it in the balance loss, but no position attends
+to it. The whole model of this package leaves padding out, so it has no values at those positions.
+The modules of which it consists can compute them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INSPECTED = ("mlp_norm", "modality_map", "moe")
 
 
 class Text(nn.Module):
-    """The decoder on an embedded stream, under the name the whole model gives it."""
+    """The decoder on an embedded stream, with the name that it has in the whole model."""
 
     config: ModelConfig
     options: LayerOptions
@@ -60,7 +60,7 @@ class Outputs(NamedTuple):
 
 
 def positions_and_mask(attended_B: np.ndarray, length: int) -> tuple[jax.Array, jax.Array]:
-    """arange for every row; causal, and keys beyond the attended prefix hidden."""
+    """Positions 0, 1, … of every row, and a causal mask of the attended prefix."""
     at = jnp.arange(length)
     attended_B11 = jnp.asarray(attended_B)[:, None, None]
     mask = (at[None, :, None] >= at[None, None]) & (at[None, None] < attended_B11)
@@ -113,7 +113,7 @@ class Golden:
         return jnp.concatenate(tables, axis=1) if tables else None
 
     def encoder_outputs(self) -> dict[str, np.ndarray]:
-        """Everything recorded of encoders and connectors, by its recorded name."""
+        """All recorded values of encoders and connectors, by recorded name."""
         outputs = jax.jit(lambda flat: self._encoder_outputs(nest(flat)))(self.flat)
         return jax.tree.map(np.asarray, outputs)
 
@@ -149,7 +149,7 @@ class Golden:
             encoder = BeatsEncoder(config.encoder, self.options)
             given = (chunks[:, 0], length, padding.shape[-1])
         states = encoder.apply({"params": params["encoder"]}, *given)
-        # The reader without its projector: an identity in its place.
+        # Record the reader without its projector: an identity replaces the projector.
         eye = np.eye(config.connector.hidden_size, dtype=np.float32)
         bare = {"projector": {"fc1": {"kernel": eye, "bias": np.zeros_like(eye[0])}}}
         bare_config = config.connector.model_copy(update={"projector_depth": 1})
@@ -172,7 +172,7 @@ class Golden:
     def run(
         self, flat: dict[str, Any], spliced: Spliced, pools: Pools, soft: Any = None
     ) -> Outputs:
-        """The forward pass, padding included; `soft` replaces what the pools would give."""
+        """The forward pass, padding included. `soft` replaces the soft tokens of the pools."""
         params = nest(flat)
         soft = self.soft_tokens(params, pools) if soft is None else soft
         stream, logits, out = self.decode(params, spliced, soft)
@@ -181,7 +181,7 @@ class Golden:
     def decode(
         self, params: dict, spliced: Spliced, soft: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, DecoderOutput]:
-        """(stream, logits, what the decoder left)."""
+        """(embedded stream, logits, output of the decoder)."""
         stream = self.stream(params, spliced, soft)
         position, mask = positions_and_mask(spliced.attended, stream.shape[1])
         out = Text(self.config, self.options).apply(
@@ -194,13 +194,13 @@ class Golden:
         return stream, self.logits(params, out.hidden_BTD), out
 
     def logits(self, params: dict, hidden_BTD: jax.Array) -> jax.Array:
-        """[B,T,V], from a head of its own or the embedding's."""
+        """Logits [B,T,V], from the head or, if it is tied, from the embedding."""
         if self.config.decoder.tie_embeddings:
             return hidden_BTD @ params["embed"]["embedding"].T
         return hidden_BTD @ params["lm_head"]["kernel"]
 
     def losses(self, logits: jax.Array, aux: Any, spliced: Spliced) -> dict[str, jax.Array]:
-        """Language loss and, where the checkpoint's config asks for them, 8e's three losses."""
+        """The language loss and, if config.json asks for them, the three losses of 8e."""
         parts = {"loss_language": language_loss(logits, spliced)}
         config, modality = self.system.config, jnp.asarray(spliced.modality)
         if config.get("aux_balance_loss"):
@@ -221,10 +221,10 @@ class Golden:
     # -------------------------------------------------------------------------- layer by layer
 
     def layers(self, stream: jax.Array, spliced: Spliced, noise: dict[int, np.ndarray], patch):
-        """Each block on its own: [(hidden, aux, intermediates)], final hidden state, logits.
+        """Run every block: [(hidden, aux, intermediates)], the final hidden state, logits.
 
         `noise` holds Gumbel noise [X,E] of MoE layers; `patch(layer_noise)` is a context in which
-        the router draws it.
+        the router draws this noise.
         """
         decoder, config = nest(self.flat)["decoder"], self.config.decoder
         if noise:
@@ -259,14 +259,14 @@ class Golden:
         return steps
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Final norm and logits."""
+        """Logits from the final norm and the head."""
         norm = RMSNorm(self.config.decoder.norm_eps, self.options)
         normed = norm.apply({"params": {"scale": self.flat["decoder/final_norm/scale"]}}, hidden)
         return self.logits(nest(self.flat), normed)
 
 
 def language_loss(logits: jax.Array, spliced: Spliced) -> jax.Array:
-    """Mean over the labels of the whole batch."""
+    """Mean cross-entropy over all labels of the batch."""
     target = spliced.labels[:, 1:]
     total, count = losses.cross_entropy(
         logits[:, :-1], np.maximum(target, 0), (target != -100).astype(np.float32)
@@ -275,13 +275,13 @@ def language_loss(logits: jax.Array, spliced: Spliced) -> jax.Array:
 
 
 def encoder_free(flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(everything but the encoders, the encoders)."""
+    """Split parameters into (all but the encoders, the encoders)."""
     encoders = {path: leaf for path, leaf in flat.items() if re.match(r"\w+/encoder/", path)}
     return {path: leaf for path, leaf in flat.items() if path not in encoders}, encoders
 
 
 def loss_and_gradients(golden: Golden, spliced: Spliced, pools: Pools):
-    """Outputs and gradients of the total loss with respect to everything but the encoders."""
+    """Outputs, and gradients of the total loss with respect to all but the encoders."""
     trained, fixed = encoder_free(golden.flat)
 
     @jax.jit

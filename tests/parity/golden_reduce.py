@@ -1,8 +1,8 @@
 """Make `tests/parity/fixtures`: python -m tests.parity.golden_reduce GOLDEN_DIR TARGET
 
-What no import uses, and recorded values that repeat what others show, are left out; of long arrays
-every few rows are kept (`NAME@STEP`, see `tests/golden_dir.py`). What is kept is kept bit for bit:
-sounds as FLAC, arrays under LZMA, neither of which loses anything.
+Leaves out tensors that no import uses, and recorded values that show the same as others. Long
+arrays keep every few rows (`NAME@STEP`, see `tests/golden_dir.py`). All kept data are
+bit-identical: sounds are stored as FLAC and arrays with LZMA, which both lose nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEARING_ROWS = (0, 2)  # one short sound with an image, and text of two rounds
 HEARING_FILES = r".*\.pt|.*-e2/(mm_audio_aligner\.bin|(adapter_)?config\.json)|.*/\w*token\w*\.\w+"
 HEARING_KEYS = r"unmerged/audio_(tower_features|aligner_decoder_out|aligner_out)/call(\d+)"
 
-# (pattern of the key, every how manyth row is kept; 0: none); the first match counts.
+# (pattern of the key, step between the kept rows, or 0 to keep none); the first match counts.
 EXPECTED_STEPS = (
     (r"\w+/(logits|logits_sample0)", 64),
     (r"\w+/final_norm_out", 32),
@@ -58,11 +58,11 @@ PREPROCESSING_STEPS = (
     (r".*/log_mel_first\w+", 8),
     (r"d_16k_beats/fbank_(raw_unpadded|norm_padded30s_first_frames)", 16),
 )
-ENDS = 500  # samples kept of both ends of a waveform
+ENDS = 500  # number of samples kept at each end of a waveform
 
 
 def thinned(arrays: Mapping[str, np.ndarray], steps) -> dict[str, np.ndarray]:
-    """Arrays under their recorded names, rows left out by `steps`."""
+    """Arrays by recorded key, with rows left out as `steps` says."""
     kept = {}
     for key, value in arrays.items():
         step = next((step for pattern, step in steps if re.fullmatch(pattern, key)), 1)
@@ -72,7 +72,7 @@ def thinned(arrays: Mapping[str, np.ndarray], steps) -> dict[str, np.ndarray]:
 
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """As `np.savez`, with LZMA; `np.load` reads it."""
+    """Save arrays like `np.savez`, but compressed with LZMA; `np.load` reads the file."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy")
@@ -82,7 +82,7 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def copy_media(source: Path, target: Path) -> None:
-    """One media file or folder of them; 16-bit sounds as FLAC."""
+    """Copy a media file or a folder of media files; 16-bit sounds become FLAC."""
     if source.is_dir():
         for member in sorted(source.iterdir()):
             copy_media(member, target / member.name)
@@ -98,7 +98,7 @@ def copy_media(source: Path, target: Path) -> None:
 
 
 def write_records(path: Path, records: list[dict]) -> None:
-    """JSON whose sounds are FLAC files."""
+    """Write records as JSON in which sounds are FLAC files."""
     path.write_text(json.dumps(records, indent=1).replace('.wav"', '.flac"') + "\n")
 
 
@@ -106,7 +106,7 @@ def write_records(path: Path, records: list[dict]) -> None:
 
 
 def used_tensors(system: System) -> set[tuple[Path, str]]:
-    """(file, name) of every source tensor that ends up in a parameter of either form."""
+    """(file, name) of every source tensor that a parameter of either form uses."""
     used = set()
     for form in ("unmerged", "merged"):
         resolution = system.resolution(form)
@@ -120,7 +120,7 @@ def used_tensors(system: System) -> set[tuple[Path, str]]:
 
 
 def reduce_checkpoint(system: System, target: Path, files: str = ".*") -> None:
-    """The same folders and files with the used tensors only; shards become one file."""
+    """Copy the checkpoint folders with the used tensors only; shards become one file."""
     used = used_tensors(system)
     for path in sorted((system.folder / "checkpoint").rglob("*")):
         out = target / path.relative_to(system.folder)
@@ -146,7 +146,7 @@ def reduce_checkpoint(system: System, target: Path, files: str = ".*") -> None:
 
 
 def reduce_whole(system: System, target: Path) -> None:
-    """Checkpoint, inputs, media and expected values: everything that a whole run checks."""
+    """Keep checkpoint, inputs, media and expected values: all that the tests of a system check."""
     reduce_checkpoint(system, target)
     for name in ("grad_norms.json", "info.json"):
         shutil.copyfile(system.folder / name, target / name)
@@ -159,7 +159,7 @@ def reduce_whole(system: System, target: Path) -> None:
 
 
 def reduce_hearing(system: System, target: Path) -> None:
-    """Encoder and reader of sounds, a few records, and all prompts; no decoder, no vision."""
+    """Keep encoder and reader of sounds, a few records, all prompts; no decoder, no vision."""
     reduce_checkpoint(system, target, HEARING_FILES)
     inputs, rows = system.inputs, list(HEARING_ROWS)
     kept = {k: inputs[k][rows] for k in inputs.files if not k.startswith("generate/")}
@@ -187,7 +187,7 @@ def reduce_hearing(system: System, target: Path) -> None:
 
 
 def reduce_seeing(system: CumoSystem, target: Path) -> None:
-    """Records, prompts, encoder and connector of the last stage; no decoder, no earlier stage."""
+    """Keep records, prompts, and encoder and connector of the last stage; no decoder."""
     path = system.paths["final"]
     out = target / "checkpoint" / path.name
     out.mkdir(parents=True)
@@ -212,7 +212,7 @@ def reduce_seeing(system: CumoSystem, target: Path) -> None:
 
 
 def reduce_preprocessing(source: Path, target: Path) -> None:
-    """Front ends and templates, less what the systems' own media show as well."""
+    """Keep front ends and templates, without values that the media of the systems show as well."""
     target.mkdir(parents=True)
     with np.load(source / "expected_uni.npz") as file:
         arrays = thinned(file, PREPROCESSING_STEPS)
@@ -231,7 +231,7 @@ def reduce_preprocessing(source: Path, target: Path) -> None:
 
 
 def reduced_templates(source: Path) -> str:
-    """CuMo's own templates, a dialogue a line, with what the tests read of them."""
+    """The templates that only CuMo has, one dialogue per line, with the fields that tests read."""
     kept = {
         "plain": ("after_preprocess_multimodal", "input_ids", "labels"),
         "mistral_instruct": ("conversations", "input_ids", "labels"),
@@ -246,7 +246,7 @@ def reduced_templates(source: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """`SHA256SUMS` of every recorded file."""
+    """Write `SHA256SUMS` with the digest of every recorded file."""
     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
     lines = []
     for path in files:

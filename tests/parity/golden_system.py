@@ -1,6 +1,6 @@
-"""A recorded system: its checkpoint imported in memory, its inputs as the reference spliced them.
+"""A recorded system: its checkpoint, imported in memory, and the inputs of its decoder.
 
-Sizes, families and placements come from the files; nothing here knows a particular set of data.
+Sizes, families and placements come from the files, so this code works for any recorded system.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ PLACEHOLDER = {-200: "image", -300: "voice", -400: "video"}
 
 @dataclass(frozen=True)
 class Spliced:
-    """Rows as the reference feeds its decoder: text, soft tokens, embedded pads, zero vectors.
+    """Rows as the reference feeds its decoder: text, soft tokens, embedded padding, zero vectors.
 
-    token_id, modality, slot [B,N] as in `Batch` but for padding, which counts as text; labels
-    [B,N] with -100; attended [B] positions that others may see; zero [B,N] True on zero vectors.
+    token_id, modality, slot: [B,N] as in `Batch`, except that padding counts as text.
+    labels: [B,N], -100 where a position is not learned.
+    attended: [B], number of positions at the start of a row that other positions may attend to.
+    zero: [B,N], True where the row has a zero vector.
     """
 
     token_id: np.ndarray
@@ -42,7 +44,7 @@ class Spliced:
 
 @dataclass(frozen=True)
 class Pools:
-    """Encoder inputs, [1, entries, …] as in `Batch`; None where the batch has none."""
+    """Encoder inputs [1, entries, …] as in `Batch`; None if the batch has no such medium."""
 
     image: np.ndarray | None
     video: np.ndarray | None
@@ -78,11 +80,12 @@ class System:
 
     @cached_property
     def config(self) -> dict:
-        """The fine-tune's config.json."""
+        """config.json of the fine-tune."""
         return dict(next(s.config for s in self.sources if s.role == "tuned"))
 
     def resolution(self, form: str) -> Resolution:
-        """`unmerged`: as trained, adapters apart; `merged`: as the released loader makes it."""
+        """Resolve a form: `unmerged` has separate adapters, as in training; `merged` is the model
+        that the released loader makes."""
         options = Options("keep", "merge") if form == "unmerged" else Options("merge", "override")
         return resolve_plan(plan_of(self.sources, options))
 
@@ -93,13 +96,13 @@ class System:
 
     @cached_property
     def processors(self) -> Processors:
-        """As the inference scripts process media: images are cropped, never padded."""
+        """Processors like those of the inference scripts: images are cropped, never padded."""
         model = self.resolution("merged").plan.model
         vision = model.vision.model_copy(update={"aspect": "square"})
         return Processors(model.model_copy(update={"vision": vision}))
 
     def load(self, modality: str, *paths: str) -> tuple[list[np.ndarray], list[int]]:
-        """Pool entries of a file of the recorded media, for inference."""
+        """Pool entries of recorded media files, for inference."""
         given = [self.folder / path for path in paths]
         if len(given) == 1 and given[0].is_dir():
             given = sorted(given[0].iterdir())
@@ -120,15 +123,16 @@ def splice(
     counts: tuple[int, int],
     blank: bool = False,
 ) -> Spliced:
-    """Placeholders -> slots, rows right-padded with zero vectors to the longest.
+    """Replace placeholders by slots, and pad rows with zero vectors to the length of the longest.
 
     Args:
-        rows: ids with negative placeholders, padded to one length; labels beside them.
-        text_length: ids of each row that are not padding.
-        files: chunks of each voice file, per row.
-        tokens: soft tokens per medium entry.
-        counts: images and videos of the whole batch; sounds follow them in the table.
-        blank: a row without an image uses one up all the same, as in CuMo.
+        rows: ids with negative placeholders, padded to one length.
+        labels: the label of every id.
+        text_length: number of ids in each row that are not padding.
+        files: number of chunks of each voice file, per row.
+        tokens: number of soft tokens per entry of a medium.
+        counts: number of images and of videos in the batch; sounds follow them in the table.
+        blank: whether a row without an image takes one image from the table, as in CuMo.
     """
     start = {"image": 0, "video": counts[0] * tokens.get("image", 0)}
     start[voice] = start["video"] + counts[1] * tokens.get("video", 0)
@@ -156,7 +160,7 @@ def splice(
 
 
 def chunks_per_file(features_mask: np.ndarray) -> list[int]:
-    """[1, 1, 2, 0] -> [2, 1]: the reference stops at the first 0."""
+    """Count the chunks of each file: [1, 1, 2, 0] -> [2, 1]. The reference stops at the first 0."""
     counts: list[int] = []
     for previous, number in zip([0, *features_mask], features_mask, strict=False):
         if number == 0:
@@ -195,8 +199,11 @@ def training_batch(system: System, tokens: dict[str, int]) -> tuple[Spliced, Poo
 
 
 def query_batch(system: System, tokens: dict[str, int]) -> tuple[Spliced, Pools]:
-    """The inference queries as one batch: ids and, where recorded, images from inputs.npz; other
-    media decoded from their files."""
+    """The inference queries as one batch.
+
+    Ids come from inputs.npz, and so do images if they were recorded. Other media are decoded from
+    their files.
+    """
     queries = json.loads((system.folder / "generate_queries.json").read_text())
     rows, files, images, videos, sounds, lengths = [], [], [], [], [], []
     for number, query in enumerate(queries):
@@ -231,5 +238,5 @@ def query_batch(system: System, tokens: dict[str, int]) -> tuple[Spliced, Pools]
 
 
 def read_params(resolution: Resolution) -> dict[str, np.ndarray]:
-    """Every parameter of an import, {path: float32 array}."""
+    """Path -> float32 array, for every parameter of an import."""
     return {path: value.astype(np.float32) for path, value in read_all(resolution).items()}

@@ -1,7 +1,7 @@
-"""Numbers of the published CuMo vision path, from formulas for weights and pixels.
+"""The vision path against numbers of the published CuMo code, for weights and pixels from formulas.
 
-Parameters are 0.1 sin(0.37 i + 0.91 k), with k the place of the name among the sorted names and i
-the flat index; routers ten times that; scales of LayerNorms plus one.
+A parameter is 0.1 sin(0.37 i + 0.91 k), where k is the position of its name among the sorted names
+and i the flat index. Routers are ten times as large, and scales of LayerNorms have one added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ CLIP = ClipConfig(
     patch_size=7,
     unread_layers="keep",
 )
-# (scales, experts): sum and sum of squares of the features, balance, z, first and last values.
+# (scales, whether there are experts) -> (sum of the features, sum of their squares, balance loss,
+# z loss), the first values, the last values.
 ENCODER = {
     ((1,), False): (
         (-2.7161678709, 541.7357594406, None, None),
@@ -53,7 +54,8 @@ ENCODER = {
         (0.8263852000, 0.5371598005, 0.0951133296, -0.6501238346),
     ),
 }
-# experts: the same of the connector on the features of the experts' encoder at scales 1 and 3.
+# whether there are experts -> the same for the connector, which reads the features of the encoder
+# with experts at scales 1 and 3.
 CONNECTOR = {
     False: (
         (2.3731609304, 17.0098635102, None, None),
@@ -66,7 +68,7 @@ CONNECTOR = {
         (0.1225102246, 0.0444209985, 0.1554818004, 0.0079520298),
     ),
 }
-# In bfloat16: balance and z.
+# Balance and z losses in bfloat16.
 LOW = {"encoder": (1.6458067894, 16.0), "connector": (3.828125, 18.125)}
 
 
@@ -86,7 +88,7 @@ def pictures() -> Pictures:
 
 
 def wave(module: Vision) -> dict[str, np.ndarray]:
-    """The module's parameters from the formula, by way of the original's names."""
+    """Parameters of the module from the formula, which depends on the names of the original."""
     shapes = {path: shape for path, (shape, _) in declared(module, pictures()).items()}
     flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     config = module.config
@@ -104,7 +106,7 @@ def wave(module: Vision) -> dict[str, np.ndarray]:
 
 
 def encoded(steps: tuple[int, ...], experts: bool, flat: dict | None = None):
-    """(features [B,P,D], statistics) with a connector that changes nothing."""
+    """(features [B,P,D], statistics, parameters) with a connector that is an identity."""
     width = CLIP.hidden_size * len(steps)
     module = vision(steps, experts, MlpConnectorConfig(depth=1), width)
     params = wave(module) if flat is None else flat
@@ -115,7 +117,8 @@ def encoded(steps: tuple[int, ...], experts: bool, flat: dict | None = None):
 
 
 def check(value_BPD, aux, expected) -> None:
-    # The original enlarges with positions rounded to float32, which alone moves pixels by 5e-6.
+    # The original rounds positions to float32 when it enlarges images; this alone changes pixels by
+    # 5e-6.
     (total, squares, balance, z), first, last = expected
     value = np.asarray(value_BPD, np.float64)
     np.testing.assert_allclose(value.sum(), total, atol=1e-3)
@@ -146,7 +149,7 @@ def test_connector(experts: bool):
 
 
 def test_bfloat16():
-    """Indicative: where the original rounds, in its own kernels, is not to be had exactly."""
+    """A rough check, because the original's kernels round at places that cannot be reproduced."""
     module = vision((1, 3), True, MlpConnectorConfig(moe=MOE), FEATURES)
     low = Vision(module.config, FEATURES, LayerOptions(dtype=jnp.bfloat16))
     _, aux = jax.jit(low.apply)({"params": nest(wave(module))}, pictures())

@@ -37,13 +37,13 @@ def _highest_precision():
 
 @partial(jax.jit, static_argnums=(0, 3))
 def run(module, params, inputs, static=()):
-    """`module` on one batch; a module of the same sizes is compiled once."""
+    """Apply `module` to one batch; modules of the same sizes share a compiled program."""
     return module.apply({"params": params}, *inputs, *static)
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One recorded system; all sizes come from the configs in its checkpoint."""
+    """One recorded system. All sizes come from the configs in its checkpoint."""
 
     folder: Path
 
@@ -105,7 +105,7 @@ class Golden:
         return outputs
 
     def hearing(self) -> dict[str, np.ndarray]:
-        """Chunks that belong to a file, in batch order, one recorded call each."""
+        """Outputs for chunks that belong to a file, in batch order; each is a recorded call."""
         used = self.inputs["features_mask"] > 0
         chunks = self.inputs["input_features"][used]
         aligner = self.state(self.tuned / "mm_audio_aligner.bin")
@@ -220,7 +220,7 @@ HEARING = ("audio_tower_features", "audio_aligner_decoder_out", "audio_aligner_o
 
 
 def recorded_parts() -> list:
-    """(folder, part) of everything that was recorded of encoders and connectors."""
+    """(folder, part) for all recorded parts of encoders and connectors."""
     cases = []
     for folder in recorded_systems():
         with safe_open(folder / "expected.safetensors", "np") as file:

@@ -36,7 +36,7 @@ def _highest_precision():
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random and trainable, so that no bias or scale is idle."""
+    """Make every parameter random and trainable, so that no bias is 0 and no scale is 1."""
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         noise = torch.randn_like(parameter) * 0.2
@@ -47,7 +47,7 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def check(module, convert, torch_parameters: dict, inputs, torch_inputs, torch_output):
-    """Outputs, and gradients of <output, random> with respect to parameters and inputs."""
+    """Compare outputs, and gradients of <output, random> for parameters and inputs."""
     cotangent = np.random.default_rng(1).standard_normal(torch_output.shape).astype(np.float32)
     (torch_output * torch.from_numpy(cotangent)).sum().backward()
     params = weights.nested(convert(weights.numpy_state(torch_parameters)))
@@ -164,7 +164,7 @@ def query_parameters(model, queries: torch.nn.Parameter, projector: torch.nn.Seq
 
 
 def convert_query(state, body) -> dict:
-    """`body` converts the reader; queries and projector are common to both kinds."""
+    """`body` converts the reader; queries and projector are the same for both kinds."""
     projector = weights.mlp_params(state, "projector.")
     return (
         body(state)
@@ -199,7 +199,7 @@ def test_whisper_queries_against_torch():
 
 
 def test_qformer_against_torch():
-    """Five layers, every second one reads the encoder: a period of two and an odd tail."""
+    """Five layers, of which every second reads the encoder: two pairs and one layer more."""
     torch_config = Blip2QFormerConfig(
         vocab_size=8,
         hidden_size=12,
@@ -238,7 +238,7 @@ def test_qformer_against_torch():
 
 @pytest.mark.parametrize("taps", [6, 5])
 def test_beats_position_convolution_against_torch(taps: int):
-    """Weight norm over dimension 2, and the surplus last step of an even kernel dropped."""
+    """Weight norm is over dimension 2, and an even kernel's extra last step is dropped."""
     conv = torch.nn.Conv1d(12, 12, taps, padding=taps // 2, groups=3)
     conv = torch.nn.utils.parametrizations.weight_norm(conv, dim=2)
     randomise(conv)

@@ -1,5 +1,7 @@
-"""The repository's own recordings are whole: what they hold does not depend on a golden directory
-in use, and nothing that the other tests look for there can vanish unnoticed."""
+"""The recordings of the repository are complete, whatever golden directory is in use.
+
+The other tests run for the recordings that they find, so a lost file would go unnoticed there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ LIMIT = 8_000_000  # bytes
 SYSTEMS = {path.name: path for path in recorded_systems(FIXTURES)}
 HEARING = ("audio_tower_features", "audio_aligner_decoder_out", "audio_aligner_out")
 VISION = ("vision_tower_features", "mm_projector_out")
-PIXELS = r".*/pixel_values/call\d+"  # enlarged images: what is made of them shows the same
+PIXELS = r".*/pixel_values/call\d+"  # enlarged images; their features show the same
 CUMO = (
     *(rf"final/clip/layer\d+/{what}/call[01]" for what in ("router_logits", "selected_experts")),
     *(rf"final/clip/layer2/{loss}_loss/call1" for loss in ("balance", "z")),
@@ -50,7 +52,7 @@ def parts_of(folder: Path) -> set[str]:
 
 
 def ears_of(folder: Path) -> str:
-    """`beats` or `whisper`, by the checkpoint of the encoder of sounds."""
+    """`beats` or `whisper`, whichever sound encoder the checkpoint has."""
     (config,) = (
         p.with_name("config.json") for p in folder.glob("checkpoint/*/adapter_config.json")
     )
@@ -83,7 +85,7 @@ def test_both_encoders_of_sound_are_there():
 
 
 def test_the_vision_side_of_cumo_is_there():
-    """Router, experts and losses of every layer at both scales, under the last stage's names."""
+    """Router, experts and losses of every layer at both scales, with the last stage's names."""
     (folder,) = {path.parents[2] for path in FIXTURES.glob("*/checkpoint/CuMo-*/config.json")}
     names = names_in(folder)
     kinds = {pattern for pattern, *_ in CUMO_TOLERANCES} - {PIXELS}
@@ -98,7 +100,7 @@ def test_one_system_is_whole():
     whole = {gates.parents[2].name for gates in FIXTURES.glob("*/checkpoint/*/mlp_gates.bin")}
     assert whole == {"unimoe-8e"}
     names = names_in(SYSTEMS["unimoe-8e"])
-    # Every kind of value that has a tolerance; margins were recorded of four-expert systems only.
+    # Every kind of value with a tolerance. Margins were recorded for four-expert systems only.
     kinds = {pattern for pattern, *_ in TOLERANCES} - {"meta/min_topk_margin"}
     for pattern in (*WHOLE, *sorted(kinds)):
         assert any(re.fullmatch(pattern, name) for name in names), pattern

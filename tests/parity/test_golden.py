@@ -2,8 +2,8 @@
 
     GOLDEN_DIR=DIR pytest tests/parity/test_golden.py
 
-runs every Uni-MoE and CuMo system folder found in DIR. What is recorded but not checked stands in
-`golden_unchecked.json` with the reason, and is printed.
+checks every Uni-MoE and CuMo system in DIR. Recorded keys that are not checked are listed in
+`golden_unchecked.json` with the reason, and the test prints them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POOL_TOLERANCE = {"image": 1e-5, "video": 1e-5, "speech": 1e-4, "audio": 5e-3}
 
 
 def whole_unimoe() -> list[Path]:
-    """Folders of recorded Uni-MoE systems with routers, hence with everything."""
+    """Folders of complete recorded Uni-MoE systems; a system with routers is complete."""
     return sorted({path.parents[2] for path in golden_dir().glob("*/checkpoint/*/mlp_gates.bin")})
 
 
@@ -50,7 +50,7 @@ def name_of(given: System | str) -> str:
 
 
 def groups(system: System) -> dict[str, Callable]:
-    """What can be computed of a system, by group of keys."""
+    """Group of keys -> the function that computes it, for the groups that a system has."""
     return golden_cumo.groups(system) if system in CUMO else golden_checks.COMPUTE
 
 
@@ -118,7 +118,7 @@ def test_gradient_norms(system: System, run: str):
 
 @on_unimoe
 def test_trainable_set(system: System):
-    """The rules of stage 3 train exactly what the recorded run gave gradients in stage 3."""
+    """The rules of stage 3 train exactly the parameters with gradients in the recorded stage 3."""
     resolution = system.resolution("unmerged")
     copies = copies_by_name(resolution)
     recorded = {
@@ -135,7 +135,7 @@ def test_trainable_set(system: System):
 
 @on_unimoe
 def test_raw_records_give_the_recorded_batch(system: System):
-    """data.json and media -> ids, labels, order and values of media."""
+    """Compare ids, labels and media that are made from data.json and media files."""
     model = system.resolution("merged").plan.model
     spliced, pools = training_batch(system, model.tokens_per_medium())
     reader = sample_reader(system, model)
@@ -170,8 +170,8 @@ def sample_reader(system: System, model) -> SampleReader:
     data = system.folder / "data.json"
     records = RecordReader("golden", RecordFile(data), system.folder, system.voice, accepts)
     tuned = next(source.path for source in system.sources if source.role == "tuned")
-    # Whether images are padded is a setting of training, which the fine-tune's config.json tells;
-    # the model that is imported from it cuts them, as inference does.
+    # config.json of the fine-tune says whether training padded images. The imported model crops
+    # them, as inference does.
     aspect = system.config.get("image_aspect_ratio") or "square"
     vision = model.vision.model_copy(update={"aspect": aspect})
     processors = Processors(model.model_copy(update={"vision": vision}))

@@ -1,7 +1,7 @@
 """Recorded greedy decoding, from checkpoint folders and raw media to tokens and logits.
 
-Every system found in the golden directory is imported as a user would import it, loaded, and asked
-its recorded questions: one by one, all in one batch, and without a cache.
+Every system in the golden directory is imported as a user would import it. The loaded model answers
+the recorded questions one by one, all in one batch, and without a cache.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Recorded:
         for number, query in enumerate(queries):
             media, ids = [], inputs[f"generate/{number}/input_ids"]
             for key, token in PLACEHOLDER_IDS.items():
-                # The released programs write one placeholder for all files of a kind, and what
-                # follows the first file goes unheard.
+                # The released programs write one placeholder for all files of a kind, so they
+                # ignore all files after the first.
                 for file in np.atleast_1d(query.get(key) or [])[: np.sum(ids == token)]:
                     path = self.folder / file
                     path = path if path.exists() else self.folder / "media" / file
@@ -62,7 +62,7 @@ class Recorded:
         return requests
 
     def check(self, number: int, answer: Answer) -> None:
-        """Tokens exactly, logits within the tolerance."""
+        """Compare an answer: tokens exactly, logits within the tolerance."""
         key = f"generate/{number}"
         np.testing.assert_array_equal(answer.tokens, self.expected[f"{key}/new_tokens"], key)
         np.testing.assert_allclose(
@@ -80,7 +80,7 @@ class Recorded:
 
 
 def recorded_models() -> list[Recorded]:
-    """Systems with questions, and with the whole model that answered them."""
+    """Systems that have questions and the whole model that answered them."""
     whole = [
         path.parents[2]
         for name in ("mlp_gates.bin", "clip.bin")
@@ -116,7 +116,7 @@ def asked(recorded, model) -> list[Request]:
 
 
 def test_prompts(recorded, model, asked):
-    """Token ids and the places of media."""
+    """Compare the token ids and the places of media."""
     inputs = np.load(recorded.folder / "inputs.npz")
     for number, request in enumerate(asked):
         prompt = model.prepare(request)
@@ -138,7 +138,7 @@ def test_in_a_batch(recorded, model, asked):
 
 
 def test_without_a_cache(recorded, model, asked):
-    """Every token from a prefill of everything before it."""
+    """Compute every token by a prefill of all tokens before it."""
     for number, request in enumerate(asked):
         tokens, logits = [], []
         for _ in range(recorded.new_tokens):
@@ -152,5 +152,5 @@ def test_without_a_cache(recorded, model, asked):
             tokens += sequence.tokens
             logits += sequence.logits
             if tokens[-1] in model.engine.programs.eos:
-                break  # as the recorded run, which may be shorter than the longest
+                break  # the recorded run stops here as well, possibly before new_tokens
         recorded.check(number, Answer("", tuple(tokens), "length", logits_TV=np.stack(logits)))

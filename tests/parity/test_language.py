@@ -1,5 +1,8 @@
-"""Decoders against the transformers classes at tiny sizes: norm, attention, blocks, logits, loss,
-gradients; the weights go through a saved folder and the converter."""
+"""Decoders against the classes of transformers at tiny sizes.
+
+Compares norm, attention, blocks, logits, loss and gradients. The weights are saved to a folder and
+converted from there.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ FAMILIES = {
 
 
 class Pair:
-    """The same weights as a torch model and as ours."""
+    """The same weights as a torch model and as parameters of this package."""
 
     def __init__(self, family: str, folder):
         kind, config = FAMILIES[family]
@@ -171,7 +174,7 @@ def test_loss(pair: Pair):
 
 
 def test_gradients(pair: Pair):
-    """Every parameter that torch has, found again through the converter's table read backwards."""
+    """Compare gradients for every torch parameter; the converter's table, backwards, finds it."""
     recorded = {copy.src.removeprefix("base:"): copy for copy in pair.resolution.plan.copies}
     checked = set()
     for name, parameter in pair.torch.named_parameters():
@@ -185,7 +188,7 @@ def test_gradients(pair: Pair):
 
 
 def torch_gradients(name: str, grad: np.ndarray):
-    """(gradient, name in the file) for one parameter; transformers 5 fuses Mixtral's experts."""
+    """(gradient, name in the file) of a parameter; transformers 5 fuses Mixtral's experts."""
     fused = re.fullmatch(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)", name)
     if fused:
         for expert, value in enumerate(grad):

@@ -1,7 +1,7 @@
-"""State dicts of the PyTorch originals as this package's parameters, by small tables of names.
+"""Convert state dicts of the PyTorch originals to parameters of this package by tables of names.
 
-Deliberately apart from `unimoe_jax.convert`: the parity tests must not lean on what they check.
-Every function is linear in the weights, so it re-orders gradients as well.
+This does not use `unimoe_jax.convert`, because the parity tests must not depend on the code that
+they check. Every function is linear in the weights, so it converts gradients as well.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ QFORMER_CROSS = _bert_attention("cross_attention", "crossattention")
 
 
 def numpy_state(state: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
-    """Tensors below `prefix` as numpy arrays, the prefix cut off; None (no gradient) left out."""
+    """Tensors below `prefix`, by name without it, as numpy; None (no gradient) is left out."""
     return {
         name[len(prefix) :]: tensor.detach().cpu().numpy()
         for name, tensor in state.items()
@@ -65,7 +65,7 @@ def numpy_state(state: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def modules(state: State, table: Mapping[str, str], prefix: str = "") -> dict[str, np.ndarray]:
-    """Linear layers (weight transposed) and norms, flat by path."""
+    """Convert linear layers, whose weight is transposed, and norms; returns arrays by path."""
     flat = {}
     for dst, src in table.items():
         weight = state[f"{prefix}{src}.weight"]
@@ -76,17 +76,17 @@ def modules(state: State, table: Mapping[str, str], prefix: str = "") -> dict[st
 
 
 def stacked(layers: Sequence[Mapping[str, np.ndarray]], prefix: str = "layers") -> dict:
-    """One flat dict per layer -> one with a leading layers axis."""
+    """Stack the flat dicts of layers into one whose arrays have a leading layer axis."""
     return {f"{prefix}/{k}": np.stack([layer[k] for layer in layers]) for k in layers[0]}
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict:
-    """Flat by path -> the tree that `apply` takes as `params`."""
+    """Turn arrays by path into the tree that `apply` takes as `params`."""
     return unflatten_dict(dict(flat), sep="/")
 
 
 def clip_params(state: State, config: ClipConfig) -> dict[str, np.ndarray]:
-    """From the names below `vision_model.`."""
+    """Convert a CLIP encoder from the tensors below `vision_model.`."""
     patch = state["embeddings.patch_embedding.weight"]
     layers = [
         modules(state, CLIP_LAYER, f"encoder.layers.{layer}.")
@@ -102,7 +102,7 @@ def clip_params(state: State, config: ClipConfig) -> dict[str, np.ndarray]:
 
 
 def whisper_encoder_params(state: State, num_layers: int) -> dict[str, np.ndarray]:
-    """From the names below `model.encoder.`."""
+    """Convert a Whisper encoder from the tensors below `model.encoder.`."""
     flat = {"position_embedding": state["embed_positions.weight"]}
     for name in ("conv1", "conv2"):
         weight = state[f"{name}.weight"]
@@ -113,7 +113,7 @@ def whisper_encoder_params(state: State, num_layers: int) -> dict[str, np.ndarra
 
 
 def beats_params(state: State, num_layers: int) -> dict[str, np.ndarray]:
-    """From the `model` entry of the checkpoint."""
+    """Convert BEATs from the `model` entry of its checkpoint."""
     patch = state["patch_embedding.weight"]
     table = {
         "patch_norm": "layer_norm",
@@ -139,7 +139,7 @@ def beats_params(state: State, num_layers: int) -> dict[str, np.ndarray]:
 
 
 def whisper_decoder_params(state: State, num_layers: int) -> dict[str, np.ndarray]:
-    """Without queries and projector; from the names below `….audio_decoder.`."""
+    """Convert a Whisper reader, without queries and projector, from `….audio_decoder.`."""
     layers = [
         modules(state, WHISPER_DECODER_LAYER, f"layers.{layer}.") for layer in range(num_layers)
     ]
@@ -148,7 +148,7 @@ def whisper_decoder_params(state: State, num_layers: int) -> dict[str, np.ndarra
 
 
 def qformer_params(state: State, config: QueryConnectorConfig) -> dict[str, np.ndarray]:
-    """Without queries and projector; from the names below `….qformer.`."""
+    """Convert a Q-Former, without queries and projector, from the tensors below `….qformer.`."""
     groups: dict[str, list[dict]] = {}
     for layer, place in enumerate(qformer_places(config)):
         cross = QFORMER_CROSS if cross_layers(config)[layer] else {}
@@ -161,7 +161,7 @@ def qformer_params(state: State, config: QueryConnectorConfig) -> dict[str, np.n
 
 
 def mlp_params(state: State, prefix: str) -> dict[str, np.ndarray]:
-    """`{prefix}0`, `{prefix}2`, … of a torch Sequential -> fc1, fc2, …"""
+    """Convert `{prefix}0`, `{prefix}2`, … of a torch Sequential to fc1, fc2, …"""
     numbers = sorted(
         int(name[len(prefix) :].split(".")[0])
         for name in state
