@@ -202,7 +202,8 @@ class Side:
     def __init__(self, side: str, folder: Path, size: str, stage: str, attention: str):
         command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
         command += ["--sizes", size, "--stages", stage, "--attention", attention]
-        # These variables must be set before a process starts; `unimoe_jax.train` sets them for itself.
+        # These variables must be set before a process starts. `unimoe_jax.train` sets them for
+        # itself.
         huge = {} if side == "torch" else HUGE_PAGES
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=os.environ | huge, **pipes)
@@ -230,7 +231,7 @@ def measure(size: str, stage: str, signature: str, samples: str, args: argparse.
     """Measure one case: prepare its files, check that the sides agree, warm up, and take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Another process prepares the files, so that its memory is free before anything is measured.
+        # Another process prepares the files, so its memory is free again before the measurement.
         subprocess.run(
             [sys.executable, __file__, "--prepare", "--folder", name, "--sizes", size]
             + ["--stages", stage, "--signatures", signature, "--samples", samples],

@@ -1,6 +1,6 @@
-"""Where recorded reference data lie, and how they name arrays of which only some rows were kept.
+"""Find recorded reference data, and read arrays of which only some rows were recorded.
 
-`NAME@STEP` holds every STEP-th row of the recorded array NAME, rows being the axis before the last.
+`NAME@STEP` holds every STEP-th row of the array NAME. Rows are the axis before the last.
 """
 
 from __future__ import annotations
@@ -19,40 +19,46 @@ FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 def golden_dir(name: str = "") -> Path:
     """Folder of recorded reference data, e.g. `golden_dir("preprocessing")`.
 
-    `$GOLDEN_DIR`, else `../shared/golden` beside the repository, else `tests/parity/fixtures`.
-    Fails the test when none of them has `name`.
+    The folder `name` is searched in `$GOLDEN_DIR` (if the variable is not set: in `../shared/golden`
+    beside the repository), and then in `tests/parity/fixtures`. The test fails if neither has it.
     """
-    given = os.environ.get("GOLDEN_DIR")
-    folders = [Path(given)] if given else [ROOT.parent / "shared" / "golden"]
+    variable = os.environ.get("GOLDEN_DIR")
+    folders = [Path(variable)] if variable else [ROOT.parent / "shared" / "golden"]
     folders.append(FIXTURES)
     for folder in folders:
         if (folder / name).is_dir() and any((folder / name).iterdir()):
             return folder / name
     tried = ", ".join(str(folder / name) for folder in folders)
-    pytest.fail(f"no recorded reference data: tried {tried}; set GOLDEN_DIR")
+    pytest.fail(f"there is no recorded reference data in {tried}; set GOLDEN_DIR to its folder")
 
 
 def recorded_systems(folder: Path | None = None) -> list[Path]:
-    """Folders of recorded Uni-MoE systems, whole or in part, in the golden directory in use."""
+    """Folders of recorded Uni-MoE systems in the golden directory; the test fails without any.
+
+    A system may be recorded whole or in part.
+    """
+    # Only the checkpoints of Uni-MoE have adapters.
     adapters = (folder or golden_dir()).glob("*/checkpoint/*/adapter_config.json")
-    found = sorted({path.parents[2] for path in adapters})
-    if not found:
-        pytest.fail(f"no recorded Uni-MoE system in {folder or golden_dir()}")
-    return found
+    systems = sorted({path.parents[2] for path in adapters})
+    if not systems:
+        pytest.fail(f"there is no recorded Uni-MoE system in {folder or golden_dir()}")
+    return systems
 
 
 def recorded_cumo() -> list[Path]:
-    """Folders of recorded CuMo systems, whole or in part, in the golden directory in use; none is
-    a failure."""
+    """Folders of recorded CuMo systems in the golden directory; the test fails without any.
+
+    A system may be recorded whole or in part.
+    """
     configs = golden_dir().glob("*/checkpoint/*/config.json")
-    found = sorted({path.parents[2] for path in configs if '"clip_smoe"' in path.read_text()})
-    if not found:
-        pytest.fail(f"no recorded CuMo system in {golden_dir()}")
-    return found
+    systems = sorted({path.parents[2] for path in configs if '"clip_smoe"' in path.read_text()})
+    if not systems:
+        pytest.fail(f"there is no recorded CuMo system in {golden_dir()}")
+    return systems
 
 
 def split_key(key: str) -> tuple[str, int]:
-    """`NAME@STEP` -> (NAME, STEP); a whole array has step 1."""
+    """Split `NAME@STEP` into (NAME, STEP); a key without a step is a whole array and has step 1."""
     name, _, step = key.partition("@")
     return name, int(step or 1)
 
@@ -63,6 +69,9 @@ def thin(value: np.ndarray, step: int) -> np.ndarray:
 
 
 def as_recorded(values: Mapping[str, np.ndarray], keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """{recorded key: the part of `values` that it holds}, for those keys whose name is known."""
+    """Cut `values` as they were recorded: {recorded key: its part of the value}.
+
+    Keys whose name is not in `values` are left out.
+    """
     named = {key: split_key(key) for key in keys}
     return {k: thin(values[name], step) for k, (name, step) in named.items() if name in values}
