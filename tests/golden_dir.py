@@ -19,8 +19,8 @@ FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 def golden_dir(name: str = "") -> Path:
     """Folder of recorded reference data, e.g. `golden_dir("preprocessing")`.
 
-    The folder `name` is searched in `$GOLDEN_DIR` (if the variable is not set: in `../shared/golden`
-    beside the repository), and then in `tests/parity/fixtures`. The test fails if neither has it.
+    `$GOLDEN_DIR` is searched for the folder `name` (if the variable is not set, `../shared/golden`
+    beside the repository), and then `tests/parity/fixtures`. The test fails if neither has it.
     """
     variable = os.environ.get("GOLDEN_DIR")
     folders = [Path(variable)] if variable else [ROOT.parent / "shared" / "golden"]

@@ -61,9 +61,9 @@ def test_experts_from_several_dense_sources(layers):
     kinds = kinds_of(layers)
     sources = {name: source(name, mark) for mark, name in enumerate("abc", start=1)}
     take = Take(match=".*", experts=("b", "a", "c", "a"))
-    found = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
-    assert set(found) == {layer for layer in range(LAYERS) if kinds[layer]}
-    for layer, value in found.items():
+    values = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
+    assert set(values) == {layer for layer in range(LAYERS) if kinds[layer]}
+    for layer, value in values.items():
         np.testing.assert_array_equal(
             value[:, 0, 0], [200 + layer, 100 + layer, 300 + layer, 100 + layer]
         )
@@ -76,15 +76,15 @@ def test_layers_keep_their_number(before, after):
     rest = "attention/q_proj/kernel"
     sources = {"a": source("a", 1, kinds_of(before), rest)}
     take = Take(match=".*", source="a")
-    found = collect(kinds_of(after), rest, (2, 4), take, sources, lambda kind: True)
-    assert {layer: value[0, 0] for layer, value in found.items()} == {
+    values = collect(kinds_of(after), rest, (2, 4), take, sources, lambda kind: True)
+    assert {layer: value[0, 0] for layer, value in values.items()} == {
         layer: 100 + layer for layer in range(LAYERS)
     }
 
 
 def test_dense_layers_of_a_mixed_model():
     kinds = kinds_of("even")
-    found = collect(
+    values = collect(
         kinds,
         "mlp/up_proj/kernel",
         (2, 4),
@@ -92,7 +92,7 @@ def test_dense_layers_of_a_mixed_model():
         {"a": source("a", 1)},
         lambda kind: not kind,
     )
-    assert {layer: value[0, 0] for layer, value in found.items()} == {1: 101, 3: 103}
+    assert {layer: value[0, 0] for layer, value in values.items()} == {1: 101, 3: 103}
 
 
 def test_outside_the_decoder():

@@ -59,7 +59,7 @@ def test_plain_samples_are_media_and_caption(mixed, tokenizer):
 
 @pytest.mark.parametrize("unused", ["skip", "count"])
 def test_samples_without_an_image_may_count_as_one_with_a_black_image(unused, mixed, tokenizer):
-    """`unused_images: count` routes a black image for them, as CuMo does; `skip` does not."""
+    """With `unused_images: count`, text samples have a black image that counts, as in CuMo."""
     model = model_config(speech=False, audio=False)
     vision = model.vision.model_copy(update={"unused_images": unused})
     model = model.model_copy(update={"vision": vision})
