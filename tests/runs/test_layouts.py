@@ -1,8 +1,8 @@
 """One training step on every kind of mesh equals the step on one device.
 
-The model is the smallest one with all modalities, adapters with dropout, router losses, packed rows,
-and experts in every layer of the decoder, in every layer of the image encoder, and in its connector.
-All parameters train. There are two routings: random routers, and routers that send every token to
+The model is the smallest one with all modalities, adapters with dropout, router losses, packed
+rows, and experts in every layer of the decoder and of the image encoder and in its connector. All
+parameters train. There are two routings: random routers, and routers that send every token to
 expert 2 and none to the experts from 3 on. One test splits the batch into micro-batches.
 """
 
@@ -193,14 +193,18 @@ def assert_same(actual, expected, unlike: tuple[str, ...] = ()) -> None:
 
     Metrics whose name ends with one of `unlike` are not compared.
     """
-    (metrics, gradients, after), (known, wanted, then) = found, expected
-    both = ({k: v for k, v in m.items() if not k.endswith(unlike)} for m in (metrics, known))
-    assert_close(*both, TOLERANCE)
+    metrics, gradients, params_after = actual
+    expected_metrics, expected_gradients, expected_params = expected
+    compared, expected_compared = (
+        {name: value for name, value in m.items() if not name.endswith(unlike)}
+        for m in (metrics, expected_metrics)
+    )
+    assert_close(compared, expected_compared, TOLERANCE)
     # Some gradients are zero up to rounding, like the gradient of a key's bias. Their error is
     # compared with 1 % of the norm of all gradients.
-    norm = float(optax.tree.norm(wanted))
-    assert_close(gradients, wanted, TOLERANCE, floor=0.01 * norm)
-    assert_close(after, then, TOLERANCE)
+    norm = float(optax.tree.norm(expected_gradients))
+    assert_close(gradients, expected_gradients, TOLERANCE, floor=0.01 * norm)
+    assert_close(params_after, expected_params, TOLERANCE)
 
 
 def test_micro_batches_on_an_expert_mesh(devices):

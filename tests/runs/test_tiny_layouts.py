@@ -16,7 +16,7 @@ from unimoe_jax.checkpoints.final import load_final
 
 
 def short(steps: int) -> list[str]:
-    """Overrides for a few steps per stage, rows in eight pool groups, and a record of every step."""
+    """Overrides: few steps per stage, rows in eight pool groups, and a record of every step."""
     return [
         *(f"stages.{stage}.optim.steps={steps}" for stage in STAGES),
         *("data.loader.groups=8", "log.every=1", "log.plots=false", "log.tensorboard=false"),

@@ -101,7 +101,7 @@ def test_answers_depend_on_the_media(finished):
 
 
 def test_the_run_directory_is_complete(finished):
-    """It has settings, environment, parameter tables, manifests, TensorBoard, plots and a report."""
+    """It has settings, environment, parameter tables, manifests, plots and a report."""
     folder, printed = finished
     assert load_config(folder / "config.yaml").name == "tiny"
     assert {"packages", "python"} & set(json.loads((folder / "env.json").read_text()))
