@@ -1,4 +1,4 @@
-"""What the benchmarks share: run files, lengths of samples, hardware and versions, results."""
+"""Helpers of all benchmarks: run files, lengths of samples, hardware and versions, results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN_FILES = {"tiny": "configs/run/tiny.yaml", "small": "benchmarks/small.yaml"}
 
 
 def machine() -> dict:
-    """Processor, cores, memory, load and versions, for the result file."""
+    """Describe the processor, cores, memory, load and versions for the result file."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -43,7 +43,10 @@ def machine() -> dict:
 
 
 def installed(name: str) -> str | None:
-    """Its version; None: not there, as PyTorch where only TPU programs are compiled."""
+    """Version of an installed package, or None.
+
+    For example, PyTorch is missing where only TPU programs are compiled.
+    """
     try:
         return version(name)
     except PackageNotFoundError:
@@ -51,29 +54,31 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit measured, with a mark if files differ from it."""
+    """The commit that is measured, with the suffix `-dirty` if files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def peak_mib() -> float:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this process so far, in MiB."""
+    # ru_maxrss counts KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def resident_mib() -> float:
-    """Resident size of this process now."""
+    """Resident size of this process now, in MiB."""
+    # The second number of statm is the resident size in pages.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def text_lengths(random: np.random.Generator, number: int, longest: int) -> np.ndarray:
-    """Tokens of made-up instruction samples: log-normal around 120, at least 20."""
+    """Lengths of made-up instruction samples in tokens: log-normal around 120, at least 20."""
     return np.clip(random.lognormal(4.8, 0.7, number), 20, longest).astype(np.int64)
 
 
 def save(path: Path, result: dict) -> None:
-    """Write a result; what is there is replaced."""
+    """Write a result and replace a file that is already there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,12 +1,14 @@
-"""All run files at published size through `unimoe_jax.compile`, each for a TPU slice that suits it.
+"""Compile every run file of published size with `unimoe_jax.compile`, each for a fitting TPU slice.
 
 python benchmarks/compile.py [NAME …] [--effort full]   compile (extra [tpu], no TPU; minutes each)
-python benchmarks/compile.py --table                    the tables of the results that are there
+python benchmarks/compile.py --table                    print the tables of the stored results
 
-To what the program reports, `expert_products` is added: FLOPs of one trip of every loop over the
-rows of an expert, by module and pass. Backward divided by forward is 1 for gradients of inputs and
-1 for those of weights, where experts train, and what is multiplied again instead of being kept: 1
-of the 2 matrices of an encoder's or connector's expert, 2 of the 3 of the decoder's.
+`expert_products` is added to the report of the program. It holds the FLOPs of one trip of every
+loop over the rows of an expert, by module and pass. The backward FLOPs divided by the forward FLOPs
+are a sum of three parts: 1 for the gradients of inputs, 1 for the gradients of weights (where
+experts train), and the share of the forward products that are repeated instead of being kept. That
+share is 1 of the 2 matrices of an encoder's or connector's expert, and 2 of the 3 matrices of the
+decoder's.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A run's last stage on a slice; `mesh` is a file of configs/mesh/."""
+    """The last stage of a run on a TPU slice.
+
+    mesh: the name of a file in configs/mesh/.
+    media: the argument of `unimoe_jax.compile --media`, for example `image=5`.
+    """
 
     run: str
     topology: str
@@ -57,7 +63,7 @@ CASES = (
 
 
 def compile_case(case: Case, more: list[str]) -> int:
-    """Write the JSON of a case; `more` goes to the program, whose exit code this returns."""
+    """Write the JSON of a case with `more` arguments of the program, and return its exit code."""
     mesh = yaml.safe_load((ROOT / "configs/mesh" / f"{case.mesh}.yaml").read_text())["mesh"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{case.name}.json"
@@ -73,6 +79,7 @@ def compile_case(case: Case, more: list[str]) -> int:
         ]
         print("+", " ".join(command), flush=True)
         code = subprocess.run(command, cwd=ROOT).returncode
+        # There is no program to read if the compilation failed.
         if hlo.exists():
             report = json.loads(path.read_text())
             report["expert_products"] = expert_products(hlo.read_text())
@@ -81,29 +88,33 @@ def compile_case(case: Case, more: list[str]) -> int:
 
 
 def expert_products(text: str) -> dict[str, dict[str, float]]:
-    """{module: {forward, backward}} FLOPs of a trip of the loops over the rows of experts, whose
-    length depends on the data."""
+    """FLOPs of one trip of the loops over the rows of experts: {module: {forward, backward}}.
+
+    The number of rows depends on the data, so these are the loops of unknown length.
+    """
     computations, entry = parse(text)
     found: dict[str, dict[str, float]] = {}
 
     def walk(name: str, count: float, in_loop: bool) -> None:
-        for one in computations[name].values():
-            flops = count * product_flops(one, computations[name])
+        """Add the products of a computation that runs `count` times."""
+        for instruction in computations[name].values():
+            flops = count * product_flops(instruction, computations[name])
             if flops and in_loop:
-                source = re.search(r'op_name="([^"]*)"', one.rest)[1]
-                if re.search(r"/attention/|\.loss/", source):  # in such loops as well
+                source = re.search(r'op_name="([^"]*)"', instruction.rest)[1]
+                if re.search(r"/attention/|\.loss/", source):  # loops of unknown length as well
                     continue
                 module = re.search(r"encoder(?=/)|connector|decoder", source)
                 key = "backward" if "transpose(" in source else "forward"
                 sums = found.setdefault(module[0], {"forward": 0.0, "backward": 0.0})
                 sums[key] += flops
-            if one.op == "while":
-                length = trips(one, computations)
-                walk(one.attribute("body"), count * (length or 1), in_loop or length is None)
-            elif one.op in ("fusion", "call", "async-start"):
-                for other in one.called():
+            if instruction.op == "while":
+                length = trips(instruction, computations)
+                body = instruction.attribute("body")
+                walk(body, count * (length or 1), in_loop or length is None)
+            elif instruction.op in ("fusion", "call", "async-start"):
+                for other in instruction.called():
                     walk(other, count, in_loop)
-            for other in one.branches():
+            for other in instruction.branches():
                 walk(other, count, in_loop)
 
     walk(entry, 1.0, False)
@@ -111,7 +122,7 @@ def expert_products(text: str) -> dict[str, dict[str, float]]:
 
 
 def table() -> str:
-    """Markdown, a line per result."""
+    """Markdown table with a line for every result."""
     lines = [
         "| run, stage | slice, mesh | rows × length | parameters | optimizer | activations "
         "| temporaries | verdict | FLOPs ÷ needed | processor time |",
@@ -134,7 +145,7 @@ def table() -> str:
 
 
 def expert_table() -> str:
-    """Markdown, a line per result and module with experts."""
+    """Markdown table with a line for every result and module with experts."""
     lines = [
         "| run | module | kernels of experts | cut over | on a device "
         "| backward ÷ forward products |",
@@ -144,9 +155,10 @@ def expert_table() -> str:
         report = json.loads(path.read_text())
         for module, sums in report["expert_products"].items():
             kernels = {p: k for p, k in report["experts"].items() if module in p.split("/")}
-            one = next(iter(kernels.values()))
-            shape, part = ("×".join(map(str, one[key])) for key in ("shape", "per_device"))
-            cut = ", ".join(str(axis or "-") for axis in one["cut_over"])
+            # The first kernel serves as the example for its module.
+            kernel = next(iter(kernels.values()))
+            shape, part = ("×".join(map(str, kernel[key])) for key in ("shape", "per_device"))
+            cut = ", ".join(str(axis or "-") for axis in kernel["cut_over"])
             ratio = sums["backward"] / sums["forward"]
             lines.append(
                 f"| {report['config']} | {module} | {len(kernels)}, as {shape} | {cut} | {part} "
@@ -156,11 +168,13 @@ def expert_table() -> str:
 
 
 def main() -> int:
-    """Returns 1 if a case does not fit or fails."""
+    """Compile the chosen cases and print both tables; return 1 if a case does not fit or fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="run names; default: all")
-    parser.add_argument("--table", action="store_true")
-    args, more = parser.parse_known_args()  # the rest goes to unimoe_jax.compile
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of the stored results only"
+    )
+    args, more = parser.parse_known_args()  # `more` goes to unimoe_jax.compile
     failed = 0
     if not args.table:
         for case in CASES:

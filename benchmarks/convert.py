@@ -1,8 +1,9 @@
 """Memory and speed of an import: python benchmarks/convert.py [--gib 1] [--files safetensors]
 
-Makes a sharded LLaMA-shaped checkpoint of random weights, copies its files with `cp`, imports it in
-a process of its own, and prints JSON: seconds, processor seconds and MB/s of both (data on disk at
-the end), their ratio, and the import's largest resident memory.
+The program makes a sharded checkpoint of random weights in the shape of LLaMA, copies its files
+with `cp`, and imports it in a separate process. It prints JSON: seconds, processor seconds and MB/s
+of the copy and of the import (both end when the data are on disk), their ratio, and the largest
+resident memory of the import.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SHARD_BYTES = 1 << 30
 
 
 def sizes(total: int, itemsize: int) -> tuple[int, int]:
-    """(width, feed-forward width) of about `total` bytes with LLaMA's proportions."""
+    """Width and feed-forward width of a model of about `total` bytes with LLaMA's proportions."""
     width = 256
     while True:
         hidden = int(width * 2.6875) // 256 * 256
@@ -37,7 +38,7 @@ def sizes(total: int, itemsize: int) -> tuple[int, int]:
 
 
 def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Tensor names of LlamaForCausalLM."""
+    """Tensors of LlamaForCausalLM by name: {name: shape}."""
     names = {"model.embed_tokens.weight": (VOCAB, width), "lm_head.weight": (VOCAB, width)}
     names["model.norm.weight"] = (width,)
     for layer in range(LAYERS):
@@ -53,12 +54,13 @@ def shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def make(folder: Path, total: int, dtype: np.dtype, kind: str) -> int:
-    """Write the checkpoint; returns its bytes."""
+    """Write the checkpoint to `folder` and return its size in bytes."""
     from unimoe_jax.convert import exporting
     from unimoe_jax.convert.exporting import Piece
 
     width, hidden = sizes(total, dtype.itemsize)
-    # One block of noise, cut anew for every tensor: drawing 8 GB would take longer than the test.
+    # Every tensor is cut from one block of noise at another offset, because drawing 8 GB of random
+    # numbers would take longer than the test.
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(dtype)
 
     def reader(shape: tuple[int, ...], seed: int):
@@ -89,39 +91,41 @@ def make(folder: Path, total: int, dtype: np.dtype, kind: str) -> int:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until the file's data has left the memory."""
+    """Wait until the data of a file are on disk and not only in memory."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def processor() -> float:
-    """Seconds that finished children have used, user and system."""
+    """Processor seconds that finished child processes have used, user and system together."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def timed(command: list[str], folder: Path) -> tuple[float, float]:
-    """(seconds until the command has finished and its files are on disk, its processor seconds)."""
+    """Run a command; return the seconds until its files are on disk, and its processor seconds."""
     before, start = processor(), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     used = processor() - before
-    with ThreadPoolExecutor(16) as pool:  # together, so that many files do not wait one by one
+    # Wait for all files at the same time: one after the other, many files would take longer.
+    with ThreadPoolExecutor(16) as pool:
         list(pool.map(to_disk, [path for path in folder.rglob("*") if path.is_file()]))
     return time.perf_counter() - start, used
 
 
 def main() -> None:
+    """Make the checkpoint, copy and import it, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--files", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
-    given = parser.parse_args()
-    dtype = np.dtype(getattr(ml_dtypes, given.dtype, given.dtype))
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+    args = parser.parse_args()
+    dtype = np.dtype(getattr(ml_dtypes, args.dtype, args.dtype))
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         root = Path(name)
-        size = make(root / "source", int(given.gib * 2**30), dtype, given.files)
-        os.sync()
+        size = make(root / "source", int(args.gib * 2**30), dtype, args.files)
+        os.sync()  # so that writing the source back does not slow the copy down
         (root / "copy").mkdir()
         copied, copied_cpu = timed(
             ["cp", "-r", str(root / "source"), str(root / "copy")], root / "copy"

@@ -1,11 +1,12 @@
-"""Generation speed beside transformers' PyTorch `generate`, same weights, same machine, same run.
+"""Generation speed beside PyTorch's `generate` of transformers: same weights, machine and run.
 
     python benchmarks/decode.py [--size small] [--batches 1 8 32] [--rounds 3] [--output FILE]
 
-The decoder alone: random prompts of one length, greedy, no end token. Two processes, one per side,
-take turns (A B A B …), the other waiting, so that a machine that changes its speed changes it for
-both. Before that, both give the logits of one prompt; they must agree. The PyTorch side is
-`MixtralForCausalLM`, which has the same layers. Compilation is reported, not counted.
+The benchmark runs the decoder alone: random prompts of one length, greedy decoding, no end token.
+Two processes, one per side, take turns (A B A B …) while the other one waits, so that a machine
+that changes its speed changes it for both. Before that, both sides compute the logits of one
+prompt, and the logits must agree. The PyTorch side is `MixtralForCausalLM`, which has the same
+layers. Compilation is reported, but not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROMPT, NEW = 128, 64
 
 
 def prepare(folder: Path, size: str) -> dict:
-    """Weights of the decoder, embedding and head as a file; its settings."""
+    """Write random weights and settings of the decoder to `folder`; return `bytes_per_token`."""
     from unimoe_jax.config import ModelConfig
     from unimoe_jax.config.load import load_config
     from unimoe_jax.models.declare import full_batch
@@ -55,7 +56,11 @@ def prepare(folder: Path, size: str) -> dict:
 
 
 def bytes_per_token(decoder) -> dict:
-    """Float32 weights that one token needs at batch 1: of all experts only the chosen ones."""
+    """Bytes in float32 that one token reads at batch 1: {weights, cache}.
+
+    Only the chosen experts count. The cache holds the prompt and half of the new tokens, which is
+    its mean length.
+    """
     width, size = decoder.hidden_size, decoder.head_size
     attention = width * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
     expert = 3 * width * decoder.mlp_dim
@@ -68,9 +73,9 @@ def bytes_per_token(decoder) -> dict:
 
 
 def bandwidth() -> float:
-    """Bytes per second that all cores read from memory together: the best of several passes."""
+    """Bytes per second that all cores together read from memory: the best of several passes."""
     cores = len(os.sched_getaffinity(0))
-    parts = [np.ones(2**27 // cores, np.float32) for _ in range(cores)]
+    parts = [np.ones(2**27 // cores, np.float32) for _ in range(cores)]  # 512 MiB together
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:
         for _ in range(7):
@@ -85,11 +90,16 @@ def bandwidth() -> float:
 
 
 def prompts(vocabulary: int, batch: int) -> np.ndarray:
+    """Random token ids [batch, PROMPT], the same on both sides."""
     return np.random.default_rng(batch).integers(3, vocabulary, (batch, PROMPT), dtype=np.int32)
 
 
 def jax_side(folder: Path, precision: str):
-    """(logits of a prompt, measure(batch) -> seconds to the first tokens and to all)."""
+    """Build the engine of this package.
+
+    Returns three functions: logits of one prompt; measure(batch), the seconds to the first tokens
+    and to all tokens; and the seconds that compilation has taken so far.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -110,6 +120,7 @@ def jax_side(folder: Path, precision: str):
 
     def place(path, value, names):
         del names
+        # Routers keep float32 whatever the precision of the other weights is.
         return jnp.asarray(value, "float32" if "/router/" in path else dtype)
 
     weights = inference_weights(config.decoder, params, logical_axes(config), "separate", place)
@@ -126,27 +137,28 @@ def jax_side(folder: Path, precision: str):
         return [Sequence(row, 0 * row, 0 * row - 1, soft, sampling) for row in ids]
 
     def logits() -> np.ndarray:
-        given = sequences(1, 4)
-        list(traced.run(given, 1, greedy=True))
-        return np.stack(given[0].logits)
+        batch = sequences(1, 4)
+        list(traced.run(batch, 1, greedy=True))
+        return np.stack(batch[0].logits)
 
     def measure(batch: int) -> tuple[float, float]:
-        given = sequences(batch, NEW)
+        batch_sequences = sequences(batch, NEW)
         started = time.perf_counter()
-        running = engine.run(given, batch, greedy=True)
-        while not all(sequence.tokens for sequence in given):  # prompts are read in groups
+        running = engine.run(batch_sequences, batch, greedy=True)
+        # Prompts are read in groups, so the first tokens do not all come in the same step.
+        while not all(sequence.tokens for sequence in batch_sequences):
             next(running)
         first = time.perf_counter() - started
         for _ in running:
             pass
-        assert all(len(sequence.tokens) == NEW for sequence in given)
+        assert all(len(sequence.tokens) == NEW for sequence in batch_sequences)
         return first, time.perf_counter() - started
 
     return logits, measure, lambda: sum(program_cache.compiled.values())
 
 
 class Clock:
-    """A streamer of transformers that notes when tokens come; the prompt comes first."""
+    """A streamer for transformers that records when tokens come; it receives the prompt first."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -160,7 +172,10 @@ class Clock:
 
 
 def torch_side(folder: Path, precision: str, experts: str | None):
-    """As `jax_side`."""
+    """Build the PyTorch model; returns the same three functions as `jax_side`.
+
+    experts: the experts implementation of transformers, or None for its default.
+    """
     import torch
     from transformers import MixtralForCausalLM
 
@@ -191,9 +206,11 @@ def torch_side(folder: Path, precision: str, experts: str | None):
     def measure(batch: int) -> tuple[float, float]:
         started = time.perf_counter()
         if batch == 1:
+            # times[0] belongs to the prompt, so times[1] is the first new token.
             clock = Clock()
             generate(batch, NEW, streamer=clock)
             return clock.times[1] - started, time.perf_counter() - started
+        # Without a streamer, a separate run for one token gives the time of the first tokens.
         generate(batch, 1)
         first = time.perf_counter() - started
         started = time.perf_counter()
@@ -204,7 +221,7 @@ def torch_side(folder: Path, precision: str, experts: str | None):
 
 
 def mixtral_config(decoder: dict):
-    """The decoder's settings under transformers' names."""
+    """The settings of the decoder under the names of transformers."""
     from transformers import MixtralConfig
 
     return MixtralConfig(
@@ -228,7 +245,10 @@ def mixtral_config(decoder: dict):
 
 
 def load_mixtral(model, params: dict[str, np.ndarray], decoder: dict) -> None:
-    """Our parameters (all layers with experts) into transformers' modules; every one is filled."""
+    """Load the parameters of this package into the modules of transformers, without a gap.
+
+    Every layer of the decoder must have experts.
+    """
     import torch
 
     stacked = "decoder/run_0/block_0/"
@@ -238,19 +258,20 @@ def load_mixtral(model, params: dict[str, np.ndarray], decoder: dict) -> None:
         "lm_head.weight": params["lm_head/kernel"].T,
     }
     for layer in range(decoder["num_layers"]):
-        own = {
+        weights = {
             path.removeprefix(stacked): value[layer]
             for path, value in params.items()
             if path.startswith(stacked)
         }
         to = f"model.layers.{layer}."
-        state[to + "input_layernorm.weight"] = own["attention_norm/scale"]
-        state[to + "post_attention_layernorm.weight"] = own["mlp_norm/scale"]
+        state[to + "input_layernorm.weight"] = weights["attention_norm/scale"]
+        state[to + "post_attention_layernorm.weight"] = weights["mlp_norm/scale"]
         for name in "qkvo":
-            state[f"{to}self_attn.{name}_proj.weight"] = own[f"attention/{name}_proj/kernel"].T
-        state[to + "mlp.gate.weight"] = own["moe/router/linear/kernel"].T
+            state[f"{to}self_attn.{name}_proj.weight"] = weights[f"attention/{name}_proj/kernel"].T
+        state[to + "mlp.gate.weight"] = weights["moe/router/linear/kernel"].T
         gate, up, down = (
-            own[f"moe/experts/{name}_proj/kernel"].swapaxes(1, 2) for name in ("gate", "up", "down")
+            weights[f"moe/experts/{name}_proj/kernel"].swapaxes(1, 2)
+            for name in ("gate", "up", "down")
         )
         state[to + "mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         state[to + "mlp.experts.down_proj"] = down
@@ -259,13 +280,18 @@ def load_mixtral(model, params: dict[str, np.ndarray], decoder: dict) -> None:
 
 
 def serve_side(args: argparse.Namespace) -> None:
-    """Child process: a line in (a batch size), a line out."""
+    """Run one side as a child process: it reads batch sizes from stdin, one per line.
+
+    It answers every line with a line of JSON: seconds to the first tokens, and tokens per second
+    after them.
+    """
     folder = Path(args.folder)
     if args.side == "jax":
         logits, measure, compiled = jax_side(folder, args.precision)
     else:
         logits, measure, compiled = torch_side(folder, args.precision, args.torch_experts)
     np.save(folder / f"{args.side}.npy", logits())
+    # Warm up: the first run of a batch size compiles its programs.
     for batch in args.batches:
         measure(batch)
     print(json.dumps({"compile_seconds": compiled()}), flush=True)
@@ -280,13 +306,16 @@ def serve_side(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Print a line per case and write the result."""
+    """Print a line for every case and write the result."""
     top = argparse.ArgumentParser(description=__doc__)
     top.add_argument("--size", choices=sorted(common.RUN_FILES), default="small")
     top.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     top.add_argument("--rounds", type=int, default=3)
     top.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    top.add_argument("--torch-experts", help="its experts implementation; default: its own choice")
+    top.add_argument(
+        "--torch-experts",
+        help="experts implementation of transformers; default: the choice of transformers",
+    )
     top.add_argument("--output", type=Path)
     top.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     top.add_argument("--folder", help=argparse.SUPPRESS)
@@ -301,17 +330,17 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:
-    """Both sides in turns."""
-    needed = prepare(folder, args.size)
+    """Start both sides, check that they agree, and measure every batch size in turns."""
+    needed = prepare(folder, args.size)  # counted in float32
     width = 4 if args.precision == "float32" else 2
     needed = {name: size * width // 4 for name, size in needed.items()}
     result = {"machine": common.machine(), "prompt": PROMPT, "new_tokens": NEW, "cases": []}
     result |= {"precision": args.precision, "bytes_per_token": needed}
-    own = [sys.executable, __file__, "--folder", str(folder), "--precision", args.precision]
-    own += ["--batches", *map(str, args.batches)]
-    own += ["--torch-experts", args.torch_experts] if args.torch_experts else []
+    command = [sys.executable, __file__, "--folder", str(folder), "--precision", args.precision]
+    command += ["--batches", *map(str, args.batches)]
+    command += ["--torch-experts", args.torch_experts] if args.torch_experts else []
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {side: subprocess.Popen([*own, "--side", side], **pipe) for side in SIDES}
+    children = {side: subprocess.Popen([*command, "--side", side], **pipe) for side in SIDES}
     try:
         for side, child in children.items():
             result[f"{side}_start"] = answer(child)
@@ -327,25 +356,25 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def answer(child: subprocess.Popen) -> dict:
-    """The child's next line."""
+    """Read the next line of a child process."""
     line = child.stdout.readline()
     if not line:
-        sys.exit("a side ended without an answer; see its message above")
+        sys.exit("one side ended without an answer; see its error message above")
     return json.loads(line)
 
 
 def check(folder: Path, precision: str) -> None:
-    """Both sides have the same logits."""
+    """Exit unless both sides have computed the same logits."""
     ours, theirs = (np.load(folder / f"{side}.npy") for side in SIDES)
     worst = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     limit = TOLERANCE if precision == "float32" else 0.1
-    print(f"logits differ by {worst:.1e} of the largest")
+    print(f"logits differ by at most {worst:.1e} of the largest logit")
     if worst > limit:
-        sys.exit(f"the sides do not compute the same: more than {limit}")
+        sys.exit(f"the two sides do not compute the same logits: {worst:.1e} is more than {limit}")
 
 
 def case(children: dict, batch: int, rounds: int, result: dict) -> dict:
-    """Medians over the turns."""
+    """Measure one batch size in turns and print the medians over the turns."""
     turns: dict[str, list[dict]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side, child in children.items():
@@ -354,23 +383,23 @@ def case(children: dict, batch: int, rounds: int, result: dict) -> dict:
             turns[side].append(answer(child))
     pairs = zip(turns["jax"], turns["torch"], strict=True)
     ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
-    found = {"batch": batch, "ratio": statistics.median(ratios), "turns": turns}
+    medians = {"batch": batch, "ratio": statistics.median(ratios), "turns": turns}
     for side in SIDES:
         for name in ("first", "tokens_per_s"):
-            found[f"{side}_{name}"] = statistics.median(turn[name] for turn in turns[side])
+            medians[f"{side}_{name}"] = statistics.median(turn[name] for turn in turns[side])
     if batch == 1:
         needed = sum(result["bytes_per_token"].values())
-        found["bandwidth_share"] = (
-            found["jax_tokens_per_s"] * needed / result["bandwidth_bytes_per_s"]
+        medians["bandwidth_share"] = (
+            medians["jax_tokens_per_s"] * needed / result["bandwidth_bytes_per_s"]
         )
     print(
-        f"batch {batch:>2}: jax {found['jax_tokens_per_s']:8.1f} tokens/s, first after "
-        f"{found['jax_first'] * 1e3:7.1f} ms; torch {found['torch_tokens_per_s']:8.1f}, "
-        f"{found['torch_first'] * 1e3:7.1f} ms; ratio {found['ratio']:.2f}"
-        + (f"; {found['bandwidth_share']:.0%} of the bandwidth" if batch == 1 else ""),
+        f"batch {batch:>2}: jax {medians['jax_tokens_per_s']:8.1f} tokens/s, first after "
+        f"{medians['jax_first'] * 1e3:7.1f} ms; torch {medians['torch_tokens_per_s']:8.1f}, "
+        f"{medians['torch_first'] * 1e3:7.1f} ms; ratio {medians['ratio']:.2f}"
+        + (f"; {medians['bandwidth_share']:.0%} of the bandwidth" if batch == 1 else ""),
         flush=True,
     )
-    return found
+    return medians
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The expert layer beside dense layers, other formulations and PyTorch, in one run.
+"""Compare the expert layer with dense layers, other formulations and PyTorch, in one run.
 
     python benchmarks/moe.py [--sizes 512 1024] [--experts 4 8] [--rounds 7] [--output FILE]
 
 Training shapes: T tokens, top-2 of E experts, SwiGLU; forward, and forward with all gradients. Each
-variant takes turns with the dense layer of the same active FLOPs (two feed-forwards per token, no
-router), A B A B …, and its ratio is to the mean of the two dense runs around it, so that a machine
-that changes its speed changes it for both. The PyTorch side is a process with a dense layer of its
-own. Decode shapes: 1 to 16 tokens, beside the time of reading each chosen expert once.
-Every variant is checked against the dense reference before it is timed.
+variant takes turns (A B A B …) with a dense layer of the same active FLOPs: two feed-forwards per
+token, no router. Its ratio is to the mean of the two dense runs around it, so that a machine that
+changes its speed changes it for both. The PyTorch side runs in a separate process with a separate
+dense layer. Decode shapes: 1 to 16 tokens, compared with the time of reading each chosen expert
+once. Every variant is checked against a reference before it is timed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import common
 import numpy as np
 
 TOP_K = 2
+# Width -> feed-forward width.
 HIDDEN = {512: 1376, 1024: 2816, 4096: 11008}
-# Shares of the slots per expert, as a router that has lost its balance sends them.
+# Shares of the slots per expert under a router that has lost its balance.
 SKEWED = (0.34, 0.27, 0.17, 0.11, 0.06, 0.03, 0.015, 0.005)
 DECODE_TOKENS = (1, 2, 4, 8, 16)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
@@ -37,18 +38,22 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
 def hidden_size(width: int) -> int:
-    """Of a LLaMA-shaped layer: about 8/3 of the width."""
+    """Feed-forward width of a layer with LLaMA's proportions: about 8/3 of the width."""
     return HIDDEN.get(width, 32 * round(width / 12))
 
 
 def arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Weights [E,D,F] and [E,F,D], tokens [T,D], choices [T,2] and their weights, float32."""
+    """Random arrays of a case, float32 but for `expert`.
+
+    gate, up: [E,D,F]. down: [E,F,D]. x: tokens [T,D]. expert: chosen experts, int32 [T,2].
+    weight: their combine weights [T,2].
+    """
     rng = np.random.default_rng(0)
     width, hidden, experts = args.width, hidden_size(args.width), args.num_experts
     share = np.full(experts, 1 / experts)
     if args.routing == "skewed":
         share = np.array(SKEWED[:experts]) / sum(SKEWED[:experts])
-    # Top-k of log-shares with Gumbel noise: choices without replacement.
+    # The top-k of log-shares plus Gumbel noise is a choice of k experts without replacement.
     score = np.log(share) + rng.gumbel(size=(args.tokens, experts))
     expert = np.argsort(-score, axis=1)[:, :TOP_K].astype(np.int32)
     weight = rng.uniform(0.2, 0.8, (args.tokens, 1)).astype(np.float32)
@@ -67,8 +72,11 @@ def arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def jax_variants(case: dict, dtype: str):
-    """{name: f(gate, up, down, x, weight) -> y}. "dense" is the layer that all are compared with:
-    two feed-forwards per token. Products accumulate in float32 (on a CPU bf16 needs it)."""
+    """The variants by name: {name: f(gate, up, down, x, weight) -> y}.
+
+    "dense" is the layer that all others are compared with: two feed-forwards per token. Products
+    accumulate in float32, which bfloat16 needs on a CPU.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -95,6 +103,7 @@ def jax_variants(case: dict, dtype: str):
         return moe_ffn(SwiGLUExpert(kind), weights, *args, method)[0]
 
     def ragged(gate, up, down, x, weight):
+        # Sort the slots by expert, multiply each group by its expert, and undo the sorting.
         order = jnp.argsort(expert.reshape(-1), stable=True)
         sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
         y = swiglu(gate, up, down, x[order // TOP_K], partial(ragged_product, sizes))
@@ -113,7 +122,11 @@ def jax_variants(case: dict, dtype: str):
 
 
 def jax_side(args: argparse.Namespace):
-    """(checks, {variant: {pass: run}}, {variant: bytes of temporaries})."""
+    """Compile all variants of the JAX side.
+
+    Returns the relative error of every variant, functions to time as {variant: {pass: run}}, and
+    bytes of temporaries as {variant: {pass: bytes}}.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -125,6 +138,7 @@ def jax_side(args: argparse.Namespace):
     for name, function in jax_variants(case, args.dtype).items():
 
         def loss(*values, function=function):
+            # The cosines give every output a different gradient.
             y = function(*values).astype(jnp.float32)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
@@ -135,38 +149,41 @@ def jax_side(args: argparse.Namespace):
         temporaries[name] = {
             key: f.memory_analysis().temp_size_in_bytes for key, f in compiled.items()
         }
+    # "dense" computes another function, so its output is not compared.
     checks = {
-        name: worst(found, outputs["all experts"])
-        for name, found in outputs.items()
+        name: worst(output, outputs["all experts"])
+        for name, output in outputs.items()
         if name != "dense"
     }
     return checks, runs, temporaries
 
 
 def blocked(function, values) -> None:
+    """Run a program and wait for its results."""
     import jax
 
     jax.block_until_ready(function(*values))
 
 
-def worst(found, expected) -> float:
+def worst(actual, expected) -> float:
     """Largest relative error over the arrays of two trees."""
     import jax
 
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     both = ((np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs)
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in both)
 
 
 def decode_side(args: argparse.Namespace) -> dict:
-    """{tokens: {variant: seconds}} for few tokens, with the time of reading the chosen experts."""
+    """Time the layer with few tokens beside reading the chosen experts: {tokens: result}."""
     import jax
     import jax.numpy as jnp
 
     from unimoe_jax.nn.moe import decode as decode_experts
 
-    case, kind, found = arrays(args), jnp.dtype(args.dtype), {}
+    case, kind, results = arrays(args), jnp.dtype(args.dtype), {}
     stacked = [jnp.asarray(case[name], kind) for name in ("gate", "up", "down")]
+    # Decoding takes a separate set of transposed kernels for every expert.
     separate = [
         decode_experts.Expert(*(jax.device_put(np.asarray(w[e]).T.copy()) for w in stacked))
         for e in range(args.num_experts)
@@ -179,7 +196,7 @@ def decode_side(args: argparse.Namespace) -> dict:
         decode = jax.jit(lambda e, x, w, few=few: decode_experts.apply(e, x.T, few["expert"], w))
         dense = jax.jit(layer["dense"])
         ours = jax.jit(layer["ours"])
-        # A sum reads every weight once and writes nothing.
+        # A sum reads every weight once and writes a single number.
         read = jax.jit(lambda e: [jnp.sum(w, dtype=jnp.float32) for w in jax.tree.leaves(e)])
         runs = {
             "dense": partial(blocked, dense, (*stacked, x, weight)),
@@ -191,44 +208,47 @@ def decode_side(args: argparse.Namespace) -> dict:
         agree("decode", error, args.dtype)
         times = take_turns(runs, args.rounds * 5)
         seconds = {name: statistics.median(taken) for name, taken in times.items()}
-        found[tokens] = {
+        results[tokens] = {
             "experts_chosen": len(chosen),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
             "ratio_to_reading": round(seconds["ours"] / seconds["read once"], 3),
         }
-    return found
+    return results
 
 
 # ---------------------------------------------------------------------------------- measuring
 
 
 def agree(name: str, error: float, dtype: str) -> None:
-    """A variant that computes something else is not compared."""
+    """Raise an error if a variant does not compute the same as the reference."""
     if not error <= TOLERANCE[dtype]:
-        raise RuntimeError(f"{name}: relative error {error:.1e} against the reference")
+        raise RuntimeError(
+            f"{name}: the relative error against the reference is {error:.1e}, "
+            f"more than {TOLERANCE[dtype]}"
+        )
 
 
 def take_turns(runs: dict, rounds: int) -> dict[str, list[float]]:
-    """{name: seconds of every round}; the names take turns, after one round to warm up."""
+    """Seconds of every round by name; the runs take turns, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            if number:
+            if number:  # round 0 warms up
                 times[name].append(time.perf_counter() - started)
     return times
 
 
 def bracketed(runs: dict, key: str, rounds: int) -> dict[str, dict]:
-    """Every variant between two runs of "dense", ratio to their mean."""
+    """Time every variant between two runs of "dense"; its ratio is to the mean of those two."""
 
     def timed(name: str) -> float:
         started = time.perf_counter()
         runs[name][key]()
         return time.perf_counter() - started
 
-    for name in runs:
+    for name in runs:  # warm up
         timed(name)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     ratio: dict[str, list[float]] = {name: [] for name in runs}
@@ -251,7 +271,7 @@ def bracketed(runs: dict, key: str, rounds: int) -> dict[str, dict]:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One side of one case; prints its result as JSON."""
+    """Run one side of one case in this process and print its result as JSON."""
     if args.worker == "decode":
         print(json.dumps(decode_side(args)))
         return
@@ -265,15 +285,15 @@ def worker(args: argparse.Namespace) -> None:
         agree(name, error, args.dtype)
     result: dict = {name: {"relative_error": error} for name, error in checks.items()}
     for key in ("forward", "gradient"):
-        for name, found in bracketed(runs, key, args.rounds).items():
+        for name, times in bracketed(runs, key, args.rounds).items():
             memory = temporaries.get(name, {}).get(key)
-            found |= {} if memory is None else {"temporary_mib": round(memory / 2**20, 1)}
-            result.setdefault(name, {})[key] = found
+            times |= {} if memory is None else {"temporary_mib": round(memory / 2**20, 1)}
+            result.setdefault(name, {})[key] = times
     print(json.dumps(result))
 
 
 def side(name: str, args: argparse.Namespace, case: dict) -> dict:
-    """A fresh process: neither library sees the other's threads and memory."""
+    """Run one side in a fresh process, so that no library sees the other's threads and memory."""
     command = [sys.executable, __file__, "--worker", name, "--rounds", str(args.rounds)]
     for key, value in case.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
@@ -282,6 +302,7 @@ def side(name: str, args: argparse.Namespace, case: dict) -> dict:
 
 
 def training_cases(args: argparse.Namespace):
+    """The cases of training shapes, as command-line settings of `worker`."""
     for width, experts, dtype, routing in itertools.product(
         args.sizes, args.experts, args.dtypes, args.routings
     ):
@@ -295,10 +316,10 @@ def training_cases(args: argparse.Namespace):
 
 
 def report(case: dict, sides: dict) -> None:
-    """A line per variant."""
+    """Print a line for every variant of a case."""
     head = f"d={case['width']} E={case['num_experts']} {case['dtype']} {case['routing']}"
-    for label, found in sides.items():
-        for name, values in found.items():
+    for label, variants in sides.items():
+        for name, values in variants.items():
             line = " ".join(
                 f"{key} {values[key]['ratio']:.2f} ({values[key]['milliseconds']:.1f} ms)"
                 for key in ("forward", "gradient")
@@ -307,6 +328,7 @@ def report(case: dict, sides: dict) -> None:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line; hidden options are for the worker processes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--experts", nargs="+", type=int, default=[4, 8])
@@ -329,6 +351,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run every case in worker processes, and save the result after each of them."""
     args = parse()
     if args.worker:
         return worker(args)
@@ -342,10 +365,10 @@ def main() -> None:
         common.save(args.output, result)
     for width, experts in () if args.no_decode else itertools.product(args.sizes, args.experts):
         case = {"width": width, "num_experts": experts, "dtype": "float32", "routing": "uniform"}
-        found = side("decode", args, case | {"tokens": max(DECODE_TOKENS)})
-        for tokens, values in found.items():
+        results = side("decode", args, case | {"tokens": max(DECODE_TOKENS)})
+        for tokens, values in results.items():
             print(f"decode d={width} E={experts} T={tokens}: {values}", flush=True)
-        result["decode"].append(case | {"tokens": found})
+        result["decode"].append(case | {"tokens": results})
         common.save(args.output, result)
     return None
 

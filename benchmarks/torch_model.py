@@ -1,8 +1,8 @@
-"""The tiny and small models in PyTorch eager, to measure against: same architecture, same weights.
+"""The tiny and small models in PyTorch eager: the same architecture and weights, to compare with.
 
-CLIP and an MLP connector feed a LLaMA decoder whose experts run in a loop, each on the tokens that
-chose it (`torch.where`, then an indexed addition), as the original Uni-MoE does. Linear layers
-carry LoRA where the stage has it. Text and image batches only; a kernel here is [out, in].
+CLIP and an MLP connector feed a LLaMA decoder. Its experts run in a loop, each on the tokens that
+chose it (`torch.where`, then an indexed addition), as in the original Uni-MoE. Linear layers carry
+LoRA where the stage has it. Only text and image batches are supported. A kernel here is [out, in].
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class LayerNorm(nn.Module):
 
 
 def attend(q, k, v, mask, method: str):
-    """[B,N,T,H] of equal head counts; `eager` as in the original, or PyTorch's fused kernel."""
+    """Attention of q, k, v [B,N,T,H] with equal numbers of heads.
+
+    method: `eager` computes it as the original does, `sdpa` uses PyTorch's fused kernel.
+    """
     if method == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
@@ -111,7 +114,7 @@ class ClipBlock(nn.Module):
 
 
 class Clip(nn.Module):
-    """Patches of the selected hidden state, [B,P,D]."""
+    """CLIP up to the selected hidden state, without the class token: [B,P,D]."""
 
     def __init__(self, config: dict, method: str):
         super().__init__()
@@ -184,8 +187,11 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k experts; returns the output, the balance loss and the router z-loss. As in the
-    original, padding goes through experts too; the losses leave it out, for the comparison."""
+    """Top-k experts; returns the output, the balance loss and the router z-loss.
+
+    Padding goes through the experts too, as in the original. The losses leave padding out, so that
+    they can be compared with those of this package.
+    """
 
     def __init__(self, config: dict, width: int, hidden: int, path: str, rules: list[dict]):
         super().__init__()
@@ -270,8 +276,11 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """`places` tells for every decoder layer its prefix in the flat parameters, its index there and
-    whether it carries experts; `rules` are the stage's LoRA rules as dicts."""
+    """The whole model.
+
+    places: for every decoder layer its prefix in the flat parameters, its index there, and whether
+    it has experts. rules: the LoRA rules of the stage as dicts.
+    """
 
     def __init__(self, config: dict, places: list, rules: list[dict], method: str):
         super().__init__()
@@ -284,7 +293,7 @@ class Model(nn.Module):
         self.lm_head = Linear(width, vocab, "lm_head", rules)
 
     def forward(self, batch: dict[str, torch.Tensor]):
-        """(mean cross-entropy over targets, Σ balance over layers, mean z over layers)."""
+        """Mean cross-entropy over targets, Σ of balance losses and mean of z-losses over layers."""
         x = F.embedding(batch["token_id_BT"], self.embed.embedding)
         if "image_GIHWC" in batch:
             soft = self.vision(batch["image_GIHWC"][0]).flatten(0, 1)
@@ -309,7 +318,11 @@ class Model(nn.Module):
         return (nll * weight).sum() / weight.sum(), balance.sum(), z.mean()
 
     def place(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Parameter name here -> path in the flat parameters and index into its leading axes."""
+        """Map a parameter name to a path in the flat parameters and an index into its leading axes.
+
+        For example, `vision.encoder.layers.1.mlp.fc1.kernel` is index (1,) of the stacked layers
+        in `vision/encoder/layers/mlp/fc1/kernel`.
+        """
         parts, index = name.split("."), []
         if parts[:2] == ["decoder", "layers"]:
             prefix, number, _ = self.places[int(parts[2])]
@@ -321,10 +334,11 @@ class Model(nn.Module):
         return "/".join(parts), tuple(index)
 
     def load(self, flat: Any, trained: set[str]) -> None:
-        """Copy the weights and switch gradients off for what does not train."""
+        """Copy the weights, and switch gradients off for parameters that do not train."""
         for name, parameter in self.named_parameters():
             path, index = self.place(name)
             value = np.asarray(flat[path])[index]
+            # A kernel of this package is [in, out].
             if path.endswith(("/kernel", "/lora_a", "/lora_b")):
                 value = value.T
             parameter.data = torch.from_numpy(np.ascontiguousarray(value))

@@ -1,5 +1,8 @@
-"""The PyTorch side of moe.py: the loop over experts of the original Uni-MoE, and the expert layer
-of `transformers` as it ships, with its loop and with `grouped_mm`."""
+"""The PyTorch side of moe.py.
+
+It has the loop over experts of the original Uni-MoE, and the unchanged expert layer of
+`transformers`, once with its loop and once with `grouped_mm`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 
 def torch_side(case: dict[str, np.ndarray], dtype_name: str):
-    """(relative error of every variant, {variant: {pass: run}}) for the arrays of a case."""
+    """Build the variants for the arrays of a case.
+
+    Returns the relative error of every variant against the loop, and functions to time as
+    {variant: {pass: run}}.
+    """
     dtype = getattr(torch, dtype_name)
     tensors = {key: torch.from_numpy(value) for key, value in case.items()}
     names = ("gate", "up", "down", "x")
@@ -19,6 +26,7 @@ def torch_side(case: dict[str, np.ndarray], dtype_name: str):
     weight = tensors["weight"].to(dtype).requires_grad_()
     expert = tensors["expert"].long()
     variants = torch_variants(values, expert)
+    # The gradient of the outputs, the same as on the JAX side.
     pull = torch.cos(torch.arange(case["x"].size, dtype=torch.float32)).reshape(case["x"].shape)
     runs, outputs = {}, {}
 
@@ -45,7 +53,7 @@ def torch_side(case: dict[str, np.ndarray], dtype_name: str):
 
 
 def torch_variants(values: list[torch.Tensor], expert: torch.Tensor):
-    """{name: f(gate, up, down, x, weight) -> y}; "dense" is two feed-forwards per token."""
+    """The variants {name: f(gate, up, down, x, weight) -> y}; "dense" is two feed-forwards."""
 
     def swiglu(gate, up, down, x):
         return (silu(x @ gate) * (x @ up)) @ down
@@ -70,7 +78,7 @@ def torch_variants(values: list[torch.Tensor], expert: torch.Tensor):
             experts_implementation=implementation,
         )
         layer = MixtralExperts(config)
-        # Its weights are [E, 2F, D] and [E, D, F]: laid out once, outside of what is timed.
+        # Its weights are [E, 2F, D] and [E, D, F], laid out once before anything is timed.
         joined = torch.cat([values[0], values[1]], dim=2).detach().transpose(1, 2).contiguous()
         layer.gate_up_proj = torch.nn.Parameter(joined)
         layer.down_proj = torch.nn.Parameter(values[2].detach().transpose(1, 2).contiguous())

@@ -1,19 +1,22 @@
-"""How long a TPU's compiler expects the hot loops of a step to take, beside its best product.
+"""Cycles that a TPU's compiler expects for the hot loops of a step, beside its best product.
 
     pip install -e '.[tpu]'
     python benchmarks/tpu_cycles.py [--topologies v5e:2x2 v5p:2x2x1 v6e:2x2] [--output FILE]
     python benchmarks/tpu_cycles.py --table
 
-No TPU is needed: its compiler writes estimated cycles beside every operation. They leave out what
-runs side by side and what waits, so they are compared with one another only.
+No TPU is needed, because the compiler writes estimated cycles beside every operation. The estimates
+ignore that operations run at the same time or wait for each other, so they are only compared with
+one another.
 
-- Expert layer: cycles of one trip of every loop, times the trips under random balanced routers, and
-  of what lies outside the loops, divided by those of one dense SwiGLU on as many rows.
+- Expert layer: the cycles of one trip of every loop times its trips under random balanced routers,
+  plus the cycles outside the loops, divided by the cycles of one dense SwiGLU on as many rows.
 - Attention over packed rows: FLOPs per cycle of one visit to a tile, divided by the FLOPs per cycle
-  of a product of 4096 x 4096 matrices. The compiler estimates no cycles of the kernel that TPUs run
-  instead (nn/splash_attention.py); it is compiled, and what surrounds it is counted.
-- Attention of prompts and encoders, forward: cycles of XLA's, and of what surrounds the kernel with
-  the least that the kernel's products take at the speed of the best product.
+  of a product of 4096 x 4096 matrices. On a TPU, a kernel runs instead of the tiles
+  (nn/kernels/splash_attention.py). The compiler estimates no cycles for it, so it is compiled and
+  only the operations around it are counted.
+- Attention of prompts and encoders, forward: the cycles of XLA's attention, and the cycles of the
+  operations around the kernel plus the least time that the products of the kernel can take, at the
+  speed of the best product.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ from unimoe_jax.parallel.sharding import make_mesh, use_mesh
 WIDTH, HIDDEN = 4096, 11008
 ROWS, LENGTH, HEADS, SIZE = 2, 4096, 32, 128
 PASSES = ("forward", "gradient")
-# Products per row of an expert: forward, and of the backward loop, 2 of them repeated.
+# Products per row of an expert in the forward and in the backward loop. The backward loop has 6 for
+# gradients and repeats 2 of the forward loop.
 PRODUCTS = {"forward": 3, "backward": 8}
 
 
@@ -58,35 +62,42 @@ class Costs:
         self.computations, self.entry = parse(compiled.as_text())
 
     def of(self, name: str, fused: bool = False) -> np.ndarray:
-        """[FLOPs, cycles] of a computation; loops of unknown length are left out."""
+        """[FLOPs, cycles] of a computation without its loops of unknown length.
+
+        fused: a fusion has estimated cycles as a whole, so its parts add no cycles.
+        """
         inside = self.computations[name]
         total = np.zeros(2)
-        for one in inside.values():
-            total += product_flops(one, inside), 0 if fused else _cycles(one)
-            if one.op == "while":
-                total += (trips(one, self.computations) or 0) * self.of(one.attribute("body"))
-            elif one.op in ("fusion", "call", "async-start"):
-                for other in one.called():
-                    total += self.of(other, fused or one.op == "fusion")
+        for item in inside.values():
+            total += product_flops(item, inside), 0 if fused else _cycles(item)
+            if item.op == "while":
+                total += (trips(item, self.computations) or 0) * self.of(item.attribute("body"))
+            elif item.op in ("fusion", "call", "async-start"):
+                for other in item.called():
+                    total += self.of(other, fused or item.op == "fusion")
         return total
 
     def loops(self) -> Iterator[np.ndarray]:
-        """[FLOPs, cycles] of one trip of every loop of unknown length that multiplies."""
+        """[FLOPs, cycles] of one trip of every loop of unknown length that has products."""
         for inside in self.computations.values():
-            for one in inside.values():
-                if one.op == "while" and trips(one, self.computations) is None:
-                    cost = self.of(one.attribute("body"))
+            for item in inside.values():
+                if item.op == "while" and trips(item, self.computations) is None:
+                    cost = self.of(item.attribute("body"))
                     if cost[0]:
                         yield cost
 
 
-def _cycles(one: Instruction) -> int:
-    found = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-    return int(found[1]) if found else 0
+def _cycles(instruction: Instruction) -> int:
+    """Cycles that the compiler estimates for an instruction; 0 if it gives no estimate."""
+    match = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    return int(match[1]) if match else 0
 
 
 def compiled(device: jax.Device, function, *shapes) -> Costs:
-    """shapes: trees of ShapeDtypeStruct, without shardings."""
+    """Compile a function for one device.
+
+    shapes: its arguments as trees of ShapeDtypeStruct, without shardings.
+    """
     placed = SingleDeviceSharding(device)
     structs = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes
@@ -111,7 +122,7 @@ def best_product(device: jax.Device) -> float:
 
 
 def with_gradients(function, arguments: int):
-    """Gradients of the sum of its sines with respect to the first arguments."""
+    """Gradients of the sum of sines of a function with respect to its first arguments."""
 
     def loss(*values):
         return jnp.sum(jnp.sin(function(*values).astype(jnp.float32)))
@@ -119,14 +130,18 @@ def with_gradients(function, arguments: int):
     return jax.grad(loss, argnums=tuple(range(arguments)))
 
 
-def kernels(*lead: int) -> dict:
-    axes = {"expert_embed": WIDTH, "mlp": HIDDEN}
-    named = SwiGLUExpert(jnp.bfloat16).axes()
-    return {k: {"kernel": struct(*lead, *(axes[a] for a in own))} for k, own in named.items()}
+def kernels(*leading: int) -> dict:
+    """Kernels of a SwiGLU as shapes, after the sizes of leading axes."""
+    sizes = {"expert_embed": WIDTH, "mlp": HIDDEN}
+    layers = SwiGLUExpert(jnp.bfloat16).axes()
+    return {
+        layer: {"kernel": struct(*leading, *(sizes[axis] for axis in axes))}
+        for layer, axes in layers.items()
+    }
 
 
 def experts(device: jax.Device, tokens: int) -> list[dict]:
-    """The expert layer beside a dense layer on `tokens` * TOP_K rows."""
+    """Compare the expert layer with a dense layer on `tokens` * TOP_K rows."""
     expert_fn = SwiGLUExpert(jnp.bfloat16)
 
     def layer(weights, x, weight, expert):
@@ -166,17 +181,19 @@ def experts(device: jax.Device, tokens: int) -> list[dict]:
 
 
 def _block(flops: float) -> int:
-    """Rows of the block that a loop of so many FLOPs per trip multiplies."""
+    """Number of rows of a block, from the FLOPs of one trip of the loop over such blocks."""
     for products in PRODUCTS.values():
         rows = flops / (products * 2 * WIDTH * HIDDEN)
         if rows == int(rows) and int(rows) in grouped.ACCELERATOR_BLOCKS:
             return int(rows)
-    raise RuntimeError(f"a loop of {flops:.3g} FLOPs per trip is none of the experts'")
+    raise RuntimeError(f"a loop of {flops:.3g} FLOPs per trip does not belong to the experts")
 
 
 def mean_trips(tokens: int, blocks: tuple[int, ...]) -> dict[int, float]:
-    """Trips of the loop over blocks of every size, all experts together: the mean over random
-    balanced routers."""
+    """Trips of the loop over the blocks of every size, for all experts together.
+
+    They are the mean over random balanced routers.
+    """
     trips = trips_of_blocks(random_loads(tokens, 1), blocks)
     return {size: float(number.sum(axis=1).mean()) for size, number in trips.items()}
 
@@ -185,7 +202,7 @@ def mean_trips(tokens: int, blocks: tuple[int, ...]) -> dict[int, float]:
 
 
 def attention(device: jax.Device, best: float) -> dict:
-    """Tiles beside the best product, and what surrounds the kernel."""
+    """Compare the tiles with the best product, and count the operations around the kernel."""
     x, segment = struct(ROWS, LENGTH, HEADS, SIZE), struct(ROWS, LENGTH, dtype=jnp.int32)
     mask = struct(ROWS, LENGTH, LENGTH, dtype=jnp.bool_)
     tiles = jax.eval_shape(tiles_of, mask, struct(ROWS, LENGTH, dtype=jnp.bool_))
@@ -209,14 +226,17 @@ def attention(device: jax.Device, best: float) -> dict:
 
 
 class Attended(NamedTuple):
-    """Who attends: [rows, positions, heads, size]; prompts are causal, encoders are not."""
+    """An attention: its shape [rows, positions, heads, size]; prompts are causal, encoders not."""
 
     shape: tuple[int, int, int, int]
     causal: bool
 
     @property
     def kernel_flops(self) -> float:
-        """Of both products, heads filled up to 128, whole tiles; half of them where causal."""
+        """FLOPs of both products: heads padded to 128, positions to whole tiles.
+
+        A causal attention needs half of them.
+        """
         rows, length, heads, size = self.shape
         filled = max(size, LANES) * (length + -length % tile_of(length)) ** 2
         return 4 * rows * heads * filled / (2 if self.causal else 1)
@@ -230,12 +250,12 @@ ATTENDED = {
 
 
 def whole_attention(device: jax.Device, best: float) -> list[dict]:
-    """XLA's attention beside the kernel, for everything in `ATTENDED`."""
+    """Compare XLA's attention with the kernel, for everything in `ATTENDED`."""
     rows = []
-    for name, one in ATTENDED.items():
-        (batch, length, _, size), x = one.shape, struct(*one.shape)
+    for name, attended in ATTENDED.items():
+        (batch, length, _, size), x = attended.shape, struct(*attended.shape)
         scale, more = size**-0.5, ()
-        if one.causal:
+        if attended.causal:  # a mask for XLA and segments for the kernel
             more = (
                 struct(batch, length, length, dtype=jnp.bool_),
                 struct(batch, length, dtype=jnp.int32),
@@ -256,7 +276,7 @@ def whole_attention(device: jax.Device, best: float) -> list[dict]:
                 "of": name,
                 "cycles_xla": round(plain.of(plain.entry)[1]),
                 "cycles_around_the_kernel": round(kernel.of(kernel.entry)[1]),
-                "least_cycles_in_the_kernel": round(one.kernel_flops / best),
+                "least_cycles_in_the_kernel": round(attended.kernel_flops / best),
             }
         )
     return rows
@@ -266,35 +286,38 @@ def whole_attention(device: jax.Device, best: float) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    """Markdown, a line per topology."""
+    """Markdown table with a line for every topology."""
     lines = [
         "| topology | best product, FLOPs per cycle | experts ÷ dense, forward / with gradients "
         "| attention in tiles ÷ best product, forward / backward "
         "| least of the kernel ÷ XLA's attention, " + " / ".join(ATTENDED) + " |",
         "|---|---|---|---|---|",
     ]
-    for name, one in result["topologies"].items():
-        ratios = " / ".join(f"{row['ratio_to_dense']:.2f}" for row in one["experts"])
-        shares = " / ".join(f"{visit['share']:.3f}" for visit in one["attention"]["visits"])
-        kernel = " / ".join(f"{_least(row):.2f}" for row in one["whole_attention"])
-        lines.append(f"| {name} | {one['best_product']:,.0f} | {ratios} | {shares} | {kernel} |")
+    for name, numbers in result["topologies"].items():
+        ratios = " / ".join(f"{row['ratio_to_dense']:.2f}" for row in numbers["experts"])
+        shares = " / ".join(f"{visit['share']:.3f}" for visit in numbers["attention"]["visits"])
+        kernel = " / ".join(f"{_least(row):.2f}" for row in numbers["whole_attention"])
+        lines.append(
+            f"| {name} | {numbers['best_product']:,.0f} | {ratios} | {shares} | {kernel} |"
+        )
     return "\n".join(lines)
 
 
 def _least(row: dict) -> float:
-    """The least that attention takes with the kernel, divided by what it takes without."""
+    """The least cycles of attention with the kernel, divided by the cycles of XLA's attention."""
     parts = row["cycles_around_the_kernel"] + row["least_cycles_in_the_kernel"]
     return parts / row["cycles_xla"]
 
 
 def main() -> None:
+    """Compile everything for every topology, and save after each of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-    parser.add_argument("--tokens", type=int, default=8192, help="of the expert layer")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the expert layer")
     parser.add_argument(
         "--output", type=Path, default=common.ROOT / "benchmarks/results/tpu_cycles.json"
     )
-    parser.add_argument("--table", action="store_true", help="print FILE as a table, no more")
+    parser.add_argument("--table", action="store_true", help="print the table of FILE only")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.output.read_text())))

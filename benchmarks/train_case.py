@@ -1,4 +1,4 @@
-"""The cases of train_step.py: a stage, its weights and a batch, as files that both sides read."""
+"""The cases of train_step.py: a stage, its weights and a batch, in files that both sides read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import numpy as np
 
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 ROWS, ROW_LENGTH, SEGMENTS = 4, 512, 4
-EPOCH = 2000  # samples, of which one batch is taken
+EPOCH = 2000  # number of made-up samples, from which one batch is taken
 SAMPLES = ("equal", "varied")
 
 
 def make_stage(size: str, name: str):
-    """(run, stage): `tune` as in the run file, from fresh weights; `full` trains everything."""
+    """Return the run and its stage `tune`, which starts from fresh weights.
+
+    name: `tune` keeps what the run file trains; `full` trains every parameter, without adapters.
+    """
     from unimoe_jax.config import OptimConfig, Rule, Take
     from unimoe_jax.config.load import load_config
 
@@ -37,7 +40,7 @@ def make_stage(size: str, name: str):
 
 
 def prepare(folder: Path, size: str, name: str, signature: str, samples: str) -> None:
-    """Weights, batch and description of a case, as files that both sides read."""
+    """Write the weights, the batch and the description of a case to `folder`."""
     import jax
 
     from unimoe_jax.config import MeshConfig
@@ -54,7 +57,8 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
         params = initial_params(built, {}, mesh, 0)
     random = np.random.default_rng(1)
     for path, value in params.items():
-        # Adapters start as no change; some change, so that the comparison can see them.
+        # lora_b starts as zeros, so adapters change nothing yet. Add noise, so that the comparison
+        # of both sides can see them.
         if path.endswith("/lora_b"):
             noise = random.standard_normal(value.shape, dtype=np.float32)
             params[path] = 0.01 * noise
@@ -86,16 +90,21 @@ def prepare(folder: Path, size: str, name: str, signature: str, samples: str) ->
 
 
 def equal_samples() -> tuple[list[list[int]], int]:
-    """(lengths of the samples of each row: four alike, rows full; how many images there are)."""
+    """Samples of equal length that fill every row.
+
+    Returns the lengths of the samples of each row, and the number of images.
+    """
     return [[ROW_LENGTH // SEGMENTS] * SEGMENTS] * ROWS, ROWS * SEGMENTS
 
 
 def varied_samples(media: int) -> tuple[list[list[int]], int]:
-    """(the same of text as long as in instruction data, after `media` positions of an image; how
-    many images a batch has room for), as the package's own packing puts such samples in batches.
+    """Samples with text as long as in instruction data, packed as this package packs them.
 
-    Of an epoch's batches it is the one in the middle by how many positions its samples take on
-    PyTorch's side, padded one to a row.
+    Returns the lengths of the samples of each row, and the number of images that a batch has room
+    for. Out of the batches of an epoch, the batch is taken that is in the middle when they are
+    sorted by `padded`: by the positions per token that PyTorch computes, with one sample per row.
+
+    media: number of positions of an image at the start of every sample; 0 for text alone.
     """
     from unimoe_jax.config import MEDIA, LoaderConfig
     from unimoe_jax.data.plan import BatchPlan, Samples
@@ -112,14 +121,17 @@ def varied_samples(media: int) -> tuple[list[list[int]], int]:
     batches = [
         [tokens[epoch.row(row)].tolist() for row in rows]
         for rows in epoch.batches.tolist()
-        if min(rows) >= 0
+        if min(rows) >= 0  # leave out batches with empty rows
     ]
     batches.sort(key=padded)
     return batches[len(batches) // 2], plan.capacity(plan.signatures[0]).get("image", 0)
 
 
 def padded(rows: list[list[int]]) -> float:
-    """Positions per token if the samples of these rows are padded to the longest."""
+    """Positions per token if the samples of these rows are padded to the longest sample.
+
+    For example, samples of 2, 3 and 4 tokens take 3 * 4 positions for 9 tokens: 12 / 9.
+    """
     lengths = [length for row in rows for length in row]
     return len(lengths) * max(lengths) / sum(lengths)
 
@@ -127,9 +139,14 @@ def padded(rows: list[list[int]]) -> float:
 def make_batch(
     vocab_size: int, pool: tuple[int, int | None], patches: int, samples: list[list[int]]
 ) -> dict[str, np.ndarray]:
-    """A batch of random tokens in samples of these lengths, the later half of each with targets.
-    pool: room for so many images, pixels of a side; with a size, each sample begins with one."""
-    # With seed 0 a token's second and third expert in `small` are 1e-6 apart: rounding decides.
+    """Make a batch of random tokens; the second half of each sample has targets.
+
+    pool: the number of images that the batch has room for, and the pixels of a side. If there is a
+    size, each sample has an image at its beginning. patches: soft tokens of an image.
+    samples: lengths of the samples of each row.
+    """
+    # With seed 0, the second and third expert of a token in `small` are 1e-6 apart, so rounding
+    # would decide which of them is chosen.
     random = np.random.default_rng(1)
     shape = (ROWS, ROW_LENGTH)
     position, segment, length = (np.zeros(shape, np.int32) for _ in range(3))
@@ -155,6 +172,7 @@ def make_batch(
         pixels = np.zeros((1, room, image_size, image_size, 3), np.float32)
         pixels[:, :images] = random.standard_normal(pixels[:, :images].shape, dtype=np.float32)
         batch["image_GIHWC"] = pixels
+        # Position 0 is a text token; the soft tokens of the image follow it.
         inside = (segment > 0) & (position >= 1) & (position <= patches)
         batch["slot_BT"] = np.where(inside, image * patches + position - 1, -1).astype(np.int32)
         batch["modality_BT"][inside] = 1
@@ -163,11 +181,15 @@ def make_batch(
 
 
 def one_per_row(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The samples of a packed batch as the originals collate them: one in a row, padded on the
-    right to the longest. Images: those that there are, without room for more."""
+    """Unpack a batch as the originals collate it: one sample per row, padded on the right.
+
+    Rows are as long as the longest sample. Unused room for images is removed. For example, the
+    segments [[1, 1, 2], [1, 1, 1]] become the rows [1 1 0], [2 0 0] and [1 1 1].
+    """
     rows, segment = [], batch["segment_BT"]
     for row, numbers in enumerate(segment):
         rows += [(row, numbers == number) for number in range(1, numbers.max() + 1)]
+    # `rows` holds for every sample its row and a mask of its positions.
     longest = max(int(here.sum()) for _, here in rows)
     padding = {"slot_BT": -1, "modality_BT": -1}
     alone = dict(batch)

@@ -1,18 +1,19 @@
-"""Training speed and memory beside PyTorch eager, same model, same machine, same run.
+"""Compare training speed and memory with PyTorch eager: same model, same machine, same run.
 
     python benchmarks/train_step.py [--sizes tiny small] [--rounds 5] [--output FILE]
 
-Samples are either of equal length and packed on both sides, which compares the same positions; or
-of varied length, packed here and one to a row on PyTorch's side, as the originals collate them.
-Tokens are those of samples, without padding.
+Samples either have equal lengths and are packed on both sides, which compares the same positions;
+or they have varied lengths, and are packed here and put one to a row on PyTorch's side, as the
+originals collate them. Only the tokens of samples count, not padding.
 
 Each case runs three processes, which start from the same weights and batch: this library as
-`unimoe_jax.train` runs it, PyTorch as it comes, and PyTorch with the allocator settings that
-`unimoe_jax.train` makes for itself (see `unimoe_jax/host_memory.py`). They take turns (A B C A B C
-…), the others waiting, so that a machine that changes its speed changes it for all. The first step
-of a turn is not counted: a virtual machine may give what memory was free meanwhile back to its
-host. Before that all compute the loss and the gradient norm without dropout; they must agree.
-Float32 throughout. Compilation is reported, not counted.
+`unimoe_jax.train` runs it, PyTorch with default settings, and PyTorch with the allocator settings
+that `unimoe_jax.train` makes for itself (see `unimoe_jax/runtime/memory.py`). They take turns (A B
+C A B C …) while the others wait, so that a machine that changes its speed changes it for all. The
+first step of a turn is not counted, because a virtual machine may have returned free memory to its
+host in the meantime. Before the turns, all processes compute the loss and the gradient norm without
+dropout, and the numbers must agree. Everything is float32. Compilation is reported, but not
+counted.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ TOLERANCE = 1e-4
 
 
 def jax_side(folder: Path, size: str, name: str):
-    """(check, step, compile seconds): what the library runs on one device."""
+    """Build the train step of this library on one device.
+
+    Returns the numbers of the check, a function that runs a step, and the compile seconds.
+    """
     import jax
 
     from unimoe_jax.config import MeshConfig
@@ -79,11 +83,12 @@ def jax_side(folder: Path, size: str, name: str):
         _, metrics = compiled(built.scorer, donate=False)(state, frozen, batch)
         return {key: float(metrics[key]) for key in ("loss", "aux", "grad_norm")}
 
+    # The check runs without dropout (`scorer`) and keeps its arguments.
     checked = check()
     started = time.perf_counter()
     fn = compiled(built.model, donate=True)
     seconds = time.perf_counter() - started
-    held = [state]
+    held = [state]  # every step donates its state and leaves the next one here
 
     def step() -> float:
         held[0], metrics = fn(held[0], frozen, batch)
@@ -94,8 +99,12 @@ def jax_side(folder: Path, size: str, name: str):
 
 
 def torch_side(folder: Path, attention: str, keep: bool):
-    """(check, step, 0): the same in PyTorch eager."""
-    if keep:
+    """Build the same step in PyTorch eager.
+
+    Returns the numbers of the check, a function that runs a step, and 0 compile seconds.
+    keep: whether to use the allocator settings of `unimoe_jax.train`.
+    """
+    if keep:  # before PyTorch allocates anything
         from unimoe_jax.runtime.memory import keep_freed_memory
 
         keep_freed_memory()
@@ -137,15 +146,19 @@ def torch_side(folder: Path, attention: str, keep: bool):
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answer on stdout: first the check, then seconds per step for each number of steps read, of
-    which there is one more."""
+    """Run one side as a child process that answers in lines of JSON on stdout.
+
+    The first answer holds the check. Afterwards the process reads numbers of steps from stdin, runs
+    one step more than that, and answers with the seconds of all but the first.
+    """
     if args.worker == "jax":
         checked, step, seconds = jax_side(args.folder, args.sizes[0], args.stages[0])
     else:
         checked, step, seconds = torch_side(
             args.folder, args.attention, args.worker == "torch_kept"
         )
-    # Peaks from here on are those of training: what checking and compiling took goes first.
+    # Reset the peak of the resident size, so that the memory of the check and of compilation does
+    # not count from here on.
     Path("/proc/self/clear_refs").write_text("5")
     before = common.resident_mib()
     answer(check=checked, compile_seconds=seconds, resident_mib=before)
@@ -167,12 +180,16 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def peak_since_reset() -> float:
-    """VmHWM, which `clear_refs` sets back; ru_maxrss is not."""
+    """Peak of the resident size in MiB since `clear_refs` was written: VmHWM.
+
+    ru_maxrss is not reset by it.
+    """
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024
 
 
 def answer(**values) -> None:
+    """Print a line of JSON for the parent process."""
     print(json.dumps(values), flush=True)
 
 
@@ -180,12 +197,13 @@ def answer(**values) -> None:
 
 
 class Side:
-    """One process; `steps(n)` runs n steps there and returns its answer."""
+    """A child process of one side; `steps(n)` runs n counted steps there and returns its answer."""
 
     def __init__(self, side: str, folder: Path, size: str, stage: str, attention: str):
         command = [sys.executable, __file__, "--worker", side, "--folder", str(folder)]
         command += ["--sizes", size, "--stages", stage, "--attention", attention]
-        # What `unimoe_jax.train` sets for itself can only be set before a process starts.
+        # These variables must be set before a process starts. `unimoe_jax.train` sets them for
+        # itself.
         huge = {} if side == "torch" else HUGE_PAGES
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=os.environ | huge, **pipes)
@@ -194,7 +212,9 @@ class Side:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a side ended with code {self.process.wait()}; see its output")
+            raise RuntimeError(
+                f"one side ended with code {self.process.wait()}; see its error message above"
+            )
         return json.loads(line)
 
     def steps(self, number: int) -> dict:
@@ -208,9 +228,10 @@ class Side:
 
 
 def measure(size: str, stage: str, signature: str, samples: str, args: argparse.Namespace) -> dict:
-    """One case: prepare, check, warm up, take turns."""
+    """Measure one case: prepare its files, check that the sides agree, warm up, and take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # Another process prepares the files, so its memory is free again before the measurement.
         subprocess.run(
             [sys.executable, __file__, "--prepare", "--folder", name, "--sizes", size]
             + ["--stages", stage, "--signatures", signature, "--samples", samples],
@@ -241,7 +262,7 @@ def measure(size: str, stage: str, signature: str, samples: str, args: argparse.
 
 
 def summary(turns: list[dict], first: dict, tokens: int) -> dict:
-    """Medians over all steps of one side, and its memory."""
+    """The medians over all steps of one side, and its memory."""
     seconds = statistics.median(time for turn in turns for time in turn["times"])
     return {
         "seconds": round(seconds, 4),
@@ -255,32 +276,38 @@ def summary(turns: list[dict], first: dict, tokens: int) -> dict:
 
 
 def ratios(ours: list[dict], theirs: list[dict]) -> dict:
-    """How many times faster we are: median over the turns, their range, and by processor time,
-    which depends less on what else the machine does."""
+    """How many times faster this library is than another side.
 
-    def of(key: str) -> list[float]:
+    The result has the median and the range over the turns, and the median by processor time, which
+    depends less on other programs on the machine.
+    """
+
+    def ratio_per_turn(key: str) -> list[float]:
         return [
             statistics.median(b[key]) / statistics.median(a[key])
             for a, b in zip(ours, theirs, strict=True)
         ]
 
-    speed = of("times")
+    speed = ratio_per_turn("times")
     return {
         "speed_ratio": round(statistics.median(speed), 3),
         "speed_ratio_range": [round(min(speed), 3), round(max(speed), 3)],
-        "cpu_ratio": round(statistics.median(of("cpu")), 3),
+        "cpu_ratio": round(statistics.median(ratio_per_turn("cpu")), 3),
     }
 
 
 def agree(checks: dict[str, dict[str, float]]) -> None:
-    """All sides must have computed the same thing, or the comparison means nothing."""
+    """Raise an error unless all sides have computed the same numbers."""
     for side, key in itertools.product(SIDES[1:], checks["jax"]):
         value, other = checks["jax"][key], checks[side][key]
         if abs(value - other) > TOLERANCE * max(1.0, abs(value)):
-            raise RuntimeError(f"{key}: jax {value}, {side} {other}; the models differ")
+            raise RuntimeError(
+                f"{key} is {value} for jax and {other} for {side}; the sides run different models"
+            )
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line; hidden options are for the child processes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=common.RUN_FILES)
     parser.add_argument("--stages", nargs="+", default=["tune", "full"], choices=["tune", "full"])
@@ -292,13 +319,13 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=list(train_case.SAMPLES),
         choices=train_case.SAMPLES,
-        help="equal: packed on both sides; varied: one to a row in PyTorch, as the originals",
+        help="equal: packed on both sides; varied: one per row in PyTorch, as in the originals",
     )
     parser.add_argument(
         "--attention",
         default="eager",
         choices=["eager", "sdpa"],
-        help="of the PyTorch side: as in the original, or its fused kernel",
+        help="attention of PyTorch: eager as in the original, or its fused kernel (sdpa)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
@@ -312,6 +339,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure every case, print a line for it, and save the result after each of them."""
     args = parse()
     if args.worker:
         return worker(args)

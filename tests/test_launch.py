@@ -1,5 +1,8 @@
-"""Launch files: shell scripts by shellcheck and with programs that stand in, JobSets by a schema of
-what they use, the Dockerfile's stages. `launch/local.sh` starts a real run in test_multihost.py.
+"""Launch files: shell scripts, JobSets of Kubernetes, and the stages of the Dockerfile.
+
+Shell scripts are checked by shellcheck, and run with small programs in place of the real ones.
+JobSets are checked by a schema of the fields that they use. `tests/parallel/test_multihost.py`
+starts a real run with `launch/local.sh`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck(path):
+def test_shell_scripts_pass_shellcheck(path):
+    # pip installs shellcheck beside the interpreter, which may not be on the PATH.
     beside_python = Path(sys.executable).parent
     program = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
     assert program, "shellcheck is part of the extra [test]"
@@ -38,21 +42,21 @@ def test_shellcheck(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_without_arguments_scripts_say_how_they_are_used(path):
+def test_scripts_without_arguments_print_their_usage(path):
     done = subprocess.run(["bash", path], capture_output=True, text=True)
     assert done.returncode == 2
     assert f"launch/{path.name}" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--tpu"], ["--tpu", "pod", "--zone"]])
-def test_a_forgotten_value_is_said(arguments):
+def test_an_option_without_a_value_prints_the_usage(arguments):
     script = LAUNCH / "tpu_pod.sh"
     done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert "launch/tpu_pod.sh --tpu NAME --zone ZONE" in done.stderr
 
 
-def test_slurm_sends_sigterm_in_time_and_queues_again():
+def test_slurm_sends_sigterm_in_time_and_requeues():
     options = re.findall(r"^#SBATCH (.+)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
     assert {"--signal=TERM@120", "--requeue"} <= set(options)
     tasks, gpus = (
@@ -64,6 +68,7 @@ def test_slurm_sends_sigterm_in_time_and_queues_again():
 
 # ------------------------------------------------------------------ processes on this machine
 
+# A program that waits for a signal and prints how many it got; `fail` makes process 1 fail at once.
 STAND_IN = """
 import os, signal, sys, time
 index, got = int(os.environ["JAX_PROCESS_ID"]), []
@@ -82,25 +87,29 @@ os.write(1, b"process %d got %d\\n" % (index, len(got)))
 
 @pytest.fixture
 def local(tmp_path):
-    """`start(processes, arguments, environment)` of a program that waits for a signal."""
+    """Return a function that starts launch/local.sh with the program above.
+
+    The machine seems to have two GPUs, one of them with a MIG part, which does not count. In the
+    environment, None removes a variable.
+    """
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     gpus = tmp_path / "nvidia-smi"
     gpus.write_text("#!/bin/sh\nprintf 'GPU 0: H200\\n  MIG 0: part\\nGPU 1: H200\\n'\n")
     gpus.chmod(0o755)
-    own = {"PYTHONPATH": str(tmp_path), "PROGRAM": "stand_in", "PYTHON": sys.executable}
-    own |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+    variables = {"PYTHONPATH": str(tmp_path), "PROGRAM": "stand_in", "PYTHON": sys.executable}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
 
     started = []
 
     def start(processes: int, argument: str, **environment: str | None) -> subprocess.Popen:
-        env = {**os.environ, **own, **environment}
+        env = {**os.environ, **variables, **environment}
         launcher = subprocess.Popen(
             [LAUNCH / "local.sh", "--processes", str(processes), argument],
             env={name: value for name, value in env.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # as a terminal gives it
+            start_new_session=True,  # a process group, as under a terminal
         )
         started.append(launcher)
         return launcher
@@ -111,58 +120,66 @@ def local(tmp_path):
         launcher.communicate(timeout=50)
 
 
-def test_processes_that_wait_for_one_that_failed_are_ended(local):
+def test_the_other_processes_are_killed_after_one_has_failed(local):
     started = time.monotonic()
     launcher = local(3, "fail", GRACE="1")
-    told = launcher.communicate(timeout=50)[1]
+    errors = launcher.communicate(timeout=50)[1]
     assert launcher.returncode == 3
     assert time.monotonic() - started < 50
-    assert "ended with code 3; 2 that did not leave within 1 s are killed" in told
+    assert "ended with code 3; 2 that did not leave within 1 s are killed" in errors
 
 
-@pytest.mark.parametrize("whom", [os.kill, os.killpg], ids=["launcher", "terminal"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["launcher", "terminal"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_process_once(local, whom, number):
-    """A second one would end a run at once, without saving."""
+def test_a_signal_reaches_every_process_once(local, send, number):
+    """A second signal would end a run at once, without saving.
+
+    `kill` reaches the launcher alone; a terminal sends Ctrl-C to the whole process group.
+    """
     launcher = local(2, "wait")
     begun = [launcher.stdout.readline() for _ in range(2)]
     assert all("has begun" in line for line in begun)
-    whom(launcher.pid, number)
+    send(launcher.pid, number)
     printed = launcher.communicate(timeout=50)[0]
     assert launcher.returncode == 0
     assert sorted(printed.splitlines()) == ["process 0 got 1", "process 1 got 1"]
 
 
-def test_the_patience_with_the_others_is_in_seconds(local):
+def test_a_grace_period_that_is_no_number_is_refused(local):
     launcher = local(1, "wait", GRACE="soon")
     assert "GRACE=soon: allowed: whole seconds" in launcher.communicate(timeout=50)[1]
     assert launcher.returncode == 2
 
 
-def test_no_more_processes_than_gpus(local):
-    for processes, visible, there in ((3, None, 2), (2, "5", 1)):
+def test_more_processes_than_gpus_are_refused(local):
+    """CUDA_VISIBLE_DEVICES limits the number of GPUs; with an empty value, no GPU is needed."""
+    for processes, visible, gpus in ((3, None, 2), (2, "5", 1)):
         launcher = local(processes, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES=visible)
-        told = launcher.communicate(timeout=50)[1]
+        errors = launcher.communicate(timeout=50)[1]
         assert launcher.returncode == 2
-        assert f"--processes {processes}: each takes a GPU, and there are {there}; " in told
+        assert f"--processes {processes}: each takes a GPU, and there are {gpus}; " in errors
     launcher = local(3, "wait", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="")  # hidden
     assert all("has begun" in launcher.stdout.readline() for _ in range(3))
 
 
-# ------------------------------------------------------------------------------------- others
+# --------------------------------------------------------------------------- TPU pods and SLURM
 
 
-def test_a_pod_stops_its_run_and_nothing_else(tmp_path):
+def test_stop_on_a_pod_ends_its_run_and_nothing_else(tmp_path):
+    """The process in `.pid` is only ended if it is a run: its number may belong to another one."""
     (tmp_path / "unimoe_jax").mkdir()
     gcloud = tmp_path / "gcloud"
-    gcloud.write_text('#!/bin/bash\ncd "$HOME" && exec bash -c "${!#}"\n')  # the last argument
+    gcloud.write_text(
+        '#!/bin/bash\ncd "$HOME" && exec bash -c "${!#}"\n'
+    )  # its last argument is a command
     gcloud.chmod(0o755)
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
 
     def stop(running: subprocess.Popen) -> str:
         (tmp_path / "unimoe_jax/.pid").write_text(f"{running.pid}\n")
         command = [LAUNCH / "tpu_pod.sh", "--tpu", "pod", "--zone", "here", "--stop"]
-        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+        environment = {**os.environ, **variables}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0
         return done.stderr
 
@@ -179,15 +196,25 @@ def test_a_pod_stops_its_run_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(("gpus", "code"), [("8", 0), ("4", 75), (None, 3)])
 def test_slurm_runs_a_process_per_gpu(tmp_path, gpus, code):
-    """Whatever number of tasks was reserved; a run that stopped and saved is queued again."""
-    for name, does in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{does}\n')
+    """The number of reserved tasks counts only if the number of GPUs is unknown.
+
+    Exit code 75 of a run that has stopped and saved queues the job again.
+    """
+    for name, ending in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{ending}\n')
         (tmp_path / name).chmod(0o755)
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7"}
-    own |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
-    own |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": "python",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "12",
+    }
+    variables |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
     command = ["bash", LAUNCH / "slurm.sh", "--config", "run.yaml"]
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     count = int(gpus or 8)
     tasks = f"--ntasks={2 * count} --ntasks-per-node={count} --cpus-per-task=12"
     program = "python -m unimoe_jax.train --config run.yaml"
@@ -197,8 +224,8 @@ def test_slurm_runs_a_process_per_gpu(tmp_path, gpus, code):
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "k8s_jobset.yaml"], ids=lambda path: path.name)
-def test_no_hyper_parameters(path):
-    """Settings of a run stand in its run file; only places are given on the command line."""
+def test_launch_files_set_no_hyper_parameters(path):
+    """The settings of a run belong into its run file; launch files only name folders."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     settings = re.findall(r"\b(?:optim|model|stages|loader|mesh|precision)[.=]", "\n".join(lines))
     assert settings == []
@@ -208,6 +235,8 @@ def test_no_hyper_parameters(path):
 
 
 class Strict(BaseModel):
+    """A part of a JobSet; fields that the schema does not list are errors."""
+
     model_config = ConfigDict(extra="forbid")
 
 
@@ -227,7 +256,7 @@ class Env(Strict):
     valueFrom: ValueFrom | None = None
 
     @model_validator(mode="after")
-    def _one(self):
+    def _exactly_one(self):
         assert (self.value is None) != (self.valueFrom is None), "value or valueFrom"
         return self
 
@@ -352,7 +381,7 @@ def test_jobset_follows_the_schema(document):
     job = job_of(JobSet.model_validate(document))
     pod = job.template.spec
     container = pod.containers[0]
-    env = {one.name: one.value for one in container.env}
+    env = {variable.name: variable.value for variable in container.env}
     mounts = [mount.mountPath for mount in container.volumeMounts]
     assert pod.terminationGracePeriodSeconds == 120
     assert any(env["XDG_CACHE_HOME"].startswith(f"{path}/") for path in mounts)
@@ -375,7 +404,7 @@ def test_jobset_follows_the_schema(document):
         (("spec", "surprise"), 1),
     ],
 )
-def test_schema_refuses_what_would_not_work(path, value):
+def test_the_schema_refuses_jobsets_that_would_not_work(path, value):
     document = jobsets()[0]
     inner = document
     for key in path[:-1]:

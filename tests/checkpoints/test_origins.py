@@ -1,4 +1,4 @@
-"""Hand-over of decoder layers between placements of experts, and experts from several sources."""
+"""Where parameters start from: layers move between placements of experts, experts have sources."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ PLACEMENTS = ("all", "even", "first_half", "second_half", (1, 4))
 
 
 def kinds_of(layers) -> tuple[bool, ...]:
+    """Whether each decoder layer has experts, for a setting of `moe.layers`."""
     moe = MoEConfig(num_experts=2, layers=layers)
     return tuple(moe.is_moe_layer(layer, LAYERS) for layer in range(LAYERS))
 
 
 def source(name: str, mark: float, kinds=DENSE, rest: str = "mlp/up_proj/kernel") -> ParamSource:
-    """Layer n of `rest` holds 100·mark + n; so does everything outside the decoder."""
+    """A source in which layer n of `rest` holds 100·mark + n, and the embedding holds 100·mark."""
     arrays = {"embed/embedding": np.full((3, 2), 100 * mark)}
     for run_number, run in enumerate(layer_runs(kinds)):
         for block in range(len(run.period)):
             layers = [
                 n
-                for n, at in enumerate(where_is(kinds))
-                if (at.run, at.block) == (run_number, block)
+                for n, place in enumerate(where_is(kinds))
+                if (place.run, place.block) == (run_number, block)
             ]
             stack = np.stack([np.full((2, 4), 100 * mark + layer) for layer in layers])
             arrays[f"decoder/run_{run_number}/block_{block}/{rest}"] = stack
@@ -44,25 +45,25 @@ def source(name: str, mark: float, kinds=DENSE, rest: str = "mlp/up_proj/kernel"
 def collect(
     kinds, rest: str, tail: tuple[int, ...], take: Take, sources, wanted
 ) -> dict[int, np.ndarray]:
-    """{layer: value} of `rest` in every target layer for which `wanted(kind)`."""
-    found = {}
-    for layer, at in enumerate(where_is(kinds)):
+    """Gather `rest` in every target layer for which `wanted(kind)`: {layer: value}."""
+    values = {}
+    for layer, place in enumerate(where_is(kinds)):
         if wanted(kinds[layer]):
-            repeats = layer_runs(kinds)[at.run].repeats
-            path = f"decoder/{at.prefix}/{rest}"
-            found[layer] = gather(path, (repeats, *tail), take, sources, kinds)[at.index]
-    return found
+            repeats = layer_runs(kinds)[place.run].repeats
+            path = f"decoder/{place.prefix}/{rest}"
+            values[layer] = gather(path, (repeats, *tail), take, sources, kinds)[place.index]
+    return values
 
 
 @pytest.mark.parametrize("layers", PLACEMENTS)
 def test_experts_from_several_dense_sources(layers):
-    """Expert e of layer n is layer n of source e, for every placement."""
+    """Expert e of layer n starts as layer n of source e, for every placement of experts."""
     kinds = kinds_of(layers)
     sources = {name: source(name, mark) for mark, name in enumerate("abc", start=1)}
     take = Take(match=".*", experts=("b", "a", "c", "a"))
-    found = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
-    assert set(found) == {layer for layer in range(LAYERS) if kinds[layer]}
-    for layer, value in found.items():
+    values = collect(kinds, "moe/experts/up_proj/kernel", (4, 2, 4), take, sources, bool)
+    assert set(values) == {layer for layer in range(LAYERS) if kinds[layer]}
+    for layer, value in values.items():
         np.testing.assert_array_equal(
             value[:, 0, 0], [200 + layer, 100 + layer, 300 + layer, 100 + layer]
         )
@@ -71,19 +72,19 @@ def test_experts_from_several_dense_sources(layers):
 @pytest.mark.parametrize("before", PLACEMENTS)
 @pytest.mark.parametrize("after", PLACEMENTS)
 def test_layers_keep_their_number(before, after):
-    """What every layer has moves from any placement to any other."""
+    """Attention, which every layer has, moves from any placement of experts to any other."""
     rest = "attention/q_proj/kernel"
     sources = {"a": source("a", 1, kinds_of(before), rest)}
     take = Take(match=".*", source="a")
-    found = collect(kinds_of(after), rest, (2, 4), take, sources, lambda kind: True)
-    assert {layer: value[0, 0] for layer, value in found.items()} == {
+    values = collect(kinds_of(after), rest, (2, 4), take, sources, lambda kind: True)
+    assert {layer: value[0, 0] for layer, value in values.items()} == {
         layer: 100 + layer for layer in range(LAYERS)
     }
 
 
 def test_dense_layers_of_a_mixed_model():
     kinds = kinds_of("even")
-    found = collect(
+    values = collect(
         kinds,
         "mlp/up_proj/kernel",
         (2, 4),
@@ -91,7 +92,7 @@ def test_dense_layers_of_a_mixed_model():
         {"a": source("a", 1)},
         lambda kind: not kind,
     )
-    assert {layer: value[0, 0] for layer, value in found.items()} == {1: 101, 3: 103}
+    assert {layer: value[0, 0] for layer, value in values.items()} == {1: 101, 3: 103}
 
 
 def test_outside_the_decoder():
@@ -149,7 +150,7 @@ def test_outside_the_decoder():
         ),
     ],
 )
-def test_what_does_not_fit_is_named(path: str, shape, take, message: str):
+def test_a_parameter_that_does_not_fit_is_named(path: str, shape, take, message: str):
     with pytest.raises(ParamError, match=message):
         gather(path, shape, Take(match=".*", **take), {"a": with_vision("a", 1)}, DENSE)
 
@@ -158,7 +159,10 @@ def test_what_does_not_fit_is_named(path: str, shape, take, message: str):
 
 
 def with_vision(name: str, mark: float) -> ParamSource:
-    """`source`, an encoder of two layers that hold 100·mark + 10 + n, and a connector."""
+    """`source` with an encoder and a connector.
+
+    Layer n of the encoder, which has two, holds 100·mark + 10 + n; the connector 100·mark + 20.
+    """
     layers = source(name, mark)
     arrays = {path: layers.load(path, ()) for path in layers.shapes} | {
         "vision/encoder/layers/mlp/fc1/kernel": np.stack(
@@ -182,7 +186,7 @@ def with_vision(name: str, mark: float) -> ParamSource:
     ],
 )
 def test_every_expert_starts_as_the_dense_layer(path, shape, expected):
-    """As many as the target has, layer for layer, in whatever module."""
+    """`upcycle` makes as many copies as the target has experts, layer by layer, in every module."""
     kinds = (True,) * 5
     value = gather(path, shape, Take(match=".*", upcycle="a"), {"a": with_vision("a", 1)}, kinds)
     assert value.shape == shape
@@ -194,19 +198,20 @@ def test_every_expert_starts_as_the_dense_layer(path, shape, expected):
 @pytest.mark.parametrize(
     ("take", "reads"),
     [
-        # Expert 1 of layer 3 alone, and where all experts are copies, each layer once.
+        # Expert 1 of layer 3 reads one source. If all experts are copies, the layer is read once.
         ({"experts": ("b", "a", "c")}, [("a", 3)]),
         ({"upcycle": "a"}, [("a", 3)]),
     ],
 )
-def test_only_what_is_asked_for_is_read(take, reads):
-    asked = []
+def test_only_the_requested_part_is_read(take, reads):
+    """A request is one layer, some experts, and one row of the kernel."""
+    loaded = []
 
     def watched(name: str, mark: float) -> ParamSource:
         plain = source(name, mark)
 
         def load(path: str, index) -> np.ndarray:
-            asked.append((name, *index))
+            loaded.append((name, *index))
             return plain.load(path, index)
 
         return replace(plain, load=load)
@@ -214,12 +219,12 @@ def test_only_what_is_asked_for_is_read(take, reads):
     sources = {name: watched(name, mark) for mark, name in enumerate("abc", start=1)}
     path, shape = "decoder/run_0/block_0/moe/experts/up_proj/kernel", (5, 3, 2, 4)
     start = start_of(path, shape, Take(match=".*", **take), sources, (True,) * 5)
-    assert asked == []
+    assert loaded == []
     index = (slice(3, 4), slice(1, 3) if "upcycle" in take else slice(1, 2), slice(1, 2), slice(4))
     part = start.read(index, np.dtype("f4"))
     assert part.dtype == np.float32
     assert (part == 103).all() and part.shape == (1, index[1].stop - 1, 1, 4)
-    assert asked == [(*read, slice(1, 2), slice(4)) for read in reads]
+    assert loaded == [(*read, slice(1, 2), slice(4)) for read in reads]
 
 
 def test_named_experts_of_a_connector():
@@ -241,13 +246,13 @@ def test_named_experts_of_a_connector():
         "vision/connector/fc1/kernel",
     ],
 )
-def test_places_of_members(path, kinds):
-    """`place` undoes `members`."""
-    for index, member in layer_parts(path, (3, 2), kinds):
-        assert locate_part(member, kinds) == (path, index)
+def test_locate_part_undoes_layer_parts(path, kinds):
+    for index, part in layer_parts(path, (3, 2), kinds):
+        assert locate_part(part, kinds) == (path, index)
 
 
 def test_experts_and_dense_layers_name_each_other():
+    """`experts` of a dense layer and `dense` of its experts are inverse; other parts have none."""
     for dense in (
         LayerPart("decoder", 2, "mlp/up_proj/kernel"),
         LayerPart("encoder", 0, "mlp/fc1/bias", "layers"),
@@ -264,7 +269,7 @@ def test_experts_and_dense_layers_name_each_other():
         assert other.experts is None
 
 
-def test_takes_name_one_origin():
+def test_a_take_has_exactly_one_origin():
     for wrong in ({}, {"source": "a", "upcycle": "b"}, {"upcycle": "fresh"}, {"experts": ()}):
         with pytest.raises(ValidationError):
             Take(match=".*", **wrong)

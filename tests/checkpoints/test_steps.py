@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, other meshes, damage, finished stages."""
+"""Checkpoints of steps and results of stages: round trips, other meshes, damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KERNEL = np.arange(32, dtype=np.float32).reshape(8, 4)
 
 
 def state_on(mesh, spec: PartitionSpec, step: int) -> TrainState:
-    """A state whose values tell its step."""
+    """A training state whose values depend on its step, with the kernels sharded by `spec`."""
 
     def put(value, spec=PartitionSpec()):
         return jax.device_put(value, NamedSharding(mesh, spec))
@@ -42,6 +42,7 @@ def state_on(mesh, spec: PartitionSpec, step: int) -> TrainState:
 
 
 def template_of(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state."""
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
     )
@@ -54,7 +55,7 @@ def mesh(devices):
 
 @pytest.fixture
 def saved(tmp_path, mesh):
-    """Steps 1, 2 and 3 were saved, two are kept."""
+    """Checkpoints in which steps 1, 2 and 3 were saved and the last two are kept."""
     checkpoints = StepCheckpoints(tmp_path / "steps", keep=2)
     for step in (1, 2, 3):
         state = state_on(mesh, PartitionSpec("fsdp"), step)
@@ -65,7 +66,7 @@ def saved(tmp_path, mesh):
 
 
 def flip_a_byte(folder: Path) -> Path:
-    """In the middle of the largest file, which holds array data."""
+    """Change one bit in the middle of the largest file, which holds array data; return the file."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != SUMS]
     path = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
@@ -75,10 +76,11 @@ def flip_a_byte(folder: Path) -> Path:
 
 
 def no_message(text: str) -> None:
+    """An `announce` for cases in which nothing may be announced."""
     raise AssertionError(text)
 
 
-def test_newest_step_comes_back(saved, mesh):
+def test_the_newest_step_is_restored(saved, mesh):
     expected = state_on(mesh, PartitionSpec("fsdp"), 3)
     step, state, position = saved.restore_latest(template_of(expected), announce=no_message)
     assert step == 3
@@ -95,7 +97,7 @@ def test_only_the_newest_are_kept_and_all_are_sealed(saved):
         verify(saved.folder / name)
 
 
-def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, monkeypatch):
+def test_a_crash_before_a_step_is_sealed_keeps_the_step_before(tmp_path, mesh, monkeypatch):
     checkpoints = StepCheckpoints(tmp_path / "steps", keep=1)
     state = state_on(mesh, PartitionSpec("fsdp"), 1)
     checkpoints.save(1, state, {})
@@ -114,12 +116,15 @@ def test_a_crash_before_a_step_is_sealed_leaves_the_one_before(tmp_path, mesh, m
     assert step == 1
 
 
+# A message of tensorstore about a full disk, followed by one of two forms of its error code.
 TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 4: No space left on device "
 
 
 @pytest.mark.parametrize("sign", ["[os_error_code='28']", "[OS error 28: ENOSPC]"])
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, sign):
-    def save(*given, **settings):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch, sign):
+    """Tensorstore raises ValueError for it; other ValueErrors stay as they are."""
+
+    def save(*args, **settings):
         raise ValueError(TENSORSTORE + sign)
 
     monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", save)
@@ -127,13 +132,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, sign):
         WriteError, match=r"^/.*/final: cannot be written \(No space left on device"
     ):
         save_final(tmp_path / "final", {"a": KERNEL}, {})
-    with pytest.raises(ValueError, match="a fault of its own"), raising_write_errors(tmp_path):
-        raise ValueError("a fault of its own")
+    with pytest.raises(ValueError, match="another error"), raising_write_errors(tmp_path):
+        raise ValueError("another error")
 
 
 def test_half_written_steps_are_removed(tmp_path, mesh):
-    left = tmp_path / "steps" / "7.orbax-checkpoint-tmp" / "state"
-    left.mkdir(parents=True)
+    unfinished = tmp_path / "steps" / "7.orbax-checkpoint-tmp" / "state"
+    unfinished.mkdir(parents=True)
     with StepCheckpoints(tmp_path / "steps", keep=1) as checkpoints:
         checkpoints.save(8, state_on(mesh, PartitionSpec("fsdp"), 8), {})
     assert [path.name for path in (tmp_path / "steps").iterdir()] == ["8"]
@@ -148,45 +153,46 @@ def test_restore_on_another_mesh(saved, devices):
     assert kernel.sharding == expected.trained["a/kernel"].sharding
 
 
-def test_a_damaged_step_is_named_and_passed_over(saved, mesh):
+def test_a_damaged_step_is_named_and_the_step_before_is_restored(saved, mesh):
     damaged = flip_a_byte(saved.folder / "3")
     with pytest.raises(CheckpointError, match=damaged.name):
         verify(saved.folder / "3")
-    told = []
+    messages = []
     template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
-    step, state, position = saved.restore_latest(template, announce=told.append)
+    step, state, position = saved.restore_latest(template, announce=messages.append)
     assert (step, int(state.step), position["row"]) == (2, 2, 20)
-    assert len(told) == 1
-    assert "step 3" in told[0]
+    assert len(messages) == 1
+    assert "step 3" in messages[0]
 
     (saved.folder / "2" / SUMS).unlink()
-    assert saved.restore_latest(template, announce=told.append) is None
-    assert "incomplete" in told[-1]
+    assert saved.restore_latest(template, announce=messages.append) is None
+    assert "incomplete" in messages[-1]
 
 
 def test_a_damaged_step_is_moved_aside_and_can_be_written_again(saved, mesh):
     flip_a_byte(saved.folder / "3")
-    told = []
+    messages = []
     template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
-    assert saved.restore_latest(template, announce=told.append)[0] == 2
+    assert saved.restore_latest(template, announce=messages.append)[0] == 2
     aside = saved.folder.with_name("unusable") / "3"
     assert aside.is_dir()
     assert not (saved.folder / "3").exists()
-    assert told[0].endswith(f"moved to {aside}")
+    assert messages[0].endswith(f"moved to {aside}")
 
     saved.save(3, state_on(mesh, PartitionSpec("fsdp"), 3), {"row": 30})
     saved.finish()
     assert saved.restore_latest(template, announce=no_message)[0] == 3
 
 
-def test_a_step_tells_what_trained_before_anything_is_opened(saved, tmp_path):
+def test_the_shapes_of_the_newest_step_are_read_from_its_metadata(saved, tmp_path):
+    """A step whose metadata cannot be read is left out."""
     assert StepCheckpoints.newest(saved.folder) == (3, {"a/kernel": (8, 4)})
     (saved.folder / "3" / "state" / "_METADATA").write_text("{")
     assert StepCheckpoints.newest(saved.folder)[0] == 2
     assert StepCheckpoints.newest(tmp_path / "nothing") is None
 
 
-def test_a_state_of_another_structure_is_one_line(saved, mesh):
+def test_a_state_of_another_structure_is_refused_in_one_line(saved, mesh):
     template = template_of(state_on(mesh, PartitionSpec("fsdp"), 0))
     template.trained["b/kernel"] = template.trained["a/kernel"]
     with pytest.raises(CheckpointError, match="does not fit what trains now") as caught:
@@ -194,7 +200,7 @@ def test_a_state_of_another_structure_is_one_line(saved, mesh):
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_to_restore(tmp_path, mesh):
+def test_restoring_without_a_checkpoint_returns_none(tmp_path, mesh):
     checkpoints = StepCheckpoints(tmp_path / "steps", keep=2)
     assert checkpoints.restore_latest(template_of(state_on(mesh, PartitionSpec(), 0))) is None
     checkpoints.close()
@@ -202,7 +208,7 @@ def test_nothing_to_restore(tmp_path, mesh):
 
 @pytest.fixture
 def sealed(tmp_path) -> Path:
-    """Parameters in a folder, files beside it."""
+    """A sealed folder: parameters in a folder, and other files beside it."""
     (tmp_path / "params").mkdir()
     for name in ("params/a", "tokenizer.model", "generation_config.json"):
         (tmp_path / name).write_text(name)
@@ -213,6 +219,7 @@ def sealed(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["NOTES.txt", "notes/today", "generation_config.json"])
 def test_files_of_users_are_not_damage(sealed, name):
+    """Users may add files, and edit or remove generation_config.json."""
     (sealed / name).parent.mkdir(exist_ok=True)
     (sealed / name).write_text("mine")
     verify(sealed)
@@ -220,7 +227,7 @@ def test_files_of_users_are_not_damage(sealed, name):
     verify(sealed)
 
 
-def test_what_differs_is_named_with_the_remedy(sealed):
+def test_a_file_that_differs_is_named_with_its_remedy(sealed):
     (sealed / "params" / "b").write_text("")
     with pytest.raises(CheckpointError, match="params/b: is no part of this checkpoint; remove it"):
         verify(sealed)
@@ -257,14 +264,14 @@ RECORD = {
 
 @pytest.fixture
 def final(tmp_path, mesh) -> Path:
-    """Saved from a mesh, as stages are."""
+    """The result of a stage, saved from arrays on a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
     folder = tmp_path / "stage" / "final"
     save_final(folder, jax.device_put(PARAMS, sharding), RECORD)
     return folder
 
 
-def test_a_finished_stage_comes_back(final):
+def test_the_result_of_a_stage_is_loaded_as_saved(final):
     loaded = load_final(final)
     assert set(loaded) == set(PARAMS)
     for path, leaf in PARAMS.items():
@@ -274,7 +281,8 @@ def test_a_finished_stage_comes_back(final):
     assert not final.with_name("final.partial").exists()
 
 
-def test_a_finished_stage_is_a_source(final):
+def test_the_result_of_a_stage_is_a_source(final):
+    """Any part of a parameter can be read, also one layer of a stack."""
     source = open_source("base", final)
     assert source.shapes["embed/embedding"] == (8, 4)
     np.testing.assert_array_equal(source.load("embed/embedding", ()), KERNEL)
@@ -285,7 +293,7 @@ def test_a_finished_stage_is_a_source(final):
 
 def test_a_damaged_stage_is_refused(final):
     flip_a_byte(final)
-    source = open_source("base", final)  # the manifest alone is read here
+    source = open_source("base", final)  # this reads the manifest alone
     with pytest.raises(CheckpointError, match="damaged"):
         source.check()
 
@@ -302,12 +310,12 @@ def test_a_broken_manifest_is_refused_before_it_is_parsed(final, text):
     (final / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=f"{MANIFEST}: damaged"):
         read_manifest(final)
-    seal(final)  # somebody sealed nonsense
+    seal(final)  # the checksum fits now, and the text is still no manifest
     with pytest.raises(CheckpointError, match=f"{MANIFEST}: "):
         read_manifest(final)
 
 
-def test_saving_again_replaces(final):
+def test_saving_again_replaces_the_result(final):
     save_final(
         final, {"embed/embedding": -KERNEL}, RECORD | {"shapes": {"embed/embedding": [8, 4]}}
     )

@@ -1,4 +1,4 @@
-"""YAML in, one-line errors or a RunConfig out, and the same config back from its dump."""
+"""Loading of run files: YAML becomes a RunConfig or one-line errors, and a dump loads again."""
 
 import textwrap
 
@@ -44,7 +44,7 @@ data:
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes the run above, with some files replaced, and gives the path of run.yaml."""
+    """Return a function that writes the run above with some texts replaced; it returns its path."""
 
     def write(**files):
         texts = {"run": RUN, "parts/model": MODEL, "parts/stages": STAGES}
@@ -58,7 +58,7 @@ def run(tmp_path):
 
 
 def problem(path, *overrides) -> str:
-    """The message of the error, which has to be a single line."""
+    """The message with which the run file is refused; it has to be a single line."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     assert "\n" not in str(caught.value)
@@ -66,16 +66,18 @@ def problem(path, *overrides) -> str:
 
 
 def mentions(text, *parts):
+    """Assert that a message contains every part."""
     for part in parts:
         assert part in text, f"{part!r} is not in {text!r}"
 
 
-# ------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------ loading
 
 
-def test_includes_merge_deeply_own_keys_last_and_lists_are_replaced(run):
-    own = RUN + "model: {decoder: {hidden_size: 8, moe: {layers: [1]}}}\n"
-    config = load_config(run(run=own))
+def test_includes_merge_deeply_and_lists_are_replaced(run):
+    """The keys of a file take precedence over its includes, later includes over earlier ones."""
+    text = RUN + "model: {decoder: {hidden_size: 8, moe: {layers: [1]}}}\n"
+    config = load_config(run(run=text))
     assert config.model.decoder.hidden_size == 8
     assert config.model.decoder.vocab_size == 64
     assert config.model.decoder.moe.num_experts == 4
@@ -90,8 +92,8 @@ def test_includes_merge_deeply_own_keys_last_and_lists_are_replaced(run):
 
 
 def test_a_mapping_over_a_list_changes_single_items(run):
-    own = RUN + "stages: {tune: {optim: {steps: 7}}, '0': {moe: true}}\n"
-    config = load_config(run(run=own))
+    text = RUN + "stages: {tune: {optim: {steps: 7}}, '0': {moe: true}}\n"
+    config = load_config(run(run=text))
     assert config.stages[1].optim.steps == 7
     assert config.stages[1].optim.learning_rate == 1e-4
     assert config.stages[0].moe
@@ -133,6 +135,7 @@ def test_overrides(run):
 
 
 def test_yaml_traps(run):
+    """Words and numbers that YAML 1.1 would read as something else are read as they look."""
     config = load_config(run(), ["name=on", "data.loader.max_image_pixels=89_478"])
     assert config.model.decoder.norm_eps == 1e-4 and config.name == "on"
     assert config.data.loader.max_image_pixels == 89478
@@ -140,8 +143,8 @@ def test_yaml_traps(run):
     assert load_config(run(), ["seed=010"]).seed == 10
     for word in ("on", "yes", "1"):
         mentions(problem(run(), f"log.plots={word}"), "log.plots", "true or false")
-    own = RUN + "mesh: {rules: {on: data, off: null}}\n"
-    assert load_config(run(run=own)).mesh.rules == {"on": "data", "off": None}
+    text = RUN + "mesh: {rules: {on: data, off: null}}\n"
+    assert load_config(run(run=text)).mesh.rules == {"on": "data", "off": None}
 
 
 def test_dump_gives_an_equal_config(run, tmp_path):
@@ -155,7 +158,7 @@ def test_dump_gives_an_equal_config(run, tmp_path):
 # ----------------------------------------------------------------------------------- errors
 
 
-def test_unknown_key_names_its_file_and_suggests(run):
+def test_an_unknown_key_is_reported_with_its_file_and_a_suggestion(run):
     path = run(parts__stages=STAGES.replace("learning_rate: 2e-3", "learning_rat: 2e-3"))
     mentions(
         problem(path),
@@ -168,7 +171,7 @@ def test_unknown_key_names_its_file_and_suggests(run):
     mentions(problem(run(), "top_k=3"), "did you mean model.decoder.moe.top_k or")
 
 
-def test_wrong_value_names_the_file_that_set_it(run):
+def test_a_wrong_value_is_reported_with_the_file_that_set_it(run):
     path = run(parts__model=MODEL.replace("vocab_size: 64", "vocab_size: many"))
     mentions(
         problem(path),
@@ -188,13 +191,13 @@ def test_wrong_value_names_the_file_that_set_it(run):
     mentions(problem(run(), "stages.0.train.0.match='*'"), "stages.0.train.0.match", "regular expr")
 
 
-def test_missing_key_names_the_file_of_its_section(run):
+def test_a_missing_key_is_reported_with_the_file_of_its_section(run):
     path = run(parts__model=MODEL.replace("mlp_dim: 32,", ""))
     mentions(problem(path), "parts/model.yaml: model.decoder.mlp_dim is not set", "integer > 0")
     mentions(problem(run(run=RUN.replace("name: tiny", ""))), "run.yaml: name is not set", "text")
 
 
-def test_invariants_name_the_setting_and_its_file(run):
+def test_settings_that_contradict_each_other_are_reported_with_their_file(run):
     path = run(run=RUN + "model: {decoder: {moe: {top_k: 9}}}\n")
     mentions(problem(path), "run.yaml: model.decoder.moe.top_k = 9:", "num_experts = 4", "1..4")
     text = problem(run(), "model.decoder.moe.num_experts=1")
@@ -218,11 +221,12 @@ def test_invariants_name_the_setting_and_its_file(run):
     mentions(problem(run(), "output=runs/{nam}"), "command line: output", "{name}")
     text = problem(run(), "mesh.data=0")
     mentions(text, "command line: mesh.data = 0: allowed: -1 or integer > 0")
-    text = problem(run(), "mesh.fsdp=-1")  # the other one is a default
+    text = problem(run(), "mesh.fsdp=-1")  # data is -1 by default
     mentions(text, "command line: mesh.fsdp = -1: data and fsdp are -1", "-1 at most once")
 
 
 def test_bad_files(run, tmp_path):
+    """Files that are missing, include themselves, or are no valid YAML, UTF-8 or mapping."""
     mentions(problem(tmp_path / "none.yaml"), "none.yaml", "cannot be read", "No such file")
     text = problem(run(run=RUN.replace("parts/model.yaml", "parts/modle.yaml")))
     mentions(text, "run.yaml: include", "modle.yaml", "did you mean 'model.yaml'?")
@@ -254,7 +258,7 @@ def test_bad_overrides(run, override, parts):
     mentions(problem(run(), override), "command line", *parts)
 
 
-def test_several_problems_are_one_line_each(run):
+def test_every_problem_has_its_line(run):
     with pytest.raises(ConfigError) as caught:
         load_config(run(), ["seed=x", "log.evry=1"])
     assert len(str(caught.value).splitlines()) == 2
@@ -274,7 +278,7 @@ def test_origins_of_every_value(run):
     assert set(origins) == {dotted(key) for key, _ in leaves(resolved.config.model_dump())}
 
 
-def test_replacing_a_section_forgets_who_set_its_parts(run):
+def test_replacing_a_section_changes_the_origin_of_its_parts(run):
     path = run(run=RUN + "stages: {tune: {optim: {steps: 7}}}\n")
     assert resolve_config(path).origins["stages.1.optim.steps"].endswith("run.yaml")
     override = "stages.tune.optim={learning_rate: 1e-3, steps: 9}"
@@ -316,15 +320,15 @@ def test_help_lists_every_section_with_type_default_and_description():
         ("stages.tune.mixture.talk=.inf", ("mixture.talk", "finite")),
     ],
 )
-def test_numbers_without_end_are_refused(run, override, parts):
+def test_infinite_and_huge_numbers_are_refused(run, override, parts):
     mentions(problem(run(), override), "command line", *parts)
 
 
-def test_an_unknown_key_like_no_other_is_a_whole_sentence(run):
+def test_an_unknown_key_without_a_similar_one_lists_the_allowed_keys(run):
     assert "remove it. Allowed here: " in problem(run(), "data.loader.zzz=1")
 
 
-def test_run_files_of_the_package_have_names(tmp_path, monkeypatch):
+def test_run_files_of_the_package_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("tiny").name == "tiny"
     with pytest.raises(ConfigError, match=r"--config tinny: no such file.*did you mean 'tiny'\?"):

@@ -1,4 +1,4 @@
-"""The shipped run files: they load, their rules fit the models, sizes are the published ones."""
+"""The shipped run files: they load, their rules fit the models, and sizes are as published."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from unimoe_jax.train.dry_run import dry_run, memory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.stem for path in (CONFIGS / "run").glob("*.yaml"))
+# Run files with the published sizes of Uni-MoE and of CuMo.
 PUBLISHED = ("unimoe_audio", "unimoe_speech", "unimoe_speech_dp", "unimoe_8e")
 CUMO = ("cumo_mistral_7b", "cumo_mixtral_8x7b")
 STAGES = [
@@ -49,12 +50,14 @@ def stage_of(run: str, name: str) -> StageConfig:
 
 @cache
 def table(run: str, stage: str) -> Mapping[str, ParamInfo]:
+    """The parameter table of a stage."""
     config = load(run)
     with use_mesh(planned_mesh(config.mesh), config.mesh.rules):
         return parameter_table(resolve_stage(config, stage_of(run, stage)))
 
 
 def count(infos: Mapping[str, ParamInfo], pattern: str) -> int:
+    """Number of parameters whose path matches the whole pattern."""
     return sum(info.size for path, info in infos.items() if re.fullmatch(pattern, path))
 
 
@@ -73,18 +76,18 @@ def test_first_lines_say_how_to_use_the_file(path):
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
 def test_rules_fit_the_model_and_the_mesh(run, stage):
-    config, infos = load(run), table(run, stage)  # raises for idle or missing training rules
+    config, infos = load(run), table(run, stage)  # raises for unused or missing training rules
     mesh = planned_mesh(config.mesh)
     with use_mesh(mesh, config.mesh.rules):
         for path, info in infos.items():
-            param_sharding(mesh, path, info.shape, info.axes)
+            param_sharding(mesh, path, info.shape, info.axes)  # raises if it does not divide
         loader = resolve_stage(config, stage_of(run, stage)).loader
         sized = -1 not in (config.mesh.data, config.mesh.fsdp, config.mesh.expert)
         assert not sized or loader.rows % data_shards(mesh) == 0
 
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
-def test_every_parameter_has_an_origin_and_every_origin_a_parameter(run, stage):
+def test_every_rule_of_init_is_used_and_covers_every_parameter(run, stage):
     config = stage_of(run, stage)
     used = {id(origin_of(path, config.init)) for path in table(run, stage)}
     assert used == {id(take) for take in config.init}
@@ -101,14 +104,15 @@ def test_every_adapter_rule_makes_adapters(run, stage):
 
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
-def test_assembled_experts_are_as_many_as_the_model_has(run, stage):
+def test_a_list_of_expert_sources_has_one_for_each_expert(run, stage):
     for take in stage_of(run, stage).init:
         if take.experts:
             assert len(take.experts) == load(run).model.decoder.moe.num_experts
 
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
-def test_uni_moe_trains_encoders_in_its_base_stage_cumo_after_its_first(run, stage):
+def test_stages_that_train_encoders(run, stage):
+    """Uni-MoE trains its encoders in the base stage, CuMo in all stages after the first."""
     encoders = {path for path in table(run, stage) if "/encoder/" in path}
     trained = {path for path in encoders if table(run, stage)[path].trained}
     assert encoders
@@ -117,7 +121,7 @@ def test_uni_moe_trains_encoders_in_its_base_stage_cumo_after_its_first(run, sta
 
 @pytest.mark.parametrize(("run", "stage"), STAGES)
 def test_upcycling_copies_from_a_dense_stage(run, stage):
-    """Routers start fresh, experts as layers of a stage that has them dense."""
+    """Only experts are upcycled, and in the stage of their origin the layer is dense."""
     for path in table(run, stage):
         take = origin_of(path, stage_of(run, stage).init)
         if take.upcycle:
@@ -147,17 +151,19 @@ def test_language_model_has_the_published_size(run, billions):
 
 
 @pytest.mark.parametrize("run", [*PUBLISHED, "unimoe_union", *CUMO])
-def test_first_lines_say_what_a_dry_run_counts(run):
+def test_first_lines_give_the_number_of_parameters(run):
+    """The number is rounded to as many decimals as the comment has."""
     text = (CONFIGS / "run" / f"{run}.yaml").read_text()
-    said = re.search(r"^#.* ([\d.]+) billion parameters", text, re.MULTILINE)[1]
-    decimals = len(said.partition(".")[2])
+    number = re.search(r"^#.* ([\d.]+) billion parameters", text, re.MULTILINE)[1]
+    decimals = len(number.partition(".")[2])
     billions = count(table(run, load(run).stages[-1].name), ".*") / 1e9
-    assert said == f"{billions:.{decimals}f}"
+    assert number == f"{billions:.{decimals}f}"
 
 
 @pytest.mark.parametrize("run", [*PUBLISHED, "unimoe_union"])
 def test_encoders_and_connectors_have_the_published_sizes(run):
     infos, model = table(run, "tune"), load(run).model
+    # CLIP has 303,507,456 parameters; its last layer and norm are not used.
     last_clip_layer = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
     post_norm = 2 * 1024
     assert count(infos, "vision/encoder/.*") == 303_507_456 - last_clip_layer - post_norm
@@ -176,7 +182,7 @@ def test_encoders_and_connectors_have_the_published_sizes(run):
     ("run", "millions"),
     [
         ("unimoe_speech", 54.8),
-        # The released 37.9 M hold 0.5 M on routers, which is left out on purpose.
+        # The released 37.9 M include adapters of routers with 0.5 M, which are left out on purpose.
         ("unimoe_audio", 37.9 - 16 * 8 * (4096 + 4) / 1e6),
         ("unimoe_speech_dp", 37.9 - 16 * 8 * (4096 + 4) / 1e6),
         ("unimoe_8e", 8.4 + 92.8),
@@ -187,18 +193,18 @@ def test_adapters_of_stage_3_have_the_published_size(run, millions):
 
 
 @pytest.mark.parametrize("run", PUBLISHED)
-def test_stages_train_what_was_published(run):
-    heard = "audio" if run == "unimoe_audio" else "speech"
+def test_stages_train_the_published_parameters(run):
+    medium = "audio" if run == "unimoe_audio" else "speech"
     infos = table(run, "align")
     assert {p for p, i in infos.items() if i.trained} == {
-        p for p in infos if p.startswith(f"{heard}/connector/")
+        p for p in infos if p.startswith(f"{medium}/connector/")
     }
     infos = table(run, "tune")
     for path, info in infos.items():
         published = (
             path.endswith(("/lora_a", "/lora_b"))
             or "/router/" in path
-            or path.startswith(("vision/connector/", f"{heard}/connector/projector/"))
+            or path.startswith(("vision/connector/", f"{medium}/connector/projector/"))
         )
         assert info.trained == published, path
 
@@ -238,13 +244,16 @@ SOUND = {"wavcaps", "audiocaps", "meld", "clotho_aqa", "clotho"}
         ("unimoe_audio", SOUND | {"video_instruct", "llava_150k"}),
     ],
 )
-def test_stage_3_reads_what_was_published(run, sources):
-    """Table 2 of arXiv 2405.11273; a mixture in a run file adds to the included one."""
+def test_stage_3_reads_the_published_sources(run, sources):
+    """The sources are in table 2 of arXiv 2405.11273.
+
+    A mixture in a run file adds to the included mixture, so this also finds left-over sources.
+    """
     tune = next(stage for stage in load(run).stages if stage.name == "tune")
     assert tune.mixture == dict.fromkeys(sources, 1.0)
 
 
-def test_audio_expert_has_its_own_rates():
+def test_audio_expert_has_separate_learning_rates():
     infos = table("unimoe_audio", "expert_8")
     rates = {path: 4e-5 * info.lr for path, info in infos.items() if info.trained}
     assert {r for p, r in rates.items() if p.endswith(("lora_a", "lora_b"))} == {4e-4}
@@ -257,8 +266,8 @@ def test_longest_published_sample_fits_a_row(run):
     """2048 text tokens, one video and twenty chunks of sound."""
     config = load(run)
     soft = config.model.tokens_per_medium()
-    heard = "audio" if run == "unimoe_audio" else "speech"
-    assert config.data.loader.row_length >= 2048 + soft["video"] + 20 * soft[heard]
+    medium = "audio" if run == "unimoe_audio" else "speech"
+    assert config.data.loader.row_length >= 2048 + soft["video"] + 20 * soft[medium]
     assert config.data.loader.row_length <= config.model.decoder.max_positions
 
 
@@ -273,7 +282,7 @@ def test_longest_published_sample_fits_a_row(run):
     ],
 )
 def test_cumo_has_the_published_sizes(run, dense, sparse):
-    """To the parameter: counted in the originals, logged by a public run of the 7B."""
+    """The sizes are exact: counted in the originals, and logged by a public run of the 7B."""
     assert count(table(run, "pt"), ".*") == count(table(run, "pft"), ".*") == dense
     sft = table(run, "sft")
     assert count(sft, ".*") == sparse
@@ -284,7 +293,8 @@ def test_cumo_has_the_published_sizes(run, dense, sparse):
 
 
 @pytest.mark.parametrize("run", CUMO)
-def test_cumo_stages_are_the_published_ones(run):
+def test_cumo_stages_are_as_published(run):
+    """Trained parameters, optimizers, templates, image aspects, row lengths, experts, losses."""
     pt, pft, sft = load(run).stages
     trained = {
         stage.name: {p for p, i in table(run, stage.name).items() if i.trained}
@@ -310,8 +320,13 @@ def test_cumo_stages_are_the_published_ones(run):
     assert [model.vision.aspect for model in models] == ["square", "pad", "pad"]
     lengths = [resolve_stage(load(run), stage).loader.row_length for stage in (pt, pft, sft)]
     assert lengths == [2048, 4096, 4096]
-    own = {"decoder"} if run == "cumo_mixtral_8x7b" else set()
-    assert [set(model.experts()) for model in models] == [own, own, {"encoder", "connector"} | own]
+    # Mixtral's decoder has experts in every stage.
+    decoder = {"decoder"} if run == "cumo_mixtral_8x7b" else set()
+    assert [set(model.experts()) for model in models] == [
+        decoder,
+        decoder,
+        {"encoder", "connector"} | decoder,
+    ]
     for module in MODULES:
         losses = getattr(sft.aux, module)
         wanted = (0.1, 0.01) if module in models[2].experts() else (0.0, 0.0)
@@ -323,8 +338,8 @@ def test_cumo_stages_are_the_published_ones(run):
 # ---------------------------------------------------------------------------------- dry run
 
 
-def test_dry_run_far_from_data_and_devices(capsys, monkeypatch, tmp_path):
-    """Sizes, memory and what is missing, for eight devices, on a machine with none of it."""
+def test_dry_run_without_data_and_devices(capsys, monkeypatch, tmp_path):
+    """It prints sizes, memory and missing files for eight devices that this machine lacks."""
     config = load("unimoe_8e")
     monkeypatch.chdir(tmp_path)
     dry_run(config)
@@ -333,7 +348,7 @@ def test_dry_run_far_from_data_and_devices(capsys, monkeypatch, tmp_path):
     assert re.search(r"moe/experts/gate_proj/kernel +32×8×4096×11008 +bfloat16 +-, expert", tune)
     assert re.search(r"language model +37[,.]\d+", tune)
     memory = float(re.findall(r"sum +([\d.]+) GiB", tune)[-1])
-    # An eighth of the experts and all of the rest, in bfloat16, and little else.
+    # A device holds an eighth of the experts and all other parameters in bfloat16, and little else.
     assert 13.4 < memory < 20
     assert "data/llava_665k.json is not here" in text
     assert "checkpoints/vicuna-7b is not here" in tune
@@ -341,14 +356,14 @@ def test_dry_run_far_from_data_and_devices(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "gib"), [("float32", 2), ("bfloat16", 1)])
 def test_dry_run_counts_gradients_and_moments_in_their_dtype(dtype: str, gib: int):
-    """As the optimizer makes them: those of 2²⁹ numbers."""
+    """The optimizer makes two moments for each of 2²⁹ numbers, and the dry run counts the same."""
     config = load("tiny")
     stage, info = config.stages[0], ParamInfo("w", (2**29,), (None,), 1.0, True, dtype)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     text = memory(resolve_stage(config, stage), {"w": info}, {"w": replicated(mesh)}, 1)
-    found = {name.strip(): float(size) for name, size in re.findall(r"(.*\S) +([\d.]+) GiB", text)}
+    printed = {n.strip(): float(size) for n, size in re.findall(r"(.*\S) +([\d.]+) GiB", text)}
     optimizer = make_optimizer(stage.optim, lambda step: 1.0, {"w": info})
     state = jax.eval_shape(optimizer.init, {"w": jax.ShapeDtypeStruct(info.shape, dtype)})
     moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
-    assert found["optimizer moments"] == moments / 2**30 == 2 * gib
-    assert found["gradients"] == found["trained parameters"] == gib
+    assert printed["optimizer moments"] == moments / 2**30 == 2 * gib
+    assert printed["gradients"] == printed["trained parameters"] == gib

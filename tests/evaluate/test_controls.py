@@ -1,4 +1,4 @@
-"""Chance levels, and data in which every question has the media of another record."""
+"""Controls of a score: chance levels, and questions with the media of another record."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from unimoe_jax.evaluate.controls import chance_levels, with_shuffled_media
 
 
 def shuffled(folder: Path, records: list[dict]) -> list[dict]:
-    """The records after their media were shuffled."""
+    """Shuffle the media of the records and return the new records."""
     (folder / "in.json").write_text(json.dumps(records))
     (folder / "out").mkdir()
     data = with_shuffled_media(data_config(folder / "in.json"), ["all"], folder / "out")
     return json.loads(Path(data.sources["all"].path).read_text())
 
 
-def test_chance_is_read_as_the_loader_reads(tmp_path):
+def test_chance_levels_read_files_as_the_loader_does(tmp_path):
     """A byte-order mark does not matter, and records that the loader counts as bad are left out."""
-    odd = [
+    broken = [
         {"conversations": [{"from": "human"}, {"from": "gpt"}]},
         {"conversations": "abc"},
         {"conversations": [1, 2]},
         {},
     ]
     good = [talk("a?", "x"), talk("b?", "x"), talk("c?", "y"), talk("d?", "x")]
-    lines = [json.dumps(content) for content in (*good, *odd)]
+    lines = [json.dumps(content) for content in (*good, *broken)]
     file = tmp_path / "data.jsonl"
     file.write_text("\ufeff" + "\n".join([*lines, '{"broken', "[1]"]))
     assert chance_levels(data_config(file), ["all"]) == {"all": 0.75}
-    file.write_text(json.dumps(odd))
+    file.write_text(json.dumps(broken))
     assert chance_levels(data_config(file), ["all"]) == {"all": 0}
 
 
@@ -64,28 +64,29 @@ def test_no_record_keeps_its_media(tmp_path):
     voices = [talk("<audio>", voice=f"{n}.wav", voice_modality="audio") for n in range(2)]
     texts = [talk("who?"), talk("what?")]
     records = [item for group in (pictures, texts, pairs, voices) for item in group]
-    found = shuffled(tmp_path, records)
-    for before, after in zip(records, found, strict=True):
+    result = shuffled(tmp_path, records)
+    for before, after in zip(records, result, strict=True):
         assert after["conversations"] == before["conversations"]
         assert after.keys() == before.keys()
-        if len(before) == 1:
+        if len(before) == 1:  # it has no media
             continue
         assert after != before
         (kind,) = {"image", "voice"} & after.keys()
         assert isinstance(after[kind], str) == isinstance(before[kind], str)
 
 
-def test_records_with_the_same_picture_are_no_donors(tmp_path):
+def test_records_do_not_get_media_from_records_with_the_same_picture(tmp_path):
     records = [talk(f"<image> {n}", image=f"{n % 3}.png") for n in range(9)]
-    found = shuffled(tmp_path, records)
-    assert all(a["image"] != b["image"] for a, b in zip(found, records, strict=True))
+    result = shuffled(tmp_path, records)
+    assert all(a["image"] != b["image"] for a, b in zip(result, records, strict=True))
 
 
-def test_records_without_a_donor_are_left_out(tmp_path, caplog):
+def test_records_without_another_record_of_the_same_media_are_left_out(tmp_path, caplog):
+    """The warning has their number; if no record is left, the command is refused."""
     pictures = [talk(f"<image> {n}", image=f"{n}.png") for n in range(2)]
     alone = talk("<image> <audio>", image="a.png", voice="a.wav")
-    found = shuffled(tmp_path, [*pictures, alone])
-    assert [item["image"] for item in found] == ["1.png", "0.png"]
+    result = shuffled(tmp_path, [*pictures, alone])
+    assert [item["image"] for item in result] == ["1.png", "0.png"]
     assert "1 of 3 records" in caplog.text
     same = [talk(f"<image> {n}", image="a.png") for n in range(3)]
     (tmp_path / "again").mkdir()

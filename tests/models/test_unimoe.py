@@ -19,12 +19,13 @@ from tests.models.tiny import (
     make_batch,
     model_config,
 )
+from tests.reference import cross_entropy
 from unimoe_jax.config import AuxLossConfig, RouterLossConfig
 from unimoe_jax.models.branches import Audio, Pictures, Speech, Vision
 from unimoe_jax.models.unimoe import UniMoE
 from unimoe_jax.nn.linear import LayerOptions
 from unimoe_jax.params.paths import nest
-from unimoe_jax.stages.losses import cross_entropy, router_losses
+from unimoe_jax.stages.losses import router_losses
 
 CONFIG = model_config(media=True, decoder=decoder_config(num_layers=1, moe=None))
 LENGTH = 20

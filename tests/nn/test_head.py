@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.reference import cross_entropy
 from unimoe_jax.compile.hlo import read
 from unimoe_jax.compile.hlo_text import parse
 from unimoe_jax.config import LoRARule, MeshConfig
 from unimoe_jax.nn import head as head_module
 from unimoe_jax.nn.head import Head, token_loss
 from unimoe_jax.parallel.sharding import make_mesh, use_mesh
-from unimoe_jax.stages.losses import cross_entropy
 
 ROWS, LENGTH, WIDTH, VOCAB, RANK = 8, 11, 12, 24, 2
 RULE = LoRARule(match="lm_head", rank=RANK, alpha=3.0)

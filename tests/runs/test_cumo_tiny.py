@@ -1,4 +1,4 @@
-"""CuMo's stages as a user runs them, at reduced steps."""
+"""The stages of CuMo as a user runs them, with fewer steps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ STEPS = {"base": 2, "pt": 2, "pft": 2, "sft": 24}
 
 
 def train(folder: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the training program with a few steps per stage."""
     steps = [f"stages.{stage}.optim.steps={count}" for stage, count in STEPS.items()]
     return subprocess.run(
         [
@@ -30,7 +31,7 @@ def train(folder: Path, cache: Path, *arguments: str) -> subprocess.CompletedPro
             *(f"output={folder}", f"data.cache={cache}", *steps),
             *("log.every=2", "log.tensorboard=false", "data.loader.rows=4", *arguments),
         ],
-        # Short as it is, most of its time is compilation.
+        # The run is short, so most of its time would be compilation: optimise little.
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -45,6 +46,7 @@ def train(folder: Path, cache: Path, *arguments: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache) -> tuple[Path, str]:
+    """A finished run: its directory, and the text that it printed."""
     folder = tmp_path_factory.mktemp("runs") / "cumo"
     done = train(folder, cache, "stages.sft.evaluate=[]")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -62,7 +64,8 @@ def test_the_upcycled_model_equals_the_dense_one(finished):
     assert manifest(folder, "pft")["upcycled"] is None
 
 
-def test_routers_go_where_the_published_ones_went(finished):
+def test_routers_balance_as_the_published_ones_did(finished):
+    """The verdict on the routers is in the summary, on the console and in the report."""
     folder, printed = finished
     routers = json.loads((folder / "summary.json").read_text())["routers"]
     assert set(routers) == {"sft"} and set(routers["sft"]) == {"encoder", "connector"}
@@ -75,8 +78,8 @@ def test_routers_go_where_the_published_ones_went(finished):
     assert "falling, balanced, none dead" in (folder / "report.html").read_text()
 
 
-def test_stages_leave_what_the_original_leaves(finished):
-    """PT its connector, PFT a dense model, SFT one with experts that have grown apart."""
+def test_stages_leave_the_same_parameters_as_the_original(finished):
+    """PT leaves its connector, PFT a dense model, and SFT a model whose experts differ by then."""
     folder, _ = finished
     pt, pft, sft = (load_final(folder / f"checkpoints/{s}/final") for s in ("pt", "pft", "sft"))
     assert {path.rsplit("/", 2)[0] for path in pt} == {"vision/connector"}
@@ -86,14 +89,15 @@ def test_stages_leave_what_the_original_leaves(finished):
     experts = sft["vision/encoder/layers/moe/experts/fc1/kernel"]
     before = pft["vision/encoder/layers/mlp/fc1/kernel"]
     assert experts.shape == (len(before), 4, *before.shape[1:])
-    for one in range(4):
-        assert 0 < np.abs(experts[:, one] - before).max() < 0.1
-        assert np.abs(experts[:, one] - experts[:, one - 1]).max() > 0
-    # Nothing reads the last layer, but its routers learn from their losses.
+    for expert in range(4):
+        assert 0 < np.abs(experts[:, expert] - before).max() < 0.1
+        assert np.abs(experts[:, expert] - experts[:, expert - 1]).max() > 0
+    # Nothing reads the output of the last layer, but its routers learn from their losses.
     assert "vision/encoder/unread_layers/moe/router/linear/kernel" in sft
 
 
-def test_the_stage_stops_where_it_would_not_be_the_dense_model(finished, cache, tmp_path):
+def test_a_stage_that_does_not_start_as_the_dense_model_is_refused(finished, cache, tmp_path):
+    """A layer of the experts is fresh instead of upcycled."""
     pft = f"checkpoint:{finished[0]}/checkpoints/pft/final"
     takes = [
         "{match: 'vision/.*/(router|fc2)/.*', source: fresh}",
@@ -108,8 +112,8 @@ def test_the_stage_stops_where_it_would_not_be_the_dense_model(finished, cache, 
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_made_of_a_run_can_be_asked(finished, tmp_path):
-    """The run's tokenizer and template go with it."""
+def test_models_made_from_a_run_have_its_tokenizer_and_template(finished, tmp_path):
+    """`experts` and `convert export` copy what generation needs."""
     of_run = find(finished[0], None)
     made, exported = tmp_path / "made", tmp_path / "exported"
     command = ["--from", str(finished[0]), "--to"]

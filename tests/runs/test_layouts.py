@@ -1,9 +1,9 @@
 """One training step on every kind of mesh equals the step on one device.
 
-The smallest model with all modalities, adapters with dropout, router losses, packed rows, and
-experts in every layer of the decoder, of the image encoder and in its connector; everything trains.
-Two routings: what random routers choose, and one in which every token goes to expert 2 and experts
-from 3 on get none. In micro-batches as well.
+The model is the smallest one with all modalities, adapters with dropout, router losses, packed
+rows, and experts in every layer of the decoder and of the image encoder and in its connector. All
+parameters train. There are two routings: random routers, and routers that send every token to
+expert 2 and none to the experts from 3 on. One test splits the batch into micro-batches.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from unimoe_jax.stages.train_step import init_state, make_train_step
 
 ROWS, LENGTH, EXPERTS = 8, 18, 8
 TOLERANCE = 1e-5
+# Sizes of the mesh axes -> form of exchange.
 MESHES = {
     (8, 1, 1, 1): "auto",
     (1, 8, 1, 1): "auto",
@@ -62,15 +63,18 @@ ACCUMULATE, GROUPS = 2, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def small_exchanges():
-    """Buffers of four tokens: of 18 per device, they take several rounds."""
+    """Make buffers hold four tokens, so that 18 tokens per device need several rounds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "pair_capacity", lambda *sizes: 4)
         yield
 
 
 def run_config(form: str, additive: bool = False) -> tuple[RunConfig, StageConfig]:
-    """`additive`: without dropout and balance loss, which depend on how rows fall into batches, and
-    with a capacity, which does not."""
+    """A run with one stage that trains everything.
+
+    additive: leave out dropout and balance loss, which depend on how rows are split into batches,
+    and set a capacity, which does not depend on it.
+    """
     limit = 0.5 if additive else None
     moe = MoEConfig(num_experts=EXPERTS, top_k=2, exchange=form, capacity_factor=limit)
     decoder = decoder_config(
@@ -86,7 +90,7 @@ def run_config(form: str, additive: bool = False) -> tuple[RunConfig, StageConfi
         train=(Rule(match=".*", lr=1),),
         lora=(LoRARule(match=adapters, rank=2, alpha=2, dropout=dropout),),
         aux=AuxLossConfig(decoder=losses, encoder=losses, connector=losses),
-        # A large eps: where a gradient is rounding noise, Adam would turn it into a full step.
+        # With a small eps, Adam would turn a gradient that is only rounding noise into a full step.
         optim=OptimConfig(learning_rate=1e-2, steps=10, warmup_ratio=0, eps=1e-3, clip_norm=1.0),
     )
     model = model_config(True, decoder=decoder)
@@ -119,27 +123,30 @@ def built(form: str, devices, sizes: tuple[int, ...], additive: bool = False, ru
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), devices)
     with use_mesh(mesh, rules):
         stage = build_stage(resolve_stage(run, config), mesh, steps=10)
-    # The trace is the gradient itself.
+    # A trace with decay 0 is the gradient itself.
     return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer)), mesh
 
 
 @cache
 def params(routers: str) -> Flat:
-    """The same for every mesh. In "one_expert", logits are (s, −s, 0, 0, …): whatever the sign of
-    s, expert 2 is the second choice."""
+    """Parameters by path, the same for every mesh.
+
+    With "one_expert", the logits of a token are (s, −s, 0, 0, …). Whatever the sign of s is, expert
+    2 is the second choice.
+    """
     stage, _ = built("auto", jax.devices()[:1], (1, 1, 1, 1))
-    found = random_params(stage.model, batch())
+    values = random_params(stage.model, batch())
     if routers == "one_expert":
-        for path in [path for path in found if path.endswith("router/linear/kernel")]:
-            kernel = np.zeros(found[path].shape, np.float32)
-            kernel[..., 0] = found[path][..., 0]
+        for path in [path for path in values if path.endswith("router/linear/kernel")]:
+            kernel = np.zeros(values[path].shape, np.float32)
+            kernel[..., 0] = values[path][..., 0]
             kernel[..., 1] = -kernel[..., 0]
-            found[path] = kernel
-    return {path: np.asarray(value) for path, value in found.items()}
+            values[path] = kernel
+    return {path: np.asarray(value) for path, value in values.items()}
 
 
 def steps(form: str, devices, sizes: tuple[int, ...]) -> dict:
-    """{routing: (metrics, gradients, parameters after one step)}."""
+    """Run one step with each routing: {routing: (metrics, gradients, parameters afterwards)}."""
     stage, mesh = built(form, devices, sizes)
     run = program(stage, mesh)
     return {name: one_step(stage, mesh, params(name), run) for name in ROUTERS}
@@ -166,7 +173,7 @@ def expected(small_exchanges):
     return steps("auto", jax.devices()[:1], (1, 1, 1, 1))
 
 
-def test_the_routings_are_what_they_claim(expected):
+def test_the_two_routings_send_tokens_as_described(expected):
     load = {name: metrics["load"].sum(1) for name, (metrics, _, _) in expected.items()}
     tokens = float(expected["random"][0]["tokens"])
     assert (load["one_expert"][:, 2] == tokens).all()
@@ -176,27 +183,38 @@ def test_the_routings_are_what_they_claim(expected):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_equals_one_device(devices, expected, sizes):
-    found = steps(MESHES[sizes], devices, sizes)
+    results = steps(MESHES[sizes], devices, sizes)
     for name in ROUTERS:
-        assert_same(found[name], expected[name])
+        assert_same(results[name], expected[name])
 
 
-def assert_same(found, expected, unlike: tuple[str, ...] = ()) -> None:
-    """Metrics but for those `unlike`, gradients and parameters afterwards are equal."""
-    (metrics, gradients, after), (known, wanted, then) = found, expected
-    both = ({k: v for k, v in m.items() if not k.endswith(unlike)} for m in (metrics, known))
-    assert_close(*both, TOLERANCE)
-    # Some gradients are zero but for rounding (a key's bias): no finer than 1% of the whole.
-    norm = float(optax.tree.norm(wanted))
-    assert_close(gradients, wanted, TOLERANCE, floor=0.01 * norm)
-    assert_close(after, then, TOLERANCE)
+def assert_same(actual, expected, unlike: tuple[str, ...] = ()) -> None:
+    """Assert that metrics, gradients and parameters afterwards are equal.
+
+    Metrics whose name ends with one of `unlike` are not compared.
+    """
+    metrics, gradients, params_after = actual
+    expected_metrics, expected_gradients, expected_params = expected
+    compared, expected_compared = (
+        {name: value for name, value in m.items() if not name.endswith(unlike)}
+        for m in (metrics, expected_metrics)
+    )
+    assert_close(compared, expected_compared, TOLERANCE)
+    # Some gradients are zero up to rounding, like the gradient of a key's bias. Their error is
+    # compared with 1 % of the norm of all gradients.
+    norm = float(optax.tree.norm(expected_gradients))
+    assert_close(gradients, expected_gradients, TOLERANCE, floor=0.01 * norm)
+    assert_close(params_after, expected_params, TOLERANCE)
 
 
 def test_micro_batches_on_an_expert_mesh(devices):
-    """They equal those of one device, and one batch of all rows where the loss is a plain sum; also
-    with all but experts cut by the experts' axis too."""
+    """Micro-batches on a mesh equal micro-batches on one device.
 
-    def one(devices, sizes, accumulate: int):
+    They also equal one batch of all rows if the loss is a plain sum over tokens. All kernels, not
+    only those of experts, are cut over the expert axis too.
+    """
+
+    def step_on(devices, sizes, accumulate: int):
         rules = {"embed": ("fsdp", "expert")}
         stage, mesh = built("all_to_all", devices, sizes, additive=True, rules=rules)
         cut = math.prod(sizes)
@@ -209,9 +227,9 @@ def test_micro_batches_on_an_expert_mesh(devices):
 
     counts = batch().weight_BT.reshape(GROUPS, ACCUMULATE, -1).sum((0, 2))
     assert counts[0] != counts[1]
-    found = one(devices[:GROUPS], (1, 2, 2, 1), ACCUMULATE)
-    assert min(found[0][name] for name in ("dropped", "encoder_dropped", "connector_dropped")) > 0
-    assert_same(found, one(devices[:1], (1, 1, 1, 1), ACCUMULATE))
-    joined = one(devices[:1], (1, 1, 1, 1), 1)
-    # These are means over micro-batches of what no sum over tokens is.
-    assert_same(found, joined, unlike=("balance", "entropy"))
+    actual = step_on(devices[:GROUPS], (1, 2, 2, 1), ACCUMULATE)
+    assert min(actual[0][name] for name in ("dropped", "encoder_dropped", "connector_dropped")) > 0
+    assert_same(actual, step_on(devices[:1], (1, 1, 1, 1), ACCUMULATE))
+    joined = step_on(devices[:1], (1, 1, 1, 1), 1)
+    # Balance and entropy are no sums over tokens, so their mean over micro-batches is different.
+    assert_same(actual, joined, unlike=("balance", "entropy"))

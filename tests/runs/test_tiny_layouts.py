@@ -1,4 +1,4 @@
-"""The tiny run at reduced steps: compiled once, on more devices, stopped and continued."""
+"""The tiny run with fewer steps: compiled once, on more devices, stopped and continued."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from unimoe_jax.checkpoints.final import load_final
 
 
 def short(steps: int) -> list[str]:
-    """Overrides: every stage for a few steps, rows in eight pool groups, every step logged."""
+    """Overrides: few steps per stage, rows in eight pool groups, and a record of every step."""
     return [
         *(f"stages.{stage}.optim.steps={steps}" for stage in STAGES),
         *("data.loader.groups=8", "log.every=1", "log.plots=false", "log.tensorboard=false"),
-        # One stage with batches grouped by modality: two signatures, two programs.
+        # One stage groups its batches by modality, so it has two signatures and two programs.
         "stages.expert_image.loader={row_length: 240, rows: 8, groups: 8}",
     ]
 
 
 @pytest.fixture(scope="session")
 def reduced_run(tmp_path_factory, cache) -> tuple[Path, str]:
+    """A finished run of four steps per stage: its directory, and the text that it printed."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     return folder, train(folder, cache, *short(4), quick=True)
 
@@ -50,13 +51,15 @@ def test_eight_devices_equal_one(reduced, cache, tmp_path):
     train(folder, cache, *short(4), mesh, devices=8, quick=True)
     one, eight = metrics(reduced), metrics(folder)
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in eight]
-    for a, b in zip(one, eight, strict=True):
-        assert a["signature"] == b["signature"]
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-4, err_msg=str(a))
+    for expected, actual in zip(one, eight, strict=True):
+        assert actual["signature"] == expected["signature"]
+        np.testing.assert_allclose(
+            actual["loss"], expected["loss"], rtol=2e-4, err_msg=str(expected)
+        )
 
 
 def test_resume_is_bit_exact(reduced, cache, tmp_path):
-    """SIGTERM in the middle of the last stage; the same command goes on to the same numbers."""
+    """After a SIGTERM in the last stage, the same command continues and gives the same numbers."""
     folder = tmp_path / "stopped"
     arguments = [*short(4), "checkpoint.every=100"]
     process = subprocess.Popen(
@@ -65,6 +68,7 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    # Wait for the first record of the last stage.
     log = folder / "metrics.jsonl"
     deadline = time.monotonic() + 600
     while not (log.exists() and '"stage": "tune", "step": 1,' in log.read_text()):
@@ -79,6 +83,7 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
     train(folder, cache, *arguments, quick=True)
 
     def comparable(records: list[dict]) -> list[dict]:
+        # These depend on the speed of the machine.
         timed = ("time", "tokens_per_s", "data_wait_share")
         return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
@@ -89,8 +94,8 @@ def test_resume_is_bit_exact(reduced, cache, tmp_path):
     assert comparable(metrics(folder)) == comparable(metrics(reduced))
     assert last_losses(folder) == last_losses(reduced)
     for stage in STAGES:
-        straight = load_final(reduced / "checkpoints" / stage / "final")
+        uninterrupted = load_final(reduced / "checkpoints" / stage / "final")
         resumed = load_final(folder / "checkpoints" / stage / "final")
-        assert straight.keys() == resumed.keys()
-        for path, value in straight.items():
+        assert uninterrupted.keys() == resumed.keys()
+        for path, value in uninterrupted.items():
             np.testing.assert_array_equal(resumed[path], value, err_msg=f"{stage} {path}")

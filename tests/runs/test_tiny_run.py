@@ -1,4 +1,4 @@
-"""The README's quickstart: what it learns, leaves and says."""
+"""The README's quickstart: the scores that it reaches, the files that it leaves, its output."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ TASKS = ("text", "image", "video", "sound", "speech", "image_speech", "video_sou
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, cache) -> tuple[Path, str]:
-    """The run of the README's quickstart: (run directory, what it printed)."""
+    """The run of the README's quickstart: its directory, and the text that it printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, train(folder, cache)
 
 
-def test_answers_held_out_questions(finished):
+def test_the_run_answers_held_out_questions(finished):
     folder, _ = finished
     heldout = json.loads((folder / "summary.json").read_text())["heldout"]
     assert set(heldout) == {f"heldout_{task}" for task in TASKS}
     for task, score in heldout.items():
         assert score["chance"] <= 0.35, task
         # The aim is 90 %. Rounding differs between machines, and a score over 96 questions has a
-        # standard error of 3 %: less than this means that something is broken.
+        # standard error of 3 %, so a score below 85 % means that something is broken.
         assert score["after"] >= 0.85, (task, score)
         if task != "heldout_text":  # the base stage taught the text already
             assert score["after"] > score["before"], (task, score)
 
 
-def test_generate_answers_as_the_evaluation_said(finished, cache, tmp_path):
-    """Held-out questions with their media, asked through the program, greedily."""
+def test_generation_reaches_the_scores_of_the_evaluation(finished, cache, tmp_path):
+    """The program `generate` answers held-out questions with their media, greedily."""
     folder, _ = finished
     run = load_config(folder / "config.yaml")
     data = resolve_sources(run.data.model_copy(update={"cache": str(cache)}))
     heldout = json.loads((folder / "summary.json").read_text())["heldout"]
+    # Write the held-out records as a file of questions.
     expected, lines = {}, []
     for source in heldout:
-        given = data.sources[source]
-        for record in json.loads(Path(given.path).read_text()):
+        settings = data.sources[source]
+        for record in json.loads(Path(settings.path).read_text()):
             *_, question, answer = record["conversations"]
             line = {"id": f"{source}/{record['id']}", "prompt": question["value"]}
-            for key, kind in (("image", "image"), ("video", "video"), ("voice", given.voice)):
+            for key, kind in (("image", "image"), ("video", "video"), ("voice", settings.voice)):
                 files = record.get(key) or []
                 files = [files] if isinstance(files, str) else files
                 if files:
-                    line[kind] = [str(Path(given.root) / file) for file in files]
+                    line[kind] = [str(Path(settings.root) / file) for file in files]
             expected[line["id"]] = answer["value"]
             lines.append(json.dumps(line) + "\n")
     (tmp_path / "questions.jsonl").write_text("".join(lines))
@@ -71,13 +72,14 @@ def test_generate_answers_as_the_evaluation_said(finished, cache, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == list(expected)
     for source, score in heldout.items():
-        own = [answer for answer in answers if answer["id"].startswith(f"{source}/")]
-        share = np.mean([answer["text"] == expected[answer["id"]] for answer in own])
-        # Merged adapters round differently: at most one answer may hang on that.
-        assert abs(share - score["after"]) <= 1 / len(own) + 1e-6, (source, share, score)
+        answered = [answer for answer in answers if answer["id"].startswith(f"{source}/")]
+        share = np.mean([answer["text"] == expected[answer["id"]] for answer in answered])
+        # Merged adapters round differently, so one answer may differ.
+        assert abs(share - score["after"]) <= 1 / len(answered) + 1e-6, (source, share, score)
 
 
-def test_needs_its_media(finished):
+def test_answers_depend_on_the_media(finished):
+    """With the media of other records, scores fall to chance, except for text."""
     folder, _ = finished
     done = subprocess.run(
         [sys.executable, "-m", "unimoe_jax.evaluate", str(folder), "--shuffle-media"],
@@ -94,11 +96,12 @@ def test_needs_its_media(finished):
         if task == "heldout_text":
             assert accuracy >= 0.85
         else:
-            # 96 samples: three standard deviations of a coin with this chance.
+            # Three standard deviations of 96 draws with this chance.
             assert accuracy <= chance + 3 * np.sqrt(chance * (1 - chance) / 96), (task, accuracy)
 
 
-def test_run_directory_explains_itself(finished):
+def test_the_run_directory_is_complete(finished):
+    """It has settings, environment, parameter tables, manifests, plots and a report."""
     folder, printed = finished
     assert load_config(folder / "config.yaml").name == "tiny"
     assert {"packages", "python"} & set(json.loads((folder / "env.json").read_text()))
@@ -130,7 +133,7 @@ def test_expert_stages_leave_only_what_they_trained(finished):
         assert np.array_equal(value, base[path]) == frozen, path
 
 
-def test_finished_run_is_passed_over(finished, cache):
+def test_a_finished_run_is_not_trained_again(finished, cache):
     folder, _ = finished
     before = metrics(folder)
     printed = train(folder, cache)

@@ -1,4 +1,4 @@
-"""Fixtures of small data sets that the tests of tests/data share with those of stages."""
+"""Fixtures of small data sets, shared with tests/data."""
 
 from tests.data.conftest import folder, tokenizer
 

@@ -1,9 +1,9 @@
-"""One of several processes that save a result together and start from it again.
+"""A program for tests: several processes save a result together and start a stage from it.
 
     python -m tests.stages.start_worker FOLDER --coordinator HOST:PORT --processes N --process I
 
-Prints as JSON how many bytes of every parameter it read from files, how many its devices hold (what
-several hold counted once), and how many there are.
+Every process prints JSON with three numbers of bytes for every parameter: how many it has read from
+files, how many its devices hold (a part on several devices counts once), and the whole size.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from unimoe_jax.parallel.sharding import make_mesh, param_sharding, use_mesh
 from unimoe_jax.stages.initial_params import read_start
 
 EXPERTS = "decoder/run_0/block_0/moe/experts/up_proj/kernel"
+# Parameters that are saved: path -> shape and logical axes.
 SAVED = {
     EXPERTS: ((2, 4, 128, 64), ("layers", "expert", "expert_embed", "mlp")),
     "embed/embedding": ((512, 128), ("vocab", "embed")),
     "vision/connector/fc1/kernel": ((128, 256), ("embed", "mlp")),
 }
+# A parameter that is started by copying a dense layer to every expert.
 COPIED = "vision/connector/moe/experts/fc1/kernel"
 STARTED = {**SAVED, COPIED: ((4, 128, 256), ("expert", "expert_embed", "mlp"))}
 NAME = "before"
 
 
 def values() -> dict[str, np.ndarray]:
-    """What every process would hold if it read everything."""
+    """The saved parameters as whole arrays, the same on every process."""
     generator = np.random.default_rng(0)
     return {
         path: generator.standard_normal(shape, np.float32) for path, (shape, _) in SAVED.items()
@@ -45,13 +47,13 @@ def values() -> dict[str, np.ndarray]:
 
 
 def bytes_read() -> int:
-    """Of files, by this process so far."""
-    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return sum(value["value"] for metric in found for value in metric["values"])
+    """Number of bytes that this process has read from files so far."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Join the other processes, print the report, and return the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     distributed.add_arguments(parser)
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save_and_start(mesh: jax.sharding.Mesh, folder: Path) -> dict[str, dict[str, int]]:
-    """What is printed; every value is compared."""
+    """Save the result, start from it, and compare every value; return the numbers of bytes."""
     shardings = {
         path: param_sharding(mesh, path, shape, axes) for path, (shape, axes) in STARTED.items()
     }
@@ -81,14 +83,14 @@ def save_and_start(mesh: jax.sharding.Mesh, folder: Path) -> dict[str, dict[str,
     known[COPIED] = np.stack([known["vision/connector/fc1/kernel"]] * 4)
     report = {}
     for path, (shape, _) in STARTED.items():
-        taken = {"upcycle": NAME} if path == COPIED else {"source": NAME}
-        start = start_of(path, shape, Take(match=".*", **taken), {NAME: source}, (True, True))
+        origin = {"upcycle": NAME} if path == COPIED else {"source": NAME}
+        start = start_of(path, shape, Take(match=".*", **origin), {NAME: source}, (True, True))
         before, parts = bytes_read(), {}
         array = read_start(start, "float32", shardings[path])
         read = bytes_read() - before
         for part in array.addressable_shards:
             np.testing.assert_array_equal(part.data, known[path][part.index])
-            parts[str(part.index)] = part.data.nbytes
+            parts[str(part.index)] = part.data.nbytes  # copies have the same index
         report[path] = {"read": read, "held": sum(parts.values()), "whole": known[path].nbytes}
     return report
 

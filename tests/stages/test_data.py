@@ -1,4 +1,4 @@
-"""What a stage changes in its data: template, how images are cut, images for text-only samples."""
+"""Settings of a stage that change its data: template, image aspect, images for text samples."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ def mixed(folder: Folder):
 
 
 def run_of(path, **stage) -> tuple[RunConfig, StageConfig]:
+    """A run with one stage that has the given settings, and that stage."""
     data = data_config(path, LOADER).model_copy(update={"template": "mistral_instruct"})
     optim = OptimConfig(learning_rate=1, steps=1)
     settings = {"mixture": {"all": 1}, "train": (), "optim": optim, "evaluate": ("all",)}
-    one = StageConfig(name="one", **settings, **stage)
+    config = StageConfig(name="one", **settings, **stage)
     model = model_config(speech=False, audio=False)
-    run = RunConfig(name="x", model=model, data=data, stages=(one,))
-    return run, one
+    run = RunConfig(name="x", model=model, data=data, stages=(config,))
+    return run, config
 
 
 @pytest.mark.parametrize("build", [stage_pipeline, heldout_pipeline])
-def test_a_stage_has_its_own_template_and_cut(build, mixed, tokenizer):
+def test_a_stage_may_set_its_template_and_image_aspect(build, mixed, tokenizer):
     for stage, template, aspect in (
         ({}, "mistral_instruct", "square"),
         ({"template": "plain", "aspect": "pad"}, "plain", "pad"),
     ):
-        run, one = run_of(mixed, **stage)
-        pipeline = build(resolve_stage(run, one), run.data, tokenizer, 1)
+        run, config = run_of(mixed, **stage)
+        pipeline = build(resolve_stage(run, config), run.data, tokenizer, 1)
         (reader,) = pipeline.readers
         assert reader.template == template
         image = next(b.image_GIHWC for _, s, b in pipeline.batches(stop_step=2) if "image" in s)
@@ -51,13 +52,14 @@ def test_a_stage_has_its_own_template_and_cut(build, mixed, tokenizer):
 
 
 def test_plain_samples_are_media_and_caption(mixed, tokenizer):
-    run, one = run_of(mixed, template="plain")
-    pipeline = stage_pipeline(resolve_stage(run, one), run.data, tokenizer, 1)
+    run, config = run_of(mixed, template="plain")
+    pipeline = stage_pipeline(resolve_stage(run, config), run.data, tokenizer, 1)
     assert any("<image:4> [[a red bird\n]]" in text for text in pipeline.preview(2))
 
 
 @pytest.mark.parametrize("unused", ["skip", "count"])
-def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokenizer):
+def test_samples_without_an_image_may_count_as_one_with_a_black_image(unused, mixed, tokenizer):
+    """With `unused_images: count`, text samples have a black image that counts, as in CuMo."""
     model = model_config(speech=False, audio=False)
     vision = model.vision.model_copy(update={"unused_images": unused})
     model = model.model_copy(update={"vision": vision})
@@ -72,7 +74,7 @@ def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokeni
         == sum(len(r.load(n, r.measure(n)[0])[0]) for r in pipeline.readers for n in range(4))
         - budget["image"]
     )
-    # As CuMo has it, every batch has images, one for each sample.
+    # With `count`, every batch has images, one for each sample, as in CuMo.
     wanted = [{"image"}, {"image"}] if unused == "count" else [set(), {"image"}]
     assert sorted(sorted(s) for _, s, _ in batches) == sorted(sorted(s) for s in wanted)
     filled = sum(int(np.any(b.image_GIHWC)) for _, s, b in batches if s)
@@ -85,7 +87,7 @@ def test_samples_without_an_image_may_count_as_a_black_one(unused, mixed, tokeni
             assert is_text or "image" in signature
 
 
-def test_stages_see_the_same_sources_in_orders_of_their_own(mixed, tokenizer):
+def test_stages_read_the_same_source_in_different_orders(mixed, tokenizer):
     def order(name: str) -> list[int]:
         stage = StageConfig(
             name=name, mixture={"all": 1}, train=(), optim=OptimConfig(learning_rate=1, steps=1)
@@ -99,18 +101,19 @@ def test_stages_see_the_same_sources_in_orders_of_their_own(mixed, tokenizer):
     assert order("tune1") == order("tune1") != order("tune2")
 
 
-def test_a_stage_has_a_step(mixed, tokenizer):
-    run, one = run_of(mixed)
-    pipeline = stage_pipeline(resolve_stage(run, one), run.data, tokenizer, 1)
+def test_a_stage_has_at_least_one_step(mixed, tokenizer):
+    """Epochs become steps; settings that leave no step are refused."""
+    run, config = run_of(mixed)
+    pipeline = stage_pipeline(resolve_stage(run, config), run.data, tokenizer, 1)
     for epochs, steps in ((0.6, 1), (3.0, 3)):
         optim = OptimConfig(learning_rate=1, epochs=epochs)
-        changed = resolve_stage(run, one.model_copy(update={"optim": optim}))
+        changed = resolve_stage(run, config.model_copy(update={"optim": optim}))
         assert stage_steps(changed, pipeline) == steps
     optim = OptimConfig(learning_rate=1, epochs=0.2)
     with pytest.raises(
         ConfigError, match=r"stages.one.optim.epochs = 0.2: .* per epoch: 1; set more"
     ):
-        stage_steps(resolve_stage(run, one.model_copy(update={"optim": optim})), pipeline)
+        stage_steps(resolve_stage(run, config.model_copy(update={"optim": optim})), pipeline)
 
 
 BROKEN = (
@@ -122,8 +125,11 @@ BROKEN = (
 
 
 @pytest.mark.parametrize("form", ["list", "lines"])
-def test_chance_counts_what_can_be_scored(folder: Folder, form):
-    """A run is summed up after all of it was trained: what reading passes over must not end it."""
+def test_chance_leaves_out_records_that_cannot_be_scored(folder: Folder, form):
+    """Chance levels are computed after a run is trained, so a broken record must not end it.
+
+    The loader skips such records as well.
+    """
     good = [json.dumps(talk(f"say\u2028{word}", word), ensure_ascii=False) for word in "aab"]
     lines = [*good, *(BROKEN if form == "lines" else BROKEN[1:])]
     text = "\n".join(lines) if form == "lines" else f"[{', '.join(lines)}]"

@@ -1,4 +1,4 @@
-"""8e's losses over modalities as settings of a stage: in loss, gradient and metrics."""
+"""The modality losses of Uni-MoE 8e as settings of a stage: in loss, gradient and metrics."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ROUTER = "decoder/run_0/block_0/moe/router/linear/kernel"
 
 
 def with_losses(settings: ModalityLossConfig):
-    """The text-only run of the train step's tests, without dropout."""
+    """The text-only run and stage of test_train_step.py without dropout, with these losses."""
     run, stage = run_config(media=False, dropout=False)
     return run, stage.model_copy(update={"aux": AuxLossConfig(modality=settings)})
 
 
 def batch_with_modalities():
-    """Rows in which all modalities occur; only the statistics know of them."""
+    """A text batch whose positions are labelled with all modalities, which only the losses read."""
     batch = batch_of(False)
     modality = np.random.default_rng(0).integers(0, 5, batch.modality_BT.shape)
     modality[0] = 0
@@ -42,7 +42,7 @@ def batch_with_modalities():
 
 
 def step_with(settings: ModalityLossConfig):
-    """(metrics, gradients) of the first step."""
+    """The stage, and the metrics and gradients of its first step."""
     run, config = with_losses(settings)
     stage = build(run, config, jax.devices()[:1], MeshConfig())
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -55,7 +55,8 @@ def step_with(settings: ModalityLossConfig):
     return stage, metrics, state.optimizer[0].trace
 
 
-def test_the_step_follows_both_losses():
+def test_both_losses_are_part_of_the_step():
+    """The gradients with and without the losses differ by the gradient of the losses."""
     stage, metrics, gradients = step_with(SETTINGS)
     batch, params = batch_with_modalities(), start(False)
     model: UniMoE = stage.model
@@ -63,19 +64,20 @@ def test_the_step_follows_both_losses():
     def losses(router):
         out = model.apply({"params": nest({**params, ROUTER: router})}, batch)
         logits = out.aux["decoder"].logits_BTE
-        far = modality_expert_loss(logits, batch.modality_BT, LISTED)
-        return SETTINGS.experts * far + SETTINGS.kl * modality_kl_loss(logits, batch.modality_BT)
+        experts = modality_expert_loss(logits, batch.modality_BT, LISTED)
+        kl = modality_kl_loss(logits, batch.modality_BT)
+        return SETTINGS.experts * experts + SETTINGS.kl * kl
 
-    expected, alone = jax.jit(jax.value_and_grad(losses))(params[ROUTER])
+    expected, gradient = jax.jit(jax.value_and_grad(losses))(params[ROUTER])
     np.testing.assert_allclose(metrics["aux"], expected, rtol=1e-5)
     scaled = SETTINGS.experts * metrics["modality_experts"] + SETTINGS.kl * metrics["modality_kl"]
     np.testing.assert_allclose(metrics["aux"], scaled, rtol=1e-6)
-    _, quiet, without = step_with(ModalityLossConfig())
-    assert not {"modality_experts", "modality_kl"} & set(quiet)
-    assert float(quiet["aux"]) == 0
-    difference = np.asarray(gradients[ROUTER]) - np.asarray(without[ROUTER])
+    _, other_metrics, other_gradients = step_with(ModalityLossConfig())
+    assert not {"modality_experts", "modality_kl"} & set(other_metrics)
+    assert float(other_metrics["aux"]) == 0
+    difference = np.asarray(gradients[ROUTER]) - np.asarray(other_gradients[ROUTER])
     assert np.abs(difference).max() > 1e-3
-    np.testing.assert_allclose(difference, alone, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(difference, gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_the_step_follows_both_losses():
         ({}, ModalityLossConfig(experts=0.1, audio_experts=(3, 9)), "lists experts {'"),
     ],
 )
-def test_settings_that_do_not_fit_the_model(change, settings, words):
+def test_losses_that_do_not_fit_the_model_are_refused(change, settings, words):
     run, stage = with_losses(settings)
     stage = stage.model_copy(update=change)
     content = run.model_copy(update={"stages": (stage,)}).model_dump()

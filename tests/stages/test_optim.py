@@ -15,15 +15,16 @@ from unimoe_jax.stages.optim import learning_rate, make_optimizer
 PEAK, STEPS = 2.0, 100
 
 
-def rates(schedule: str, at, **fields):
+def rates(schedule: str, steps, **fields):
+    """The learning rates at some steps."""
     config = OptimConfig(learning_rate=PEAK, steps=STEPS, schedule=schedule, **fields)
-    return [float(learning_rate(config, STEPS)(step)) for step in at]
+    return [float(learning_rate(config, STEPS)(step)) for step in steps]
 
 
 def test_warm_up_is_linear_from_zero():
     values = rates("constant", (0, 1, 5, 10, 11, 99), warmup_ratio=0.1)
     np.testing.assert_allclose(values, [0, 0.2, 1, 2, 2, 2], rtol=1e-6)
-    # A part of a step counts as one, as in the originals.
+    # A warm-up of a part of a step is rounded up to one step, as in the originals.
     np.testing.assert_allclose(rates("constant", (0, 1), warmup_ratio=0.001), [0, 2])
     np.testing.assert_allclose(rates("constant", (0,), warmup_ratio=0), [2])
 
@@ -33,7 +34,7 @@ def test_warm_up_is_linear_from_zero():
     [("cosine", 1.1, 1.1 + 0.9 / np.sqrt(2)), ("linear", 1.1, 1.55), ("constant", 2, 2)],
 )
 def test_after_warm_up(schedule: str, middle: float, quarter: float):
-    """20 steps of warm-up, 80 down to a tenth; beyond the end it stays there."""
+    """After 20 steps of warm-up the rate falls for 80 steps to a tenth, and stays there."""
     end = PEAK if schedule == "constant" else 0.2
     fields = dict(warmup_ratio=0.2, final_ratio=0.1)
     values = rates(schedule, (20, 40, 60, 100, 150), **fields)
@@ -51,6 +52,7 @@ GRADS = {name: jnp.array([0.1, 0.2, -3.0]) for name in "abc"}
 
 
 def update(steps: int = 3, infos=INFOS, **fields) -> dict[str, np.ndarray]:
+    """The parameters after some steps with the same gradients."""
     config = OptimConfig(learning_rate=0.1, steps=10, schedule="constant", warmup_ratio=0, **fields)
     optimizer = make_optimizer(config, learning_rate(config, 10), infos)
     params, state = PARAMS, optimizer.init(PARAMS)
@@ -61,7 +63,7 @@ def update(steps: int = 3, infos=INFOS, **fields) -> dict[str, np.ndarray]:
 
 
 def adamw(multiplier: float, decay: float, steps: int = 3) -> np.ndarray:
-    """arXiv 1711.05101, algorithm 2, in float64."""
+    """The parameters after some steps of AdamW: arXiv 1711.05101, algorithm 2, in float64."""
     x, g = np.array([1.0, -2.0, 3.0]), np.array([0.1, 0.2, -3.0])
     m, v = np.zeros(3), np.zeros(3)
     for t in range(1, steps + 1):
@@ -79,8 +81,11 @@ def test_adamw_with_multipliers_and_decay_mask():
     np.testing.assert_allclose(update()["a"], adamw(1.0, 0.0), rtol=1e-5)
 
 
-def test_clipping_is_by_the_norm_of_all_trained():
-    """With eps far above the gradient AdamW is a multiple of it, so clipping shows."""
+def test_clipping_is_by_the_norm_of_all_gradients():
+    """With eps far above the gradient, an update is a multiple of the gradient.
+
+    Otherwise AdamW would hide the clipping, because it divides the gradient by its size.
+    """
     plain = update(1, eps=1e3, clip_norm=None)["a"] - np.asarray(PARAMS["a"])
     clipped = update(1, eps=1e3, clip_norm=1.0)["a"] - np.asarray(PARAMS["a"])
     norm = float(optax.tree.norm(GRADS))
@@ -88,7 +93,7 @@ def test_clipping_is_by_the_norm_of_all_trained():
     np.testing.assert_allclose(clipped, plain / norm, rtol=2e-2)
 
 
-def test_state_exists_for_the_trained_only():
+def test_only_trained_parameters_have_optimizer_state():
     config = OptimConfig(learning_rate=0.1, steps=10, weight_decay=0.1, clip_norm=1)
     optimizer = make_optimizer(config, learning_rate(config, 10), INFOS)
     paths = jax.tree_util.tree_leaves_with_path(optimizer.init(PARAMS))

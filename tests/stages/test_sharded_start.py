@@ -1,4 +1,4 @@
-"""A stage starts from an earlier one on several processes: each reads its devices' part alone."""
+"""A stage starts from an earlier one on several processes; each reads only what it holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROCESSES = 2
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> list[dict[str, dict[str, int]]]:
-    """What processes of two devices each print, all with one result of theirs."""
+    """The reports of processes with two devices each, which save and read one result together."""
     folder = tmp_path_factory.mktemp("start") / "final"
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -65,8 +65,8 @@ def reports(tmp_path_factory) -> list[dict[str, dict[str, int]]]:
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
-def test_a_process_reads_what_its_devices_hold(reports):
-    """Values are compared in the processes. Random numbers compress by less than a tenth."""
+def test_a_process_reads_only_what_its_devices_hold(reports):
+    """The processes compare values themselves. Random numbers compress by less than a tenth."""
     for report in reports:
         for path, sizes in report.items():
             assert sizes["held"] == sizes["whole"] / PROCESSES, path
@@ -75,14 +75,14 @@ def test_a_process_reads_what_its_devices_hold(reports):
             assert 0.85 * needed < sizes["read"] < 1.05 * needed, path
 
 
-def test_every_part_is_read_once_however_many_devices_hold_it(devices):
-    """Four parts, each on two devices; no part is larger than a device's."""
+def test_a_part_on_several_devices_is_read_once(devices):
+    """The kernel has four parts, each on two devices; no read is larger than a part."""
     value = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
-    path, asked = "decoder/run_0/block_0/attention/q_proj/kernel", []
+    path, loaded = "decoder/run_0/block_0/attention/q_proj/kernel", []
     source = array_source("before", {path: value}, (False, False))
 
     def load(path: str, index) -> np.ndarray:
-        asked.append(index)
+        loaded.append(index)
         return source.load(path, index)
 
     watched = {"before": replace(source, load=load)}
@@ -96,4 +96,4 @@ def test_every_part_is_read_once_however_many_devices_hold_it(devices):
     expected = [
         (layer, slice(2 * part, 2 * part + 2), slice(0, 3)) for part in range(4) for layer in (0, 1)
     ]
-    assert sorted(asked, key=str) == sorted(expected, key=str)
+    assert sorted(loaded, key=str) == sorted(expected, key=str)

@@ -1,4 +1,4 @@
-"""The train step: what trains, accumulation, non-finite batches, meshes; the scoring step."""
+"""The train step (trained parameters, accumulation, bad batches, meshes) and the scoring step."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ TRAIN = (
 
 
 def run_config(media: bool, dropout: bool = True) -> tuple[RunConfig, StageConfig]:
+    """A run with one stage that trains adapters, routers, connectors and the embedding."""
     lora = tuple(r.model_copy(update={} if dropout else {"dropout": 0.0}) for r in LORA)
     stage = StageConfig(
         name="tune",
@@ -64,7 +65,7 @@ def run_config(media: bool, dropout: bool = True) -> tuple[RunConfig, StageConfi
         train=TRAIN,
         lora=lora,
         aux=AuxLossConfig(decoder=LOSSES) if dropout else AuxLossConfig(),
-        # A large eps: where a gradient is rounding noise, Adam would turn it into a full step.
+        # With a small eps, Adam would turn a gradient that is only rounding noise into a full step.
         optim=OptimConfig(learning_rate=1e-2, steps=10, warmup_ratio=0, eps=1e-3, clip_norm=1.0),
     )
     data = DataConfig(
@@ -87,16 +88,17 @@ def batch_of(media: bool) -> Batch:
 
 @cache
 def start(media: bool) -> Flat:
-    """Parameters by path; the same for every mesh."""
+    """Parameters by path, the same for every mesh."""
     run, stage = run_config(media)
     return random_params(build(run, stage, jax.devices()[:1], MeshConfig()).model, batch_of(media))
 
 
 def build(run: RunConfig, config: StageConfig, devices, mesh_config: MeshConfig) -> Stage:
+    """A stage whose optimizer also keeps the last gradient."""
     mesh = make_mesh(mesh_config, devices)
     with use_mesh(mesh):
         stage = build_stage(resolve_stage(run, config), mesh, steps=10)
-    # The trace is the gradient itself.
+    # A trace with decay 0 is the gradient itself.
     return replace(stage, optimizer=optax.chain(optax.trace(0.0), stage.optimizer))
 
 
@@ -108,7 +110,7 @@ def compiled_step(stage: Stage, mesh, accumulate: int = 1, shards: int = 1):
 
 
 def one_step(media: bool, devices, mesh_config: MeshConfig):
-    """(metrics, gradients, parameters after) of the first step."""
+    """Run the first step; return its metrics, gradients, and the parameters after it."""
     run, config = run_config(media)
     stage, mesh = build(run, config, devices, mesh_config), make_mesh(mesh_config, devices)
     with use_mesh(mesh):
@@ -124,7 +126,7 @@ def one_step(media: bool, devices, mesh_config: MeshConfig):
 
 
 class Single:
-    """A step on one device without dropout, compiled once for several tests."""
+    """A train step on one device without dropout, compiled once for several tests."""
 
     def __init__(self) -> None:
         run, config = run_config(media=False, dropout=False)
@@ -135,7 +137,7 @@ class Single:
         self.step = compiled_step(self.stage, self.mesh)
 
     def state(self) -> TrainState:
-        # Where a step leaves its result: otherwise the second step is compiled again.
+        # Place the state where a step leaves it; otherwise the second step would compile again.
         state = init_state(self.trained, self.stage.optimizer, seed=3)
         return jax.device_put(state, self.stage.state_shardings(self.mesh))
 
@@ -163,7 +165,7 @@ def test_only_trained_parameters_have_gradients_and_change(single, first):
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-6)
 
 
-def test_metrics(single, first):
+def test_metrics_of_a_step(single, first):
     state, metrics = first
     batch = single.batch
     assert int(metrics["tokens"]) == int((batch.segment_BT > 0).sum())
@@ -188,23 +190,25 @@ def test_steps_lower_the_loss(single, first):
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_equal_one_batch(single, first, accumulate: int):
-    """Although they hold different numbers of targets."""
+    """Also if they have different numbers of targets."""
     counts = np.asarray(single.batch.weight_BT).reshape(accumulate, -1).sum(axis=1)
     assert len(set(counts)) == accumulate
     step = compiled_step(single.stage, single.mesh, accumulate, shards=2)
     state, metrics = step(single.state(), single.frozen, single.batch)
     expected, all_metrics = first
     for name in ("loss", "grad_norm", "tokens", "targets", "load", "entropy"):
-        if name != "entropy":  # a mean of means
+        if name != "entropy":  # it is a mean of means
             np.testing.assert_allclose(metrics[name], all_metrics[name], 1e-5, err_msg=name)
     assert_close(state.optimizer[0].trace, expected.optimizer[0].trace, 1e-5)
     assert_close(state.trained, expected.trained, 1e-5)
 
 
 @pytest.mark.parametrize("empty", [(2, 3, 6, 7), (3,)])
-def test_micro_batches_count_for_routers_by_their_tokens(single, empty):
-    """One without any, as the last ones of an epoch may be, as nothing: rows 2, 3, 6 and 7 are the
-    second micro-batch."""
+def test_router_losses_weigh_micro_batches_by_their_tokens(single, empty):
+    """A micro-batch without tokens, like the last ones of an epoch may be, counts as nothing.
+
+    Rows 2, 3, 6 and 7 are the second micro-batch.
+    """
     rows = np.isin(np.arange(ROWS), empty)[:, None]
     nothing = {"segment_BT": 0, "modality_BT": -1, "weight_BT": 0}
     changed = {n: np.where(rows, v, getattr(single.batch, n)) for n, v in nothing.items()}
@@ -215,12 +219,13 @@ def test_micro_batches_count_for_routers_by_their_tokens(single, empty):
     settings = single.stage.settings
     config = settings.config.model_copy(update={"aux": AuxLossConfig(decoder=losses)})
     stage = replace(single.stage, settings=replace(settings, config=config))
-    found = []
+    results = []
     for accumulate in (1, 2):
         step = compiled_step(stage, single.mesh, accumulate, shards=2)
         state, metrics = step(single.state(), single.frozen, batch)
-        found.append((state.optimizer[0].trace, metrics))
-    (gradients, expected), (actual, metrics) = found
+        results.append((state.optimizer[0].trace, metrics))
+    (gradients, expected), (actual, metrics) = results
+    # The balance loss is not a sum over tokens, so it is equal only if a micro-batch is empty.
     names = ["loss", "aux", "router_z", "entropy"] + ["balance"] * (len(empty) == 4)
     for name in names:
         np.testing.assert_allclose(metrics[name], expected[name], 1e-5, err_msg=name)
@@ -228,15 +233,15 @@ def test_micro_batches_count_for_routers_by_their_tokens(single, empty):
 
 
 @pytest.mark.parametrize(("unused", "pictures"), [("skip", 4 * (7 + 2 * 7)), ("count", 8 + 2 * 8)])
-def test_pictures_count_for_their_routers(unused: str, pictures: int):
-    """Of 8 images and 8 videos of two frames, four soft tokens each, one of each is not used."""
+def test_the_number_of_pictures_that_routers_see(unused: str, pictures: int):
+    """One of 8 images and one of 8 videos of two frames is unused; a picture has 4 soft tokens."""
     config, batch = model_config(True), batch_of(True)
     vision = config.vision.model_copy(update={"unused_images": unused})
     config = config.model_copy(update={"vision": vision})
     batch.segment_BT[0], batch.modality_BT[0], batch.slot_BT[0] = 0, -1, -1
-    found = routed(config, batch)
-    assert found["encoder"] == found["connector"] == pictures
-    assert found["decoder"] == (batch.segment_BT > 0).sum()
+    counts = routed(config, batch)
+    assert counts["encoder"] == counts["connector"] == pictures
+    assert counts["decoder"] == (batch.segment_BT > 0).sum()
     pools = {"image_GIHWC": None, "video_GIFHWC": None, "slot_BT": np.full_like(batch.slot_BT, -1)}
     text = batch._replace(**pools, modality_BT=np.zeros_like(batch.modality_BT))
     assert routed(config, text)["encoder"] == 0
@@ -261,29 +266,33 @@ def test_a_non_finite_batch_changes_nothing_and_is_counted(single):
     assert np.isfinite(metrics["loss"])
 
 
-def test_a_skipped_step_does_not_change_the_rate_that_is_told(single):
-    """The schedule stands still with the rest of the optimizer, and so does what is logged."""
+def test_a_skipped_step_does_not_change_the_logged_learning_rate(single):
+    """A skipped step does not advance the schedule, like the rest of the optimizer."""
     state, _ = single.step(single.state(), single.frozen, single.batch)
     expected, rate = single.step(state, single.frozen, single.batch)
     broken = {**single.frozen, "lm_head/kernel": single.frozen["lm_head/kernel"] * jnp.nan}
-    skipped, told = single.step(state, broken, single.batch)
-    after, told_after = single.step(skipped, single.frozen, single.batch)
+    skipped, skipped_metrics = single.step(state, broken, single.batch)
+    after, after_metrics = single.step(skipped, single.frozen, single.batch)
     assert_close(after.trained, expected.trained, 1e-6)
     assert float(rate["lr"]) < 1e-2
-    assert float(told["lr"]) == float(told_after["lr"]) == float(rate["lr"])
+    assert float(skipped_metrics["lr"]) == float(after_metrics["lr"]) == float(rate["lr"])
 
 
 # ------------------------------------------------------------------------------- meshes
 
 
 def test_a_mesh_equals_one_device(devices):
-    """Loss, gradients and the parameters after a step, with adapter dropout, router losses and
-    media; tests/test_layouts.py has all meshes, with less of a model."""
+    """Compare loss, gradients and the parameters after a step.
+
+    The model has adapter dropout, router losses and media. tests/runs/test_layouts.py runs on all
+    meshes with a smaller model.
+    """
     mesh = MeshConfig(data=2, fsdp=2, expert=2)
     metrics, gradients, params = one_step(True, devices, mesh)
     single_metrics, single_gradients, single_params = one_step(True, devices[:1], MeshConfig())
     assert_close(metrics, single_metrics, 1e-5)
-    # Some gradients are zero but for rounding (a key's bias): no finer than 1% of the whole.
+    # Some gradients are zero up to rounding, like the gradient of a key's bias. Their error is
+    # compared with 1 % of the norm of all gradients.
     norm = float(optax.tree.norm(single_gradients))
     assert_close(gradients, single_gradients, 1e-5, floor=0.01 * norm)
     assert_close(params, single_params, 1e-5)
@@ -293,7 +302,7 @@ def test_a_mesh_equals_one_device(devices):
 
 
 def test_scoring_counts_segments(single):
-    """A segment counts when it has targets, and is right when all of them are."""
+    """A segment counts if it has targets, and it is exact if all of them are predicted."""
     scorer, batch = single.stage.scorer, single.batch
     score = jax.jit(make_score_step(scorer))
     params = {**single.frozen, **single.trained}
@@ -308,7 +317,7 @@ def test_scoring_counts_segments(single):
     second = LENGTH - 5  # where segment 2 begins
     weight[0, second:] = 0  # row 0: segment 2 has no target
     target[1, 3] += 1  # row 1: a mistake in segment 1
-    target[2, second + 1] += 1  # row 2: a mistake that does not count
+    target[2, second + 1] += 1  # row 2: a mistake at a position without weight
     weight[2, second + 1] = 0
     exact, real = score(params, batch._replace(target_BT=target, weight_BT=weight))
     expected_real = np.zeros((ROWS, LENGTH // 2), bool)
@@ -320,8 +329,11 @@ def test_scoring_counts_segments(single):
     np.testing.assert_array_equal(exact, expected_exact)
 
 
-def test_a_sample_is_scored_as_it_would_be_answered():
-    """Whatever is packed in front of it: no expert is drawn, and none is full."""
+def test_scoring_does_not_depend_on_packing_and_chance():
+    """A sample is scored as it would be answered, whatever sample is packed in front of it.
+
+    Scoring draws no second expert at random, and experts have no capacity.
+    """
     router = RouterConfig(sample_second=True)
     moe = MOE.model_copy(update={"capacity_factor": 0.2, "router": router})
     run, config = run_config(media=False, dropout=False)
@@ -338,6 +350,6 @@ def test_a_sample_is_scored_as_it_would_be_answered():
         rngs = {"router": jax.random.key(seed)}
         return scorer.apply({"params": nest(params)}, batch, rngs=rngs).logits_BTV
 
-    expected, found = logits(batch, 0), logits(batch._replace(token_id_BT=token), 1)
-    assert_close(found[:, second], expected[:, second], 1e-5)
-    assert np.abs(found - expected).max() > 0.1
+    expected, actual = logits(batch, 0), logits(batch._replace(token_id_BT=token), 1)
+    assert_close(actual[:, second], expected[:, second], 1e-5)
+    assert np.abs(actual - expected).max() > 0.1

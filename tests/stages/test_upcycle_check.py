@@ -1,4 +1,4 @@
-"""The upcycled model equals the dense one at step 0; a mistake stops the stage."""
+"""The check that an upcycled model equals the dense one at step 0; a mistake stops the stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stage_of(run: RunConfig, name: str) -> StageConfig:
 
 
 def random_source(run: RunConfig, stage: StageConfig) -> ParamSource:
-    """What the stage could have left: small random numbers, large enough for rounding."""
+    """A possible result of a stage: small random numbers, large enough that rounding shows."""
     generator = np.random.default_rng(0)
     arrays = {
         path: (0.2 * generator.standard_normal(info.shape) + path.endswith("scale")).astype("f4")
@@ -42,26 +42,28 @@ def random_source(run: RunConfig, stage: StageConfig) -> ParamSource:
 
 @pytest.fixture
 def mesh():
-    one = MeshConfig(data=1)
-    mesh = make_mesh(one, jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use_mesh(mesh, {}):
         yield mesh
 
 
 def started(run: RunConfig, mesh) -> tuple[Stage, dict, dict]:
-    """(stage sft, its parameters at step 0, sources)."""
+    """The stage sft, its parameters at step 0, and the sources that they start from."""
     stage = build_stage(resolve_stage(run, stage_of(run, "sft")), mesh, 1)
     sources = {"pft": random_source(run, stage_of(run, "pft"))}
     return stage, initial_params(stage, sources, mesh, 0), sources
 
 
 def test_encoder_and_connector(mesh):
-    """Equal up to rounding, whatever the fresh routers choose; one changed expert is found."""
+    """The logits are equal up to rounding whatever the fresh routers choose.
+
+    If one expert is changed, the check fails.
+    """
     stage, params, sources = started(settings(), mesh)
-    found = check_upcycled(stage, params, sources, mesh)
-    assert found.modules == ("connector", "encoder") and found.sources == ("pft",)
-    assert found.what == "logits" and found.largest > 0.1
-    assert 0 < found.difference < ROUNDING * found.largest / 10
+    result = check_upcycled(stage, params, sources, mesh)
+    assert result.modules == ("connector", "encoder") and result.sources == ("pft",)
+    assert result.what == "logits" and result.largest > 0.1
+    assert 0 < result.difference < ROUNDING * result.largest / 10
     path = "vision/encoder/layers/moe/experts/fc2/bias"
     wrong = {**params, path: params[path].at[0, 2].add(0.5)}
     with pytest.raises(
@@ -70,26 +72,26 @@ def test_encoder_and_connector(mesh):
         check_upcycled(stage, wrong, sources, mesh)
 
 
-def test_a_capacity_is_no_difference(mesh):
-    """What it drops is the layer's doing; whether every expert is the dense layer shows without."""
+def test_a_capacity_does_not_count_as_a_difference(mesh):
+    """Dropped tokens are the layer's doing, so the check compares without a capacity."""
     tight = [f"model.vision.{m}.moe.capacity_factor=0.3" for m in ("encoder", "connector")]
     stage, params, sources = started(settings(*tight), mesh)
-    found = check_upcycled(stage, params, sources, mesh)
-    assert 0 < found.difference < ROUNDING * found.largest / 10
+    result = check_upcycled(stage, params, sources, mesh)
+    assert 0 < result.difference < ROUNDING * result.largest / 10
 
 
-def test_experts_before_and_after(mesh):
-    """A decoder with experts of its own: near ties of its routers may flip, its input may not."""
+def test_a_decoder_that_has_experts_before_and_after(mesh):
+    """Near ties of its routers may flip by rounding, so the input of the decoder is compared."""
     moe = "model.decoder.moe={num_experts: 3, layers: even}"
     run = settings(moe, "stages.pft.moe=[decoder]", "stages.base.moe=[decoder]")
     stage, params, sources = started(run, mesh)
-    found = check_upcycled(stage, params, sources, mesh)
-    assert found.what == "soft tokens"
-    assert found.difference <= ROUNDING * found.largest
+    result = check_upcycled(stage, params, sources, mesh)
+    assert result.what == "soft tokens"
+    assert result.difference <= ROUNDING * result.largest
 
 
-def test_layers_of_another_placement(mesh):
-    """The decoder's even layers upcycled: the dense model stacks what both have in another way."""
+def test_a_decoder_with_experts_in_even_layers(mesh):
+    """The dense model stacks its layers in another way than the model with experts."""
     run = settings("model.decoder.moe={num_experts: 3, layers: even}")
     sft = stage_of(run, "sft")
     takes = (
@@ -101,9 +103,9 @@ def test_layers_of_another_placement(mesh):
     stage = build_stage(resolve_stage(run, sft), mesh, 1)
     sources = {"pft": random_source(run, stage_of(run, "pft"))}
     params = initial_params(stage, sources, mesh, 0)
-    found = check_upcycled(stage, params, sources, mesh)
-    assert found.modules == ("decoder",) and found.what == "logits"
-    assert found.difference <= ROUNDING * found.largest
+    result = check_upcycled(stage, params, sources, mesh)
+    assert result.modules == ("decoder",) and result.what == "logits"
+    assert result.difference <= ROUNDING * result.largest
 
 
 def test_stages_that_upcycle_nothing_are_not_compared(mesh):

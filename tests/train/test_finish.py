@@ -1,4 +1,4 @@
-"""What a finished stage leaves behind."""
+"""The files that a finished stage leaves."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STEPS = 12
 
 
 def test_a_result_is_never_without_its_summary(tmp_path, monkeypatch):
-    """A finished stage is skipped, so a summary that a crash after its result lost never comes."""
+    """The summary is written first: a run skips a stage with a result, and would never write it."""
 
     def save(folder, params, manifest):
         assert json.loads((folder.parent / "summary.json").read_text())["heldout"] == {"a": 0.5}
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # the run ends before the result is complete
 
     monkeypatch.setattr(finish, "results", lambda stage, params: (params, []))
     monkeypatch.setattr(finish, "save_final", save)

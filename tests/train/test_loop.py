@@ -1,4 +1,4 @@
-"""The loop of a stage: what a resumed stage reports, what is saved, how waiting counts.
+"""The loop of a stage: reports of a resumed stage, saved steps, and waiting for data.
 
 The loop runs over numbers instead of a model, so no program is compiled.
 """
@@ -59,9 +59,10 @@ class Recorder:
 class Rig(StageRun):
     """A stage whose state is the number of steps done.
 
-    start, position: where it goes on, as a checkpoint gives it.
+    start, position: where a resumed stage goes on, as a checkpoint gives it.
     stop_at: a stop signal comes after this step. bad_from: steps from this one on are not finite.
-    scores: whether there are held-out samples; stop_scoring: a signal comes while they are scored.
+    scores: whether there are held-out samples.
+    stop_scoring: a stop signal comes while they are scored.
     """
 
     def __init__(
@@ -116,12 +117,12 @@ class Rig(StageRun):
             yield index, frozenset(), {}
 
     def step_program(self, state: int, frozen, batch):
-        """One step more; bad from step `bad_from` on."""
+        """Do one more step, which is bad from step `bad_from` on."""
         done = state + 1
         return done, metrics(done, bad_steps=max(0, done - self.bad_from + 1))
 
     def keep(self, step: int, state: int, position: dict) -> None:
-        assert step == state
+        assert step == state  # the state is the number of steps done
         self.saved_positions[step] = position
 
     def open_log(self) -> StageLog:
@@ -141,7 +142,7 @@ class Rig(StageRun):
         return None if self.stop_scoring else {"a": 1.0}
 
 
-def test_a_resumed_stage_ends_with_the_losses_of_one_that_was_not_stopped(devices):
+def test_a_resumed_stage_ends_with_the_same_losses_as_an_uninterrupted_one(devices):
     whole = Rig(devices[0])
     assert whole.run()
     assert sorted(whole.saved_positions) == [4, 8]
@@ -168,7 +169,7 @@ def test_a_stopped_stage_leaves_no_step_without_a_record(devices):
 
 
 def test_the_last_loss_is_a_mean_of_the_last_steps(devices):
-    """Of all steps if there are fewer than ten, so that the first one does not dominate."""
+    """With fewer than ten steps it is the mean of all, so that the first does not dominate."""
     rig = Rig(devices[0], stop_at=6)
     rig.run()
     assert rig.summary.first_loss == 1
@@ -176,6 +177,7 @@ def test_the_last_loss_is_a_mean_of_the_last_steps(devices):
 
 
 def log_of(every: int) -> tuple[StageLog, Recorder]:
+    """A log that writes every `every` steps, and the recorder of its records."""
     recorder = Recorder()
     log = StageLog(recorder, recorder, StageSummary(STEPS), every, STEPS, lambda step: {})
     return log, recorder
@@ -186,22 +188,22 @@ def test_a_record_covers_all_steps_since_the_last():
     log, recorder = log_of(every=5)
     counts = np.ones(len(MODALITY))
     for step in range(1, 11):
-        found = metrics(step, bad_steps=int(step in (3, 4, 7)))
-        nll = counts * (np.nan if found["bad"] else step)
-        log.add(step, frozenset(), found | {"nll_by_modality": nll})
+        values = metrics(step, bad_steps=int(step in (3, 4, 7)))
+        nll = counts * (np.nan if values["bad"] else step)
+        log.add(step, frozenset(), values | {"nll_by_modality": nll})
     records = [values for _, values in recorder.records]
     assert [values["skipped"] for values in records] == [0, 2, 1]
     assert [values["loss_by_modality"]["text"] for values in records] == [1, 3.5, 8.25]
 
 
-def test_a_record_of_nothing_but_skipped_steps_has_no_loss_by_modality():
+def test_a_record_of_skipped_steps_only_has_no_loss_by_modality():
     log, recorder = log_of(every=1)
     log.add(1, frozenset(), metrics(1, bad_steps=1))
     ((_, values),) = recorder.records
     assert (values["skipped"], values["loss_by_modality"]) == (1, {})
 
 
-def test_seconds_are_taken_over():
+def test_a_resumed_stage_adds_to_the_seconds_of_earlier_runs():
     first = StageSummary(STEPS, seconds=12.5)
     later = StageSummary(STEPS)
     later.restore_fields(first.checkpoint_fields({}))
@@ -210,20 +212,23 @@ def test_seconds_are_taken_over():
     assert later.seconds == 0
 
 
-def test_waiting_for_data_is_a_share_of_the_time_in_which_it_happened(devices):
+def test_waiting_for_data_is_a_share_of_the_time_since_the_last_record(devices):
     rig = Rig(devices[0], data_seconds=0.01, every=STEPS)
     rig.run()
     shares = [values["data_wait_share"] for _, values in rig.records]
     assert len(shares) == STEPS
     assert all(0 <= share <= 1 for share in shares), shares
-    # The last record comes without another batch; all others waited for most of their time.
+    # The last record comes without waiting for another batch. In all others, waiting took most of
+    # the time.
     assert min(shares[:-1]) > 0.5, shares
 
 
 @pytest.mark.parametrize(("start", "steps"), [(0, []), (4, [8, STEPS]), (STEPS, [])])
 def test_a_signal_while_a_stage_is_scored_costs_no_step(devices, start, steps):
-    """Scoring may take longer than a scheduler waits, so the steps that are done are saved first.
-    Only a stage that begins is scored before its steps."""
+    """The finished steps are saved before scoring, which may take longer than a scheduler waits.
+
+    Only a stage that starts at step 0 is scored before its steps.
+    """
     rig = Rig(devices[0], start, scores=True, stop_scoring=True)
     assert not rig.run()
     assert list(rig.saved_positions) == steps
@@ -243,7 +248,7 @@ def test_a_resumed_stage_reports_the_samples_of_all_its_runs(devices):
         assert rig.summary.samples == {"total": 9, "bad": {"missing_file": number}}
 
 
-def test_the_speed_of_a_resumed_stage_is_that_of_all_its_steps(devices):
+def test_the_speed_of_a_resumed_stage_includes_the_steps_of_earlier_runs(devices):
     stopped = Rig(devices[0], stop_at=6)
     stopped.run()
     position = stopped.saved_positions[6]
@@ -251,7 +256,7 @@ def test_the_speed_of_a_resumed_stage_is_that_of_all_its_steps(devices):
     resumed = Rig(devices[0], 6, position | {"speed": (6.0, 100.0)})
     resumed.run()
     resumed.sum_up()
-    # Twelve steps of one token each; those of the first run took 100 s.
+    # There are twelve steps of one token each; the six steps of the first run took 100 s.
     assert resumed.summary.tokens_per_s == pytest.approx(12 / 100, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""What `train` finds out before anything is trained, written or removed. Nothing is compiled."""
+"""Checks of `train` before anything is trained, written or removed. Nothing is compiled."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ stages:
 
 @pytest.fixture
 def place(tmp_path) -> Path:
+    """A folder with the run file and an empty source."""
     (tmp_path / "run.yaml").write_text(RUN.format(tmp=tmp_path))
     (tmp_path / "a.json").write_text("[]")
     return tmp_path
@@ -71,7 +72,7 @@ def arguments(stage=None, overwrite=False, resume=False):
 
 
 def refused(place: Path, kind: type[Exception], *overrides: str, **flags) -> str:
-    """The one line with which the run is refused; nothing has been written."""
+    """Return the one-line message with which a run is refused before it writes anything."""
     before = sorted(place.rglob("*"))
     with pytest.raises(kind) as caught:
         run(load(place, *overrides), arguments(**flags))
@@ -81,7 +82,7 @@ def refused(place: Path, kind: type[Exception], *overrides: str, **flags) -> str
 
 
 def leave(place: Path, name: str, steps: int = 12) -> Path:
-    """A finished stage, in name only."""
+    """Write the result of a finished stage with a single made-up parameter; return its folder."""
     final = place / "out" / "checkpoints" / name / "final"
     shapes = {"embed/embedding": [2]}
     manifest = {"steps": steps, "moe_layers": [False], "shapes": shapes}
@@ -165,26 +166,26 @@ def test_later_stages_are_checked_before_the_first(place, devices, kind, overrid
 ADAPTERS = "stages.%s.lora=[{match: decoder/.*/attention/.*, rank: 2, alpha: 1}]"
 
 
-def test_a_stage_starts_from_what_earlier_ones_will_leave(place, devices):
+def test_a_stage_is_checked_against_the_parameters_that_earlier_ones_will_leave(place, devices):
     some = "stages.one.train=[{match: embed.*, lr: 1}, {match: .*, lr: null}]"
     text = refused(place, ParamError, some, "stages.one.leaves=trained")
     assert "stages.two.init: 'decoder/" in text and "one has no 'decoder/" in text
     adapters = (ADAPTERS % "one", ADAPTERS % "two")
     text = refused(place, ParamError, *adapters, "stages.one.merge_lora=true")
     assert "stages.two.init: " in text and "/lora_a'" in text
-    assert "tokenizer" in refused(place, ConfigError, *adapters)  # else all is well
+    assert "tokenizer" in refused(place, ConfigError, *adapters)  # the only problem left
 
 
 def test_strict_reaches_every_loader(place):
-    own = "stages.two.loader={row_length: 32, rows: 8}"
-    command = ["--config", str(place / "run.yaml"), own]
+    loader = "stages.two.loader={row_length: 32, rows: 8}"
+    command = ["--config", str(place / "run.yaml"), loader]
     for more, strict in (([], False), (["--strict"], True)):
         config = train.resolve(train.parse([*command, *more])).config
         assert (config.stages[1].loader.strict, config.data.loader.strict) == (strict, strict)
         assert config.stages[0].loader is None
 
 
-def test_a_dry_run_of_one_stage_shows_that_one(place, capsys):
+def test_a_dry_run_of_one_stage_shows_only_that_stage(place, capsys):
     command = ["--config", str(place / "run.yaml"), "--dry-run", "--cluster", "none", "--stage"]
     assert train.main([*command, "two"]) == 0
     shown = capsys.readouterr().out
@@ -197,25 +198,25 @@ RANK_3 = "stages.two.lora=[{match: '%s', rank: 3, alpha: 1}]"
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "message"),
     [
         ("decoder/.*/moe/.*", "moe/experts/down_proj/lora_a: dimension 2 (rank)"),
         ("decoder/.*/attention/.*", "attention/k_proj/lora_a: dimension 2 (rank)"),
     ],
 )
-def test_later_stages_must_fit_the_mesh(place, devices, module, said):
+def test_later_stages_must_fit_the_mesh(place, devices, module, message):
     text = refused(place, ShardingError, RANK_3 % module, "mesh.rules={rank: data}")
-    assert f"{said} of size 3 does not divide by the 8 shards" in text
+    assert f"{message} of size 3 does not divide by the 8 shards" in text
 
 
 def scoring_fails(capsys, folder: Path, *overrides: str) -> str:
-    """The one line with which `evaluate` ends."""
+    """Run `evaluate` on a run directory; return the one line with which it fails."""
     assert evaluate.main([str(folder), *overrides]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_what_cannot_be_scored_is_refused_in_a_line(place, devices, capsys):
+def test_evaluate_refuses_wrong_settings_and_data_in_one_line(place, devices, capsys):
     (place / "out").mkdir()
     (place / "out" / "config.yaml").write_text(dump_config(load(place, "stages.two.evaluate=[a]")))
     assert "mesh.data=3" in scoring_fails(capsys, place / "out", "mesh.data=3")
@@ -233,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_named(place, devices):
     assert "XDG_CACHE_HOME" in text
 
 
-def test_one_stage_needs_those_that_it_starts_from(place, devices):
+def test_a_single_stage_needs_the_results_that_it_starts_from(place, devices):
     assert "run that stage first" in refused(place, CheckpointError, stage="two")
 
 
@@ -242,14 +243,14 @@ def test_a_source_of_another_shape_is_refused(place, devices):
     assert "stages.two.init" in refused(place, ParamError)
 
 
-def test_overwrite_removes_nothing_that_a_refused_run_would_miss(place, devices):
+def test_a_refused_run_removes_nothing_with_overwrite(place, devices):
     leave(place, "one")
     (place / "out" / "config.yaml").write_text("name: before")
     refused(place, ConfigError, "data.loader.groups=3", overwrite=True)
     assert "would remove every stage" in refused(place, ConfigError, overwrite=True, stage="two")
 
 
-def test_a_result_that_is_not_whole_is_named(place, devices):
+def test_an_incomplete_result_is_named(place, devices):
     final = leave(place, "one")
     assert finished_steps(RunLayout(place / "out"), "one") == 12
     assert finished_steps(RunLayout(place / "out"), "two") is None
@@ -277,7 +278,7 @@ def test_a_broken_summary_is_named_at_the_start(place, devices):
 
 
 def finished(place: Path, *overrides: str) -> dict:
-    """summary.json of the run, whose stage `one` is done."""
+    """Finish the run, whose stage `one` is done, and return its summary.json."""
     config = load(place, *overrides)
     layout = RunLayout(place / "out")
     context = SimpleNamespace(run=config, layout=layout, data=config.data, announce=print)
@@ -286,15 +287,16 @@ def finished(place: Path, *overrides: str) -> dict:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"wall_seconds": 7.5}'])
-def test_a_broken_summary_of_the_run_is_written_anew(place, devices, text, capsys):
+def test_a_broken_summary_of_the_run_is_written_again(place, devices, text, capsys):
+    """The seconds of earlier runs are kept if they can be read."""
     leave(place, "one")
     path = place / "out" / "summary.json"
     path.write_text(text)
     assert finished(place)["wall_seconds"] == (7.5 if "7.5" in text else None)
 
 
-def test_what_is_scored_may_change_between_sittings(place):
-    """A source that was not scored at the start, and one that is scored no more."""
+def test_scored_sources_may_change_between_runs(place):
+    """One source was not scored at the start, and another one is not scored any more."""
     turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
     (place / "a.json").write_text(json.dumps([{"conversations": turns}]))
     summary = StageSummary(12, heldout={"a": 0.5}, heldout_before={"gone": 0.25})
@@ -303,14 +305,14 @@ def test_what_is_scored_may_change_between_sittings(place):
     assert finished(place)["heldout"] == scores
 
 
-def test_a_summary_needs_no_source_that_was_scored(place):
-    """Files may have gone, and sources have other names, when a later stage ends."""
+def test_a_summary_does_not_need_the_sources_that_were_scored(place):
+    """Their files may be gone, or sources may be renamed, when a later stage ends."""
     summary = StageSummary(12, heldout={"b": 0.5}, heldout_before={"b": 0}, chance={"b": 0.25})
     write_json_atomic(leave(place, "one").with_name("summary.json"), vars(summary))
     assert finished(place)["heldout"] == {"b": {"before": 0, "after": 0.5, "chance": 0.25}}
 
 
-def test_what_trains_and_how_long_must_fit_the_saved_steps(place, devices):
+def test_trained_parameters_and_number_of_steps_must_fit_the_saved_steps(place, devices):
     config = load(place)
     settings, folder = resolve_stage(config, config.stages[0]), place / "steps"
     infos = parameter_table(settings)
@@ -338,28 +340,28 @@ def test_experts_must_divide_over_the_mesh(place, count):
         parameter_table(resolve_stage(config, config.stages[1]))
 
 
-def test_what_cpus_lack_is_named(place, devices):
+def test_a_form_of_exchange_that_cpus_lack_is_refused(place, devices):
     config = load(place, "mesh={data: 4, expert: 2}", "model.decoder.moe.exchange=ragged")
     mesh = make_mesh(config.mesh, devices)
-    said = r"^model.decoder.moe.exchange = ragged: .* auto \| gather"
-    with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=said):
+    message = r"^model.decoder.moe.exchange = ragged: .* auto \| gather"
+    with use_mesh(mesh.abstract_mesh), pytest.raises(ShardingError, match=message):
         build_stage(resolve_stage(config, config.stages[1]), mesh, 1)
 
 
-def test_groups_that_were_set_are_named(place):
+def test_pool_groups_that_do_not_divide_the_rows_are_refused(place):
     config = load(place, "data.loader.groups=3")
     with pytest.raises(ConfigError, match=r"rows = 8 .* data.loader.groups = 3; .*1 or 2 or 4"):
         resolve_stage(config, config.stages[0]).pool_groups(1)
 
 
 @pytest.mark.parametrize("text", ["requeue", "-1", "256"])
-def test_what_is_no_exit_code_is_refused(place, devices, monkeypatch, text):
+def test_a_wrong_exit_code_in_the_environment_is_refused(place, devices, monkeypatch, text):
     monkeypatch.setenv("UNIMOE_STOPPED_CODE", text)
     assert f"UNIMOE_STOPPED_CODE={text!r}" in refused(place, ConfigError)
 
 
 @pytest.mark.parametrize("error", [WriteError("out: full"), OSError(28, "No space left", "out")])
-def test_what_cannot_be_written_stops_a_run_in_a_line(place, monkeypatch, capsys, error):
+def test_a_write_error_stops_a_run_in_one_line(place, monkeypatch, capsys, error):
     def run(*_):
         raise error
 
@@ -369,7 +371,8 @@ def test_what_cannot_be_written_stops_a_run_in_a_line(place, monkeypatch, capsys
     assert line.startswith("stopped: ") and "out" in line
 
 
-def test_the_next_command_is_one_that_works(place):
+def test_the_suggested_next_command_works(place):
+    """It is `evaluate` if held-out sources can be scored, and `generate` otherwise."""
     folder = place / "out"
     config = load(place)
     assert "generate --model" in next_command(config, RunLayout(folder), ["one", "two"])

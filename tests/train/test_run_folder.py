@@ -1,4 +1,4 @@
-"""Who may write a run directory, and what `--overwrite` may remove."""
+"""Which command may write a run directory, and which files `--overwrite` may remove."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def config(tmp_path):
 
 
 def claimed(config, *, overwrite=False, resume=False):
+    """Claim the run directory and release it again; return its folder."""
     with claim(config, overwrite=overwrite, resume=resume) as layout:
         return layout.folder
 
@@ -36,7 +37,7 @@ def test_a_run_directory_is_written_locked_and_continued(config):
         with pytest.raises(RunFolderError, match="another run is writing it"):
             claimed(config)
     assert claimed(config) == folder
-    # Where nothing has been trained, there is nothing that other settings would mix with.
+    # Other settings are allowed as long as nothing has been trained.
     assert load_config(claimed(config.model_copy(update={"seed": 2})) / "config.yaml").seed == 2
     claimed(config)
     (folder / "checkpoints" / "s" / "steps").mkdir(parents=True)
@@ -46,7 +47,7 @@ def test_a_run_directory_is_written_locked_and_continued(config):
         claimed(config.model_copy(update={"seed": 1}))
 
 
-def test_damaged_settings_are_other_settings(config):
+def test_damaged_settings_count_as_other_settings(config):
     folder = claimed(config)
     (folder / "metrics.jsonl").touch()
     (folder / "config.yaml").write_bytes(b"\xff\0")
@@ -56,7 +57,7 @@ def test_damaged_settings_are_other_settings(config):
 
 
 def fail_with(config, records: str = "") -> None:
-    """A resumed run that ends in an error after it has logged `records`."""
+    """Start a resumed run that logs `records` and then ends with an error."""
     with claim(config, overwrite=False, resume=True) as layout:
         folder = layout.folder
         assert load_config(folder / "config.yaml") == config
@@ -65,8 +66,11 @@ def fail_with(config, records: str = "") -> None:
         raise ValueError("the data do not fit")
 
 
-def test_a_refused_command_is_not_what_the_run_was_trained_with(config):
-    """Taking back a change that the checkpoints do not fit needs no flag."""
+def test_the_settings_of_a_refused_command_are_not_kept(config):
+    """A user who takes back a change that does not fit the checkpoints needs no flag.
+
+    Settings are kept once a step has been logged with them.
+    """
     folder = claimed(config)
     (folder / "metrics.jsonl").write_text("{}\n")
     other = config.model_copy(update={"seed": 2})
@@ -79,19 +83,20 @@ def test_a_refused_command_is_not_what_the_run_was_trained_with(config):
         claimed(config)
 
 
-def test_what_trained_a_run_is_kept(config):
+def test_the_environment_of_the_training_is_kept(config):
+    """A command that trains nothing does not replace env.json."""
     folder = claimed(config)
-    (folder / "env.json").write_text("of the training")
+    (folder / "env.json").write_text("from training")
     with claim(config, overwrite=False, resume=False, trains=False):
-        assert (folder / "env.json").read_text() == "of the training"
+        assert (folder / "env.json").read_text() == "from training"
     claimed(config)
-    assert (folder / "env.json").read_text() != "of the training"
+    assert (folder / "env.json").read_text() != "from training"
 
 
-def test_a_folder_of_other_things_is_not_overwritten(config, tmp_path):
+def test_a_folder_that_is_no_run_directory_is_not_overwritten(config, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    for name in ("thesis.txt", "config.yaml"):  # a config.yaml alone may be anybody's
+    for name in ("thesis.txt", "config.yaml"):  # a config.yaml alone does not make a run directory
         (folder / name).write_text("hi")
         with pytest.raises(RunFolderError, match="no run directory"):
             claimed(config, overwrite=True)
@@ -99,7 +104,7 @@ def test_a_folder_of_other_things_is_not_overwritten(config, tmp_path):
     assert not (folder / ".lock").exists()
 
 
-def test_overwriting_removes_what_runs_write_and_nothing_else(config):
+def test_overwriting_removes_only_files_that_runs_write(config):
     folder = claimed(config)
     step = folder / "checkpoints" / "s" / "steps" / "1"
     step.mkdir(parents=True)

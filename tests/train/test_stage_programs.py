@@ -1,4 +1,4 @@
-"""Compilation of a stage's programs in threads."""
+"""Compilation of the programs of a stage in threads."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SILENT = SimpleNamespace(announce=lambda text: None)
 
 
 def context_on(mesh) -> SimpleNamespace:
-    """A run on `mesh` with a table of axes that is not the default."""
+    """A run on `mesh` whose rules for logical axes are not the default ones."""
     return SimpleNamespace(run=SimpleNamespace(mesh=MeshConfig(rules={"batch": "data"})), mesh=mesh)
 
 
-def test_programs_are_traced_with_the_table_of_the_run(devices, monkeypatch):
-    """They are traced in threads, and a new thread starts with the default table."""
+def test_programs_are_traced_with_the_axis_rules_of_the_run(devices, monkeypatch):
+    """They are traced in threads, and a new thread starts with the default rules."""
 
     def lower(*_):
-        found = batch_mesh_axes(), current_mesh().size
-        return SimpleNamespace(compile=lambda: found)
+        traced = batch_mesh_axes(), current_mesh().size
+        return SimpleNamespace(compile=lambda: traced)
 
     monkeypatch.setattr(stage_programs, "lower_step", lower)
     pipeline = SimpleNamespace(signatures=("text",), spec=lambda name: name)
@@ -37,6 +37,7 @@ def test_programs_are_traced_with_the_table_of_the_run(devices, monkeypatch):
 
 
 def test_an_interruption_does_not_wait_for_compilations(devices, monkeypatch):
+    """One program is interrupted while another one compiles for ten seconds."""
     started, ended = threading.Event(), threading.Event()
 
     class Program:

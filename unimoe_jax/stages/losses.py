@@ -23,16 +23,6 @@ def token_nll(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     return log_z - jnp.take_along_axis(logits, target_BT[..., None], axis=-1)[..., 0]
 
 
-def cross_entropy(
-    logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(Σ weight · −log p(target), Σ weight), float32 scalars.
-
-    Divide the first by the second for the mean per target token.
-    """
-    return jnp.sum(weight_BT * token_nll(logits_BTV, target_BT)), jnp.sum(weight_BT)
-
-
 def modality_sums(value_BT: jax.Array, segment_BT: jax.Array, modality_BT: jax.Array) -> jax.Array:
     """Σ value over the samples that hold each modality, float32 [M], in the order of `MODALITY`.
 
