@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.convert.folders import llama_tensors, write_file, write_llama
-from unimoe_jax.convert import reader
 from unimoe_jax.convert.reader import ConvertError, open_file, open_folder
+from unimoe_jax.convert.torch_file import import_torch
 
 
 def test_safetensors_reads_what_others_write_and_back(tmp_path: Path):
@@ -129,7 +129,7 @@ def test_an_old_torch_is_refused(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ConvertError, match=r"torch 2\.9\.1"):
-        reader.import_torch()
+        import_torch()
 
 
 def test_an_index_must_agree_with_its_shards(tmp_path: Path):

@@ -211,7 +211,7 @@ def test_numerics_that_exclude_other_choices(tmp_path: Path, capsys):
         assert words in capsys.readouterr().err
     encoder = ("import", "--from", tmp_path / "in/clip", "--to", tmp_path / "out")
     assert run(*encoder, "--numerics", "released") == 2
-    assert "Uni-MoE alone" in capsys.readouterr().err
+    assert "Uni-MoE only" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
