@@ -16,7 +16,6 @@ from unimoe_jax.convert.entry import Copy
 from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.options import Options
 from unimoe_jax.convert.plan import (
-    ConversionPlan,
     Resolution,
     read_slice,
     release_slice,
@@ -99,7 +98,7 @@ def work_of(
                 partial(read_slice, plan, copy),
                 partial(release_slice, plan, copy),
             )
-            chunks[_file_of(plan, copy.src)].setdefault(copy.src, []).append(chunk)
+            chunks[plan.existing(copy.src).file].setdefault(copy.src, []).append(chunk)
     # Within a file, keep the order in which the file lists its tensors.
     position = {
         f"{group}:{name}": number
@@ -110,13 +109,6 @@ def work_of(
         yield partial(_digest, file, sums)
         for src in sorted(chunks_by_tensor, key=position.__getitem__):
             yield from chunks_by_tensor[src]
-
-
-def _file_of(plan: ConversionPlan, src: str) -> Path:
-    """The file of a source tensor that `resolve_plan` has found."""
-    tensor = plan.tensor(src)
-    assert tensor is not None, src
-    return tensor.file
 
 
 def _digest(file: Path, sums: dict[Path, str]) -> None:
@@ -187,7 +179,7 @@ def _tensor_groups(resolution: Resolution, sums: Mapping[str, str]) -> dict[str,
         for copy in target.fills.values():
             adapter_names = (copy.adapter.a, copy.adapter.b) if copy.adapter else ()
             for name in (copy.src, *adapter_names):
-                file = str(_file_of(resolution.plan, name))
+                file = str(resolution.plan.existing(name).file)
                 group_sources[file] = sums[file]
             group_transforms.add(transform_of(copy))
     return {

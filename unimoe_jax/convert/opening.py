@@ -160,17 +160,17 @@ def open_pair(a: Path, b: Path) -> tuple[Checkpoint, Checkpoint]:
         ConvertError: as `open_checkpoint`.
     """
     located = (locate_checkpoint(a), locate_checkpoint(b))
-    own = [
+    checkpoints = [
         _own_checkpoint(place.folder, None) if place.is_checkpoint else None for place in located
     ]
     options, dtype = Options("keep"), "source"
-    for checkpoint in own:
+    for checkpoint in checkpoints:
         if checkpoint is not None and "options" in checkpoint.manifest:
             options = Options(**checkpoint.manifest["options"])
             dtype = checkpoint.manifest["asked_dtype"]
     left, right = (
         checkpoint or _pytorch_checkpoint(place.folder, options, dtype)
-        for checkpoint, place in zip(own, located, strict=True)
+        for checkpoint, place in zip(checkpoints, located, strict=True)
     )
     return left, right
 
