@@ -1,4 +1,4 @@
-"""The loss without logits: against the loss of all logits, forward and gradients, on any mesh."""
+"""The loss without logits has the values and gradients of the loss of all logits, on any mesh."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.nn.compiled import text_of
 from tests.reference import cross_entropy
 from unimoe_jax.compile.hlo import read
 from unimoe_jax.compile.hlo_text import parse
@@ -24,13 +25,16 @@ BLOCK = 4
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So that a batch has several blocks, the last of them partly empty."""
+    """Make blocks so small that a batch has several, of which the last is partly empty."""
     monkeypatch.setitem(head_module.BLOCKS, "cpu", BLOCK)
 
 
 @pytest.fixture(scope="module")
 def case() -> dict:
-    """Weights with bias and adapter, hidden states, targets; rows with all, few and no targets."""
+    """Weights with bias and adapter, hidden states and targets.
+
+    Row 0 has a target everywhere, row 1 has none, and the other rows have some.
+    """
     rng = np.random.default_rng(0)
     normal = partial(rng.standard_normal, dtype=np.float32)
     weight = (rng.random((ROWS, LENGTH)) < 0.4).astype(np.float32)
@@ -53,16 +57,15 @@ def logits_of(weights, hidden):
 
 
 def reference(weights, hidden, case):
-    """1.7 times the loss, so that the factor from above is seen to arrive."""
+    """Return 1.7 times the loss: the factor shows that the gradient from above is applied."""
     logits = logits_of(jax.tree.map(jnp.asarray, weights), hidden)
     return 1.7 * cross_entropy(logits, case["target"], case["weight"])[0]
 
 
 def ours(weights, hidden, case, dtype=jnp.float32, **options):
-    found = token_loss(
-        Head(dtype, RULE), weights, hidden, case["target"], case["weight"], **options
-    )
-    return 1.7 * found.total, found
+    """Return 1.7 times the loss as `reference` does, and all results."""
+    loss = token_loss(Head(dtype, RULE), weights, hidden, case["target"], case["weight"], **options)
+    return 1.7 * loss.total, loss
 
 
 def close(actual, expected):
@@ -75,27 +78,29 @@ def test_values_and_gradients(case):
     args = case["weights"], case["hidden"]
     expected, gradients = jax.value_and_grad(reference, (0, 1))(*args, case)
     grad = jax.jit(jax.value_and_grad(partial(ours, case=case), (0, 1), has_aux=True))
-    (total, found), actual = grad(*args)
+    (total, loss), actual = grad(*args)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     close(actual, gradients)
-    np.testing.assert_allclose(1.7 * found.nll_BT.sum(), expected, rtol=1e-6)
-    np.testing.assert_array_equal(found.nll_BT != 0, case["weight"] > 0)
-    assert found.exact_BT is None
-    # Without a gradient the same values.
+    np.testing.assert_allclose(1.7 * loss.nll_BT.sum(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(loss.nll_BT != 0, case["weight"] > 0)
+    assert loss.exact_BT is None
+    # The value is the same if no gradient is asked for.
     assert jax.jit(partial(ours, case=case))(*args)[0] == total
 
 
 def test_frozen_weights_get_no_gradient_and_no_products(case):
-    """Two products per block, of the logits and of what goes down, and three with a gradient."""
+    """A block has two products: the logits, and the gradient of hidden states. A third computes the
+    gradient of the kernel, if the kernel is trained.
+    """
     kernel, hidden = case["weights"]["kernel"], case["hidden"]
 
     def loss(kernel, hidden, *targets):
         return token_loss(Head(jnp.float32), {"kernel": kernel}, hidden, *targets).total
 
     targets, flops = (case["target"], case["weight"]), {}
-    for name, of in {"hidden": 1, "both": (0, 1)}.items():
-        compiled = jax.jit(jax.grad(loss, of)).lower(kernel, hidden, *targets).compile()
-        stats = read(compiled.as_text())
+    for name, argnums in {"hidden": 1, "both": (0, 1)}.items():
+        compiled = jax.jit(jax.grad(loss, argnums)).lower(kernel, hidden, *targets).compile()
+        stats = read(text_of(compiled))
         assert stats.flops == 0 and stats.loops_unknown == 1
         flops[name] = stats.flops_unknown / (2 * BLOCK * WIDTH * VOCAB)
     assert flops == {"hidden": 2, "both": 3}
@@ -110,33 +115,36 @@ def test_no_array_of_all_logits(case):
         ).total
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(kernel, case["hidden"]).compile()
-    computations, _ = parse(compiled.as_text())
-    shapes = {a.shape for c in computations.values() for one in c.values() for a in one.arrays}
+    computations, _ = parse(text_of(compiled))
+    instructions = [i for computation in computations.values() for i in computation.values()]
+    shapes = {array.shape for instruction in instructions for array in instruction.arrays}
     assert any(shape[-2:] == (BLOCK, VOCAB) for shape in shapes)
     assert max(np.prod(shape) for shape in shapes if shape[-1:] == (VOCAB,)) < ROWS * LENGTH * VOCAB
 
 
-def test_a_batch_without_targets(case):
+def test_a_batch_without_targets_has_zero_loss_and_gradients(case):
     empty = {**case, "weight": np.zeros((ROWS, LENGTH), np.float32)}
     grad = jax.value_and_grad(partial(ours, case=empty), (0, 1), has_aux=True)
-    (total, found), gradients = grad(case["weights"], case["hidden"])
-    assert total == 0 and not found.nll_BT.any()
+    (total, loss), gradients = grad(case["weights"], case["hidden"])
+    assert total == 0 and not loss.nll_BT.any()
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_exact(case):
-    """Where the most likely token is the target, and where nothing is asked."""
+    """Positions are exact where the most likely token is the target, and where there is none."""
     best = np.argmax(logits_of(case["weights"], case["hidden"]), -1)
     target = np.where(np.arange(LENGTH) % 2, best, case["target"]).astype(np.int32)
-    found = ours(case["weights"], case["hidden"], {**case, "target": target}, exact=True)[1]
-    np.testing.assert_array_equal(found.exact_BT, (best == target) | (case["weight"] == 0))
-    assert 0 < np.asarray(found.exact_BT)[case["weight"] > 0].mean() < 1
+    loss = ours(case["weights"], case["hidden"], {**case, "target": target}, exact=True)[1]
+    np.testing.assert_array_equal(loss.exact_BT, (best == target) | (case["weight"] == 0))
+    assert 0 < np.asarray(loss.exact_BT)[case["weight"] > 0].mean() < 1
 
 
-def test_a_loss_that_nobody_differentiates(case):
+def test_a_loss_whose_total_is_not_used_passes_no_gradient(case):
+    """The backward pass then receives a symbolic zero instead of an array."""
+
     def other(hidden):
-        found = ours(case["weights"], hidden, case)[1]
-        return jnp.sum(hidden**2) + 0 * jnp.sum(found.nll_BT)
+        loss = ours(case["weights"], hidden, case)[1]
+        return jnp.sum(hidden**2) + 0 * jnp.sum(loss.nll_BT)
 
     np.testing.assert_allclose(jax.grad(other)(case["hidden"]), 2 * case["hidden"])
 
@@ -151,7 +159,7 @@ def test_bf16(case):
 
 
 def test_adapter_dropout_depends_on_the_position_alone(case):
-    """Whatever else is asked, a position drops the same features."""
+    """A position drops the same features, whichever other positions have targets."""
     rule = RULE.model_copy(update={"dropout": 0.5})
     head, seed = Head(jnp.float32, rule), jnp.uint32(7)
     some = case["weight"] * (np.arange(LENGTH) % 3 > 0)
@@ -161,25 +169,28 @@ def test_adapter_dropout_depends_on_the_position_alone(case):
             head, case["weights"], case["hidden"], case["target"], weight, seed
         ).nll_BT
 
-    all_of, some_of = nll(case["weight"]), nll(some)
-    np.testing.assert_allclose(some_of, np.where(some > 0, all_of, 0), rtol=1e-6)
-    without = ours(case["weights"], case["hidden"], case)[1].nll_BT
-    assert not np.allclose(all_of, without)
+    nll_all, nll_some = nll(case["weight"]), nll(some)
+    np.testing.assert_allclose(nll_some, np.where(some > 0, nll_all, 0), rtol=1e-6)
+    without_dropout = ours(case["weights"], case["hidden"], case)[1].nll_BT
+    assert not np.allclose(nll_all, without_dropout)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}])
 def test_on_a_mesh(case, devices, sizes):
-    """The values and gradients of one device; what is exchanged in the loop is of the size of a
-    block of hidden states, where a mesh axis cuts the vocabulary, and nothing elsewhere."""
+    """Values and gradients are those of one device, and the loop exchanges little.
+
+    If a mesh axis cuts the vocabulary, a trip of the loop exchanges arrays of the size of a block
+    of hidden states; otherwise it exchanges nothing.
+    """
     args = case["weights"], case["hidden"]
     grad = jax.value_and_grad(partial(ours, case=case, exact=True), (0, 1), has_aux=True)
-    (expected, found), gradients = jax.jit(grad)(*args)
+    (expected, loss), gradients = jax.jit(grad)(*args)
     with use_mesh(make_mesh(MeshConfig(**sizes), devices)):
         compiled = jax.jit(grad).lower(*args).compile()
         (total, sharded), actual = compiled(*args)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     close(actual, gradients)
-    np.testing.assert_array_equal(sharded.exact_BT, found.exact_BT)
-    in_loop = [c for c in read(compiled.as_text()).collectives if c.conditional]
+    np.testing.assert_array_equal(sharded.exact_BT, loss.exact_BT)
+    in_loop = [c for c in read(text_of(compiled)).collectives if c.conditional]
     assert all(c.bytes <= 4 * BLOCK * (WIDTH + RANK) for c in in_loop), in_loop
     assert bool(in_loop) == ("tensor" in sizes)

@@ -1,8 +1,9 @@
-"""Runs of periodic layers, and where each layer's parameters lie."""
+"""Runs of periodic layers, where each layer is stored, and scans over layers."""
 
 from __future__ import annotations
 
 from itertools import product
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -17,11 +18,11 @@ from unimoe_jax.nn.stack import CPU_UNROLL, Run, layer_runs, scan_layers, where_
 ALL_SMALL = [kinds for length in range(9) for kinds in product((False, True), repeat=length)]
 
 
-def test_runs_spell_out_the_layers():
-    """Every pattern of up to eight layers."""
+def test_runs_repeat_to_the_layers():
+    """Check every pattern of up to eight layers."""
     for kinds in ALL_SMALL:
-        spelled = [kind for run in layer_runs(kinds) for kind in run.period * run.repeats]
-        assert tuple(spelled) == kinds
+        repeated = [kind for run in layer_runs(kinds) for kind in run.period * run.repeats]
+        assert tuple(repeated) == kinds
 
 
 def test_every_layer_has_one_place_in_order():
@@ -55,7 +56,7 @@ def test_patterns_in_use(layers, number: int, expected):
 
 
 class Scale(nn.Module):
-    """carry · weight + input · shared; gives back its carry."""
+    """A layer that computes carry · weight + input · shared, and outputs the carry it received."""
 
     start: float
     recomputed: bool
@@ -76,13 +77,13 @@ def test_scan_equals_a_loop(remat: bool):
     params = nn.unbox(stack.init(jax.random.key(0), *args))
     weights = np.asarray(params["params"]["weight"])
     assert weights.shape == (3,)
-    assert len(set(weights)) == 3  # every layer draws its own
+    assert len(set(weights)) == 3  # every layer draws another weight
 
     carry, carries = 2.0, []
     for layer in range(3):
         carries.append(carry)
         carry = carry * weights[layer] + layer * 0.5
-    out, outputs = stack.apply(params, *args)
+    out, outputs = cast(Any, stack.apply(params, *args))
     np.testing.assert_allclose(out, carry, rtol=1e-6)
     np.testing.assert_allclose(outputs, carries, rtol=1e-6)
 
@@ -91,7 +92,7 @@ def test_scan_equals_a_loop(remat: bool):
     ("length", "remat", "loop"),
     [(CPU_UNROLL, False, False), (CPU_UNROLL + 1, False, True), (3, True, True)],
 )
-def test_on_cpus_short_stacks_are_no_loop(length: int, remat: bool, loop: bool):
+def test_short_stacks_are_unrolled_on_cpus(length: int, remat: bool, loop: bool):
     stack = scan_layers(
         Scale, length, remat, "layers", options=LayerOptions(), start=1.0, recomputed=remat
     )

@@ -1,6 +1,8 @@
-"""Attention: against numpy, in chunks, with masks; rotary positions."""
+"""Attention equals numpy, in chunks, with masks and biases; rotary positions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from unimoe_jax.nn.attention.rope import apply_rope, rope_tables
 HEADS, KV_HEADS, SIZE = 4, 2, 3
 
 
-def tensors(length: int, keys: int, batch: int = 2):
+def tensors(length: int, keys: int, batch: int = 2) -> tuple[Any, Any, Any]:
+    """Return random queries, keys and values as numpy arrays."""
     rng = np.random.default_rng(length)
     q = rng.standard_normal((batch, length, HEADS, SIZE), np.float32)
     k, v = rng.standard_normal((2, batch, keys, KV_HEADS, SIZE), np.float32)
@@ -23,7 +26,7 @@ def tensors(length: int, keys: int, batch: int = 2):
 
 
 def reference(q, k, v, scale, mask=None, bias=None):
-    """Head by head in float64; query head n reads key head n // (N/K)."""
+    """Compute attention head by head in float64; query head n reads key head n // (N/K)."""
     out = np.zeros(q.shape)
     for b, n in np.ndindex(q.shape[0], HEADS):
         scores = scale * q[b, :, n].astype(np.float64) @ k[b, :, n // (HEADS // KV_HEADS)].T
@@ -39,12 +42,12 @@ def reference(q, k, v, scale, mask=None, bias=None):
 
 @pytest.mark.parametrize("length", [7, 8, 9, 11, 12, 13])
 def test_chunks_equal_the_whole(monkeypatch, length: int):
-    """Around multiples of a chunk of 4; up to two chunks are computed at once."""
+    """Check lengths around multiples of a chunk of 4."""
     monkeypatch.setattr(attend_module, "QUERY_CHUNK", 4)
     q, k, v = tensors(length, length)
     rng = np.random.default_rng(0)
-    mask = rng.random((2, length, length)) < 0.6
-    bias = rng.standard_normal((2, HEADS, length, length), np.float32)
+    mask: Any = rng.random((2, length, length)) < 0.6
+    bias: Any = rng.standard_normal((2, HEADS, length, length), np.float32)
     out = attend(q, k, v, scale=0.7, mask_BTS=mask, bias_BNTS=bias)
     assert relative_error(out, reference(q, k, v, 0.7, mask, bias)) < 1e-6
 
@@ -64,7 +67,7 @@ def test_chunks_have_the_same_gradients(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, HEADS, 9, 5), (1, HEADS, 1, 5), (2, HEADS, 9, 1)])
 def test_gradient_of_a_shared_bias(monkeypatch, shape):
-    """Against differences along a random direction, in chunks."""
+    """The gradient equals finite differences along a random direction, in chunks."""
     monkeypatch.setattr(attend_module, "QUERY_CHUNK", 4)
     q, k, v = tensors(9, 5)
     rng = np.random.default_rng(2)
@@ -89,14 +92,14 @@ def test_masks_and_biases_shared_by_queries(monkeypatch, mask_shape, bias_shape)
     monkeypatch.setattr(attend_module, "QUERY_CHUNK", 4)
     q, k, v = tensors(11, 5)
     rng = np.random.default_rng(1)
-    mask = rng.random(mask_shape) < 0.6
-    bias = None if bias_shape is None else rng.standard_normal(bias_shape, np.float32)
+    mask: Any = rng.random(mask_shape) < 0.6
+    bias: Any = None if bias_shape is None else rng.standard_normal(bias_shape, np.float32)
     out = attend(q, k, v, scale=1.0, mask_BTS=mask, bias_BNTS=bias)
     assert relative_error(out, reference(q, k, v, 1.0, mask, bias)) < 1e-6
 
 
 def test_rows_without_a_visible_key_are_finite():
-    """They average the values; gradients are finite too."""
+    """Such rows average the values, and their gradients are finite too."""
     q, k, v = tensors(3, 5)
     mask = jnp.ones((2, 3, 5), bool).at[:, 1].set(False)
 
@@ -121,7 +124,7 @@ def test_low_precision():
 
 
 def test_rotation_is_relative_and_keeps_length():
-    x, y = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8), np.float32)
+    x, y = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8), np.float32))
 
     def product(first: int, second: int) -> float:
         a = apply_rope(x, *rope_tables(jnp.array([[first]]), 8, 100.0))
@@ -134,11 +137,10 @@ def test_rotation_is_relative_and_keeps_length():
 
 
 def test_rotation_pairs_halves():
-    """At position 1, dimension 0 turns with H/2 by one radian, dimension 1 by theta^(−2/H)."""
+    """At position 1, dimension i is rotated together with i + H/2, by the angle theta^(−2i/H)."""
     tables = rope_tables(jnp.array([[1]]), 4, 100.0)
     for dim, angle in ((0, 1.0), (1, 100 ** (-2 / 4))):
-        x = np.zeros((1, 1, 1, 4), np.float32)
-        x[..., dim] = 1
+        x = jnp.zeros((1, 1, 1, 4)).at[..., dim].set(1)
         expected = np.zeros(4)
         expected[dim], expected[dim + 2] = np.cos(angle), np.sin(angle)
         np.testing.assert_allclose(apply_rope(x, *tables)[0, 0, 0], expected, atol=1e-6)

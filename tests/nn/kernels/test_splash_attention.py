@@ -1,4 +1,4 @@
-"""jax's TPU kernel, run step by step, equals attention in tiles."""
+"""The TPU kernel of jax, interpreted step by step, equals attention in tiles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from tests.close import assert_close, relative_error
 from tests.nn.attention.attention_cases import placed
+from tests.nn.compiled import text_of
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.models.decoder import causal_mask
 from unimoe_jax.nn.attention.attend import attend
@@ -24,7 +25,7 @@ SCALE = SIZE**-0.5
 
 
 def packed(rows: int):
-    """(segment, position) [B,T]; the second row ends with padding."""
+    """Return (segment, position) [B,T]; every second row ends with padding."""
     segment, position = np.zeros((2, rows, LENGTH), np.int32)
     for row in range(rows):
         lengths = SAMPLES[row % 2]
@@ -34,6 +35,7 @@ def packed(rows: int):
 
 
 def tensors(rows: int, dtype=jnp.float32):
+    """Return random queries, keys, values and gradients of the output."""
     random = np.random.default_rng(0)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     shapes = [(rows, LENGTH, n, SIZE) for n in heads]
@@ -41,7 +43,10 @@ def tensors(rows: int, dtype=jnp.float32):
 
 
 def with_gradients(attend, q, k, v, g, segment_BT):
-    """Output and gradients of positions in use; the others must be finite."""
+    """Return the output and gradients of positions in use, with zeros at all others.
+
+    The output of the others must be finite, or 0 · output would be NaN.
+    """
     out, pull = jax.vjp(attend, q, k, v)
     keep = (segment_BT > 0)[:, :, None, None]
     return (jnp.where(keep, out, 0 * out), *pull(jnp.where(keep, g, 0)))
@@ -66,7 +71,7 @@ def expected():
 
 
 def test_equals_tiles(expected):
-    """Outputs and all gradients, grouped heads, a row that is no multiple of 128."""
+    """Outputs and all gradients agree, with grouped heads, for a row that is no multiple of 128."""
     assert_close(kernel(*tensors(2), packed(2)[0]), expected, 1e-5)
 
 
@@ -78,21 +83,24 @@ def test_low_precision(expected):
 
 
 def test_a_mesh_changes_nothing(devices):
-    """Rows over four devices, heads over two; nothing is exchanged."""
-    arguments = *tensors(4), packed(4)[0]
+    """Rows are cut over four devices and heads over two, and nothing is exchanged."""
+    arguments = (*tensors(4), packed(4)[0])
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2), devices)
     with use_mesh(mesh):
-        given = placed(mesh, arguments)
-        program = kernel.lower(*given).compile()
+        on_mesh = placed(mesh, arguments)
+        program = kernel.lower(*on_mesh).compile()
     q, k, v, g = tensors(4)
-    assert_close(program(*given), in_tiles(q, k, v, g, *packed(4)), 1e-5)
+    assert_close(program(*on_mesh), in_tiles(q, k, v, g, *packed(4)), 1e-5)
     exchanges = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
-    assert not any(op in program.as_text() for op in exchanges)
+    assert not any(op in text_of(program) for op in exchanges)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (20, 300)])
 def test_all_keys(queries, keys):
-    """What encoders do, and queries that read one: no mask, heads of any size, tiles made up."""
+    """Check attention without a mask as in encoders, and with few queries as in query connectors.
+
+    Heads have any size, and rows are padded to tiles.
+    """
     random, heads = np.random.default_rng(1), 2
     lengths = (queries, keys, keys, queries)
     q, k, v, g = (
@@ -109,7 +117,7 @@ def test_all_keys(queries, keys):
 
 
 def test_what_a_mesh_does_not_divide_stays_whole(devices):
-    """One row and three heads, over two groups of devices and four devices."""
+    """One row cannot be cut over two data shards, nor three heads over four devices."""
     random = np.random.default_rng(2)
     q, k, v = (jnp.asarray(random.standard_normal((1, 40, 3, 24), np.float32)) for _ in range(3))
     with use_mesh(make_mesh(MeshConfig(data=2, tensor=4), devices)):
@@ -118,7 +126,7 @@ def test_what_a_mesh_does_not_divide_stays_whole(devices):
 
 
 def test_queries_stay_with_their_keys(devices):
-    """A rule that cuts query heads and not key heads: no query head meets another's key head."""
+    """If a rule cuts query heads but not key heads, every query head still reads its key head."""
     segment_BT, position_BT = packed(2)
     q, k, v, g = tensors(2)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), devices[:4])
@@ -128,7 +136,7 @@ def test_queries_stay_with_their_keys(devices):
 
 
 def test_where_it_is_used(monkeypatch):
-    """On TPUs, unless told otherwise, and not for few positions."""
+    """The kernel is used on TPUs, unless the setting forbids it or there are few positions."""
     assert not suits("auto", "causal", 2048)
     monkeypatch.setattr("unimoe_jax.nn.kernels.splash_attention.current_platform", lambda: "tpu")
     assert suits("auto", "causal", 2048)

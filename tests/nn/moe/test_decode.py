@@ -1,6 +1,8 @@
-"""Experts held apart, for few tokens and for many, against the dense reference."""
+"""Experts held as separate arrays equal the dense reference, for few tokens and for many."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ EXPERTS, WIDTH, HIDDEN = 3, 6, 10
 
 
 def weights():
+    """Return the kernels of all experts, stacked."""
     random = np.random.default_rng(0)
     return {
         name: random.standard_normal((EXPERTS, *shape), np.float32)
@@ -28,14 +31,27 @@ def weights():
     }
 
 
-def apart(stacked) -> list[Expert]:
+def separate(stacked) -> list[Expert]:
+    """Return every expert with arrays that belong to it alone, [out, in]."""
+
+    def kernel(name: str, number: int) -> jax.Array:
+        return jnp.asarray(stacked[name][number].T)
+
     return [
-        Expert(*(jnp.asarray(w[number].T) for w in stacked.values())) for number in range(EXPERTS)
+        Expert(
+            gate=kernel("gate_proj", number),
+            up=kernel("up_proj", number),
+            down=kernel("down_proj", number),
+        )
+        for number in range(EXPERTS)
     ]
 
 
-def routed(tokens: int, last: int):
-    """Choices among experts 0..last; expert 3 is "no expert"."""
+def routed(tokens: int, last: int) -> tuple[Any, Any, Any]:
+    """Return tokens [X,D], choices among the experts 0 to `last`, and their weights, as numpy.
+
+    A choice of 3 means "no expert".
+    """
     random = np.random.default_rng(tokens)
     expert = random.permuted(np.tile(np.arange(EXPERTS + 1), (tokens, 1)), axis=1)[:, :2]
     expert = np.where(expert > last, EXPERTS, expert).astype(np.int32)
@@ -46,10 +62,10 @@ def routed(tokens: int, last: int):
 @pytest.mark.parametrize("tokens", [1, 5, 8, 16, FEW, FEW + 1, 2 * BLOCK + 9])
 @pytest.mark.parametrize("last", [0, 2])
 def test_equals_the_dense_reference(tokens: int, last: int):
-    """With `last` 0 two of the experts have nothing to do, and one has most of the tokens."""
+    """If `last` is 0, two of the experts have no tokens, and one has most of them."""
     x, expert, weight = routed(tokens, last)
     stacked = weights()
-    y_DX = jax.jit(decode.apply)(apart(stacked), x.T, expert, weight)
+    y_DX = jax.jit(decode.apply)(separate(stacked), x.T, expert, weight)
     kernels = {name: {"kernel": w} for name, w in stacked.items()}
     expected = moe_ffn(
         SwiGLUExpert(jnp.float32),
@@ -64,19 +80,19 @@ def test_equals_the_dense_reference(tokens: int, last: int):
 
 
 def test_unchosen_experts_are_not_read():
-    """Their weights may be anything."""
+    """NaN in the weights of experts that no token chose does not reach the result."""
     x, expert, weight = routed(6, 0)
-    experts = apart(weights())
+    experts = separate(weights())
     expected = decode.apply(experts, x.T, expert, weight)
     broken = [experts[0], *(jax.tree.map(lambda w: w * np.nan, e) for e in experts[1:])]
     np.testing.assert_array_equal(decode.apply(broken, x.T, expert, weight), expected)
 
 
 def test_bfloat16_products_run():
-    """XLA's CPU backend lacks some forms of them; these must be there, and are close."""
+    """XLA's CPU backend lacks some forms of bfloat16 products; it has those in use here."""
     for tokens in (1, 20, FEW + 1):
         x, expert, weight = routed(tokens, 2)
-        experts = apart(weights())
+        experts = separate(weights())
         half = [jax.tree.map(lambda w: w.astype(jnp.bfloat16), e) for e in experts]
         y = jax.jit(decode.apply)(half, jnp.asarray(x.T, jnp.bfloat16), expert, weight)
         expected = decode.apply(experts, x.T, expert, weight)

@@ -1,4 +1,4 @@
-"""Dispatch on meshes of eight devices: the same values, gradients and dropout as on one."""
+"""Dispatch on meshes of eight devices gives the values, gradients and dropout of one device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.close import assert_close
@@ -21,6 +20,7 @@ from tests.nn.moe.dispatch_cases import (
 from unimoe_jax.config import MeshConfig
 from unimoe_jax.nn.moe import exchange, grouped
 from unimoe_jax.nn.moe.dispatch import moe_ffn
+from unimoe_jax.nn.moe.mesh_layout import ExchangeSetting
 from unimoe_jax.parallel.sharding import make_mesh, use_mesh
 
 FUNCTIONS = {"swiglu": replace(SWIGLU, train=True), "mlp": replace(MLP, train=True)}  # dropout
@@ -32,7 +32,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """Blocks of 8 and 4 rows, and exchanges of two tokens a round."""
+    """Use blocks of 8 and 4 rows, and exchanges of two tokens a round."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grouped.BLOCKS, "cpu", (8, 4))
         patch.setattr(exchange, "pair_capacity", lambda *sizes: 2)
@@ -41,12 +41,12 @@ def small_blocks():
 
 @pytest.fixture(scope="module")
 def expected(small_blocks):
-    """On one device, by form of expert and routing."""
-    found = {}
+    """Return the results of one device, by form of expert and by routing."""
+    results = {}
     for kind, expert_fn in FUNCTIONS.items():
         run = values_and_gradients(expert_fn, "grouped")
-        found[kind] = {name: run(*_arguments(kind, name)) for name in ROUTINGS}
-    return found
+        results[kind] = {name: run(*_arguments(kind, name)) for name in ROUTINGS}
+    return results
 
 
 def _arguments(kind: str, name: str):
@@ -76,16 +76,18 @@ def _mesh(devices, data: int, fsdp: int, expert: int, tensor: int):
 )
 def test_equals_one_device(devices, expected, monkeypatch, sizes, kind, form, rules):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    how = {"keep": True} if form == "kept" else {"form": form}
+    keep, form = form == "kept", "auto" if form == "kept" else form
     with use_mesh(_mesh(devices, *sizes), rules):
-        run = values_and_gradients(FUNCTIONS[kind], "grouped", **how)
+        run = values_and_gradients(FUNCTIONS[kind], "grouped", form, keep)
         for name, value in expected[kind].items():
             assert_close(run(*_arguments(kind, name)), value, TOLERANCE)
 
 
 @pytest.mark.parametrize("form", ["gather", "all_to_all"])
-def test_bfloat16_tokens_and_frozen_experts(devices, expected, form: str):
-    """Kernels in bf16 without a gradient, as under adapters; float32 weights of adapters."""
+def test_bfloat16_tokens_and_frozen_experts(devices, expected, form: ExchangeSetting):
+    """Train the adapters of frozen experts: kernels are bfloat16 without a gradient, adapters are
+    float32.
+    """
     expert_fn = replace(FUNCTIONS["swiglu"], dtype=jnp.bfloat16)
     weights, x, expert, weight = _arguments("swiglu", "skewed")
     frozen = {name: {"kernel": w["kernel"].astype(jnp.bfloat16)} for name, w in weights.items()}
@@ -98,7 +100,7 @@ def test_bfloat16_tokens_and_frozen_experts(devices, expected, form: str):
     def run(adapters, x):
         def loss(adapters, x):
             both = {name: frozen[name] | adapters[name] for name in frozen}
-            y = moe_ffn(expert_fn, both, x, expert, weight, np.uint32(7), "grouped", form)
+            y = moe_ffn(expert_fn, both, x, expert, weight, jnp.uint32(7), "grouped", form)
             pull = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
             return jnp.sum(pull * y.astype(jnp.float32)), y
 
@@ -106,9 +108,9 @@ def test_bfloat16_tokens_and_frozen_experts(devices, expected, form: str):
 
     with use_mesh(_mesh(devices, 1, 2, 2, 1)):
         (dadapters, dx), y = run(adapters, x.astype(jnp.bfloat16))
-    known, (dweights, known_dx, _) = expected["swiglu"]["skewed"]
-    wanted = {name: {key: dweights[name][key] for key in w} for name, w in adapters.items()}
-    assert_close((y, dx, dadapters), (known, known_dx, wanted), 3e-2)
+    expected_y, (dweights, expected_dx, _) = expected["swiglu"]["skewed"]
+    trained = {name: {key: dweights[name][key] for key in w} for name, w in adapters.items()}
+    assert_close((y, dx, dadapters), (expected_y, expected_dx, trained), 3e-2)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dadapters))
 
 
@@ -122,7 +124,10 @@ def test_dense_equals_one_device(devices, expected):
 def ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-    """What the TPU's collective is documented to do, by gathering everything: CPUs lack it."""
+    """Do what the documentation says of `jax.lax.ragged_all_to_all`, by gathering everything.
+
+    CPUs do not have this collective.
+    """
     here = jax.lax.axis_index(axis_name)
     operand, input_offsets, send_sizes, output_offsets = (
         jax.lax.all_gather(a, axis_name)
@@ -131,7 +136,8 @@ def ragged_all_to_all(
     place = jnp.arange(output.shape[0])
     for source in range(operand.shape[0]):
         start, size = output_offsets[source, here], send_sizes[source, here]
-        size = jnp.where(size == recv_sizes[source], size, -1)  # both sides must agree
+        # Sender and receiver must agree on the size; otherwise nothing arrives.
+        size = jnp.where(size == recv_sizes[source], size, -1)
         inside = (place >= start) & (place < start + size)
         taken = operand[source][jnp.where(inside, input_offsets[source, here] + place - start, 0)]
         output = jnp.where(inside[:, None], taken, output)

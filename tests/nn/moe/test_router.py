@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,22 @@ def logits() -> jax.Array:
     return 2 * jax.random.normal(jax.random.key(0), (TOKENS, EXPERTS))
 
 
-def routed(logits, order="topk_softmax", dtype=jnp.float32, valid=VALID, top_k=TOP_K, noise=None):
+def routed(
+    logits,
+    order: Any = "topk_softmax",
+    dtype: Any = jnp.float32,
+    valid=VALID,
+    top_k=TOP_K,
+    noise=None,
+):
+    """Route with default arguments."""
     return route(logits, top_k, RouterConfig(dtype_order=order), dtype, valid, noise)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_orders_agree_in_float32(logits, order: str, top_k: int):
-    """All of them: softmax, keep the top k, renormalise."""
+    """All orders compute: softmax, keep the top k, renormalise."""
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     ranks = np.argsort(-np.asarray(logits), axis=1)[:, :top_k]
     chosen = np.take_along_axis(probs, ranks, axis=1)
@@ -42,7 +52,7 @@ def test_orders_agree_in_float32(logits, order: str, top_k: int):
 
 
 def test_orders_round_in_different_places(logits):
-    """In bfloat16: Uni-MoE and Mixtral round the weights once, CuMo the probabilities before."""
+    """Uni-MoE and Mixtral round the weights once; CuMo rounds the probabilities before that."""
     low = {order: routed(logits, order, jnp.bfloat16) for order in ORDERS}
     exact = routed(logits).weight_XK
     rounded = exact.astype(jnp.bfloat16).astype(jnp.float32)
@@ -67,7 +77,9 @@ def test_invalid_tokens_go_nowhere(logits, noisy: bool):
 
 
 def test_second_expert_is_drawn():
-    """The first is the best; the second follows the clean distribution without the first."""
+    """The first expert is the best; the second follows the distribution without noise and without
+    the first.
+    """
     draws = 20_000
     logits = jnp.broadcast_to(jnp.array([0.5, 1.5, -0.5, 0.0]), (draws, EXPERTS))
     noise = jax.random.gumbel(jax.random.key(3), logits.shape)
@@ -130,8 +142,8 @@ def test_z_loss_and_entropy(logits):
     assert float(router_z_loss(logits, jnp.zeros(TOKENS, bool))) == 0
 
 
-def test_the_z_loss_is_that_of_the_clean_logits(logits):
-    """The noise that draws the second expert is no work of the router."""
+def test_the_z_loss_uses_logits_without_noise(logits):
+    """The router does not produce the noise that draws the second expert."""
     noise = jax.random.gumbel(jax.random.key(1), logits.shape)
     valid_BT, modality_BT = VALID[None], jnp.zeros((1, TOKENS), jnp.int32)
     z = [

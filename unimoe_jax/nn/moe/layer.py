@@ -64,7 +64,8 @@ class ImageRows(NamedTuple):
     def tokens(self, length: int) -> tuple[jax.Array, jax.Array]:
         """Return (modality_BT int32, valid_BT bool), with `length` tokens per image."""
         shape = (*self.weight_B.shape, length)
-        modality_B1, valid_B1 = self.modality_B[:, None], (self.weight_B > 0)[:, None]
+        valid_B = self.weight_B > 0
+        modality_B1, valid_B1 = self.modality_B[:, None], valid_B[:, None]
         return jnp.broadcast_to(modality_B1, shape), jnp.broadcast_to(valid_B1, shape)
 
 

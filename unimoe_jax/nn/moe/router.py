@@ -63,18 +63,22 @@ def route(
     probs = jax.nn.softmax(logits, axis=-1)
     returned = logits
     if noise_XE is not None:
+        # Uni-MoE 8e in training: draw experts by noisy logits, and weigh them by probabilities.
         returned = logits + noise_XE
         expert = _sample_experts(logits, returned, top_k)
         chosen = jnp.take_along_axis(probs, expert, axis=-1)
         weight = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
         weight = weight.astype(dtype)
     elif config.dtype_order == "topk_softmax":
+        # Uni-MoE: the softmax of the top-k logits, rounded once.
         chosen, expert = jax.lax.top_k(logits, top_k)
         weight = jax.nn.softmax(chosen, axis=-1).astype(dtype)
     else:
+        # Mixtral and CuMo: renormalise the top-k probabilities. CuMo rounds them to `dtype` before.
         ranked = probs.astype(dtype) if config.dtype_order == "softmax_cast_topk" else probs
         chosen, expert = jax.lax.top_k(ranked, top_k)
         weight = (chosen / chosen.sum(-1, keepdims=True)).astype(dtype)
+    # Send tokens that are not valid to no expert.
     valid = valid_X[:, None]
     return Routing(
         expert_XK=jnp.where(valid, expert, num_experts).astype(jnp.int32),
