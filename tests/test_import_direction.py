@@ -36,7 +36,7 @@ ONLY = {
     "config": set(),
     "runtime": set(),
     "data": {"config"},
-    "report": {"metrics", "config", "runtime"},
+    "report": {"metrics", "config", "runtime", "checkpoints"},
     "doctor": {"config", "runtime", "parallel"},
 }
 LIBRARIES_BELOW_SETTINGS = ("nn", "encoders", "connectors", "models")
@@ -138,6 +138,13 @@ def test_models_take_only_the_batch_from_data():
     for path in files_of("models"):
         taken = {name for name in own_modules(path) if package_of(name) == "data"}
         assert taken <= {"data/batch"}, f"{path}: {taken}"
+
+
+def test_the_report_takes_only_the_layout_from_checkpoints():
+    """A report is drawn from the files of a run, without arrays and devices."""
+    for path in files_of("report"):
+        taken = {name for name in own_modules(path) if package_of(name) == "checkpoints"}
+        assert taken <= {"checkpoints/layout"}, f"{path}: {taken}"
 
 
 def test_torch_stays_in_conversion_and_parity():

@@ -1,4 +1,6 @@
-"""What is stored on disk, and where a parameter starts. Imports params, parallel, runtime, config.
+"""What is stored on disk, and where a parameter starts.
+
+Imports params, parallel, metrics, runtime and config.
 
 layout      the names inside a run directory
 locate      what a PATH that a user gives stands for

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from unimoe_jax.metrics.records import BOARD_FOLDER, METRICS_FILE
+
 
 @dataclass(frozen=True)
 class StageLayout:
@@ -55,7 +57,7 @@ class RunLayout:
     @property
     def metrics(self) -> Path:
         """One JSON record per log line."""
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS_FILE
 
     @property
     def summary(self) -> Path:
@@ -75,7 +77,7 @@ class RunLayout:
     @property
     def tensorboard(self) -> Path:
         """Event files, one folder per stage."""
-        return self.folder / "tb"
+        return self.folder / BOARD_FOLDER
 
     @property
     def params(self) -> Path:

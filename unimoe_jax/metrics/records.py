@@ -16,6 +16,7 @@ from typing import Any
 from unimoe_jax.runtime.files import jsonable, with_filename, write_text_atomic
 
 METRICS_FILE = "metrics.jsonl"
+BOARD_FOLDER = "tb"
 
 
 # ----------------------------------------------------------------------------------- reading
@@ -84,7 +85,7 @@ class MetricsWriter:
             return
         run_dir = Path(run_dir)
         if tensorboard:
-            self._board = _summary_writer(run_dir / "tb" / stage, resumed_step)
+            self._board = _summary_writer(run_dir / BOARD_FOLDER / stage, resumed_step)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         _truncate(path, stage, resumed_step)

@@ -1,6 +1,6 @@
 """The report of a run: report.html, its plots, and the result block.
 
-Imports metrics, config and runtime.
+Imports metrics, config and runtime, and from checkpoints only the names in a run directory.
 
 numbers          numbers as text, and the facts of a stage that are read from its records
 tables           the tables that the page shows

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from unimoe_jax.checkpoints.layout import RunLayout
 from unimoe_jax.config import ConfigError
 from unimoe_jax.config.load import load_config
 from unimoe_jax.metrics.records import METRICS_FILE, read_metrics
@@ -27,8 +28,6 @@ from unimoe_jax.report.tables import (
     trend_table,
 )
 from unimoe_jax.runtime.files import write_text_atomic
-
-SHOWN_FILES = ("config.yaml", "env.json", "summary.json")
 
 
 class Section(NamedTuple):
@@ -87,20 +86,20 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
     """
     run_dir = Path(run_dir)
+    layout = RunLayout(run_dir)
     records = _read_records(run_dir)
-    summary = _read_summary(run_dir / "summary.json")
+    summary = _read_summary(layout.summary)
     if not records and not summary:
         raise ReportError(f"{run_dir / METRICS_FILE} is empty: no step was logged yet")
     plots = figures.write_plots(
         records,
-        run_dir / "plots",
-        moe_layers=_moe_layers(run_dir / "config.yaml"),
+        layout.plots,
+        moe_layers=_moe_layers(layout.config),
         heldout=summary.get("heldout"),
         scored=scored_stage(summary.get("stages", {})),
     )
-    path = run_dir / "report.html"
-    write_text_atomic(path, render(build_page(run_dir, summary, records, plots)))
-    return path
+    write_text_atomic(layout.report, render(build_page(run_dir, summary, records, plots)))
+    return layout.report
 
 
 def build_page(
@@ -153,7 +152,8 @@ def _embed(plot: figures.Plot) -> Figure:
 
 
 def _shown_files(run_dir: Path) -> list[ShownFile]:
-    paths = [run_dir / name for name in SHOWN_FILES]
+    layout = RunLayout(run_dir)
+    paths = [layout.config, layout.environment, layout.summary]
     return [ShownFile(p.name, p.read_text(encoding="utf-8")) for p in paths if p.exists()]
 
 
