@@ -350,8 +350,7 @@ class BeatsConfig(Config):
 
     @property
     def projects(self) -> bool:
-        """Whether a linear layer leads from patches to states. The original has none if both have
-        the same width."""
+        """Whether a linear layer maps patches to states; equal widths need none, as in BEATs."""
         return self.embed_size != self.hidden_size
 
 
