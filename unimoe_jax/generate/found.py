@@ -15,6 +15,7 @@ from unimoe_jax.checkpoints.locate import locate
 from unimoe_jax.checkpoints.manifest import MANIFEST, read_manifest, read_settings, run_file_of
 from unimoe_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
 from unimoe_jax.config.load import load_config
+from unimoe_jax.config.problems import first_problem
 from unimoe_jax.config.stage_settings import resolve_stage
 from unimoe_jax.data.conversation import TEMPLATES
 from unimoe_jax.data.sources import has_too_many_pieces, load_tokenizer
@@ -132,10 +133,8 @@ def _model_config(file: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(read_settings(file))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise GenerationError(
-            f"{file}: not a whole model: {where}: {first['msg']}; generation needs embedding, "
+            f"{file}: not a whole model: {first_problem(error)}; generation needs embedding, "
             "decoder and head"
         ) from error
 
