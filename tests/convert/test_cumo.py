@@ -22,10 +22,11 @@ from tests.convert.cumo_folders import (
     write_stage,
 )
 from tests.convert.folders import write_file
+from tests.convert.reading import read_all
 from unimoe_jax.checkpoints.final import load_final
 from unimoe_jax.convert.__main__ import main
 from unimoe_jax.convert.family_plans import plan_of
-from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.plan import Resolution, resolve_plan
 from unimoe_jax.convert.reader import ConvertError, Tensor, open_file, open_folder
 from unimoe_jax.convert.recognise import SourceFolder, recognise
 

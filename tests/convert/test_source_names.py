@@ -13,8 +13,9 @@ import pytest
 from tests.convert import unimoe_folders
 from tests.convert.cumo_folders import write_stage
 from tests.convert.folders import write_file
+from tests.convert.reading import read_all
 from unimoe_jax.convert.family_plans import plan_of
-from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.plan import Resolution, resolve_plan
 from unimoe_jax.convert.reader import ConvertError, open_file
 from unimoe_jax.convert.recognise import recognise
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.convert.reading import read_all
 from unimoe_jax.config.media import MODALITY
 from unimoe_jax.convert.family_plans import plan_of
 from unimoe_jax.convert.options import Options
-from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.plan import Resolution, resolve_plan
 from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.data.processors import Processors
 from unimoe_jax.data.records import MediaFile

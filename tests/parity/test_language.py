@@ -24,10 +24,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from tests.convert.reading import read_all
 from tests.reference import cross_entropy
 from unimoe_jax.convert.entry import Copy
 from unimoe_jax.convert.family_plans import plan_of
-from unimoe_jax.convert.plan import Resolution, read_all, resolve_plan
+from unimoe_jax.convert.plan import Resolution, resolve_plan
 from unimoe_jax.convert.recognise import recognise
 from unimoe_jax.data.batch import Batch
 from unimoe_jax.models.decoder import Attention, Context, causal_mask

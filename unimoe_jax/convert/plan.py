@@ -1,14 +1,14 @@
 """A conversion plan: which source tensor fills which slice of which parameter.
 
 `resolve_plan` checks everything that can be checked from names and shapes, before any tensor is
-read. `read_param` and `read_slice` then read one tensor at a time.
+read. `read_slice` then reads one tensor at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,24 +291,3 @@ def release_slice(plan: ConversionPlan, copy: Copy) -> None:
     """Give the pages that `read_slice` has read back to the system."""
     for src in (copy.src, *_adapter_sources(copy)):
         plan.existing(src).release()
-
-
-def slices(plan: ConversionPlan, target: Target) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """(leading index, slice) of a parameter, read one at a time, in the order of the indices."""
-    # The order of the indices is the order in which the parameter is stored.
-    for index in sorted(target.fills):
-        yield index, read_slice(plan, target.fills[index]).astype(np_dtype(target.dtype))
-
-
-def read_param(plan: ConversionPlan, target: Target) -> np.ndarray:
-    """Read a whole parameter."""
-    value = np.empty(target.shape, np_dtype(target.dtype))
-    for index, part in slices(plan, target):
-        value[index] = part
-    return value
-
-
-def read_all(resolution: Resolution) -> dict[str, np.ndarray]:
-    """Read every parameter into memory; for small models, as in tests."""
-    plan = resolution.plan
-    return {path: read_param(plan, target) for path, target in resolution.targets.items()}
