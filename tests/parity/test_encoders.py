@@ -208,9 +208,9 @@ class Golden:
 
 
 @functools.cache
-def outputs_of(folder: Path, sense: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def outputs_of(folder: Path, branch: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     golden = Golden(folder)
-    outputs = golden.vision() if sense == "vision" else golden.hearing()
+    outputs = golden.vision() if branch == "vision" else golden.hearing()
     outputs = {f"unmerged/{name}": np.asarray(value) for name, value in outputs.items()}
     return outputs, golden.expected
 

@@ -113,6 +113,7 @@ def _largest_difference(opened: Opened, module: ModuleName, expert: int) -> floa
         return 0.0
     largest = 0.0
     for layer_part in _expert_parts(opened, module):
+        # Subtract in float32: in bfloat16 the difference itself would be rounded.
         first, other = (
             opened.part(layer_part, number).read().astype(np.float32) for number in (0, expert)
         )

@@ -155,6 +155,7 @@ def open_experts(name: str, path: Path, model_file: Path | None = None) -> Opene
         moe_layers = tuple(checkpoint.manifest["moe_layers"])
     else:
         moe_layers = checkpoint.model.decoder.moe_layers()
+    # Take the rules of the adapters out of the settings, because no adapter is left.
     rules = [LoRARule.model_validate(rule) for rule in config.pop("lora", None) or ()]
     checkpoint = replace(checkpoint, params=without_adapters(checkpoint.params, rules))
     return Opened(name, checkpoint, config, moe_layers)
@@ -195,6 +196,7 @@ def model_text(config: Mapping[str, Any], where: str) -> str:
     """
     if not config:
         raise ConvertError(no_settings(where))
+    # An encoder or a connector alone is no ModelConfig, which needs a decoder.
     if "decoder" in config:
         ModelConfig.model_validate(config)
     return yaml.safe_dump({"model": dict(config)}, sort_keys=False)

@@ -75,6 +75,7 @@ def leaf_of(path: str, parts: Mapping[tuple[int, ...], Part]) -> Leaf:
     Raises:
         ConvertError: a slice is missing, or slices have different shapes.
     """
+    # Indices start at 0, so the largest one gives the length of each stacked axis.
     index_axes = len(next(iter(parts)))
     stack_shape = tuple(1 + max(index[axis] for index in parts) for axis in range(index_axes))
     missing = set(itertools.product(*map(range, stack_shape))) - set(parts)
@@ -112,6 +113,7 @@ def _finish(
     checkpoint = with_tokenizer(base.checkpoint)
     for name, path in checkpoint.files.items():
         shutil.copyfile(path, folder / name)
+    # The base may be among the sources, and a name stands for one checkpoint, so list each once.
     parents = {source.name: source for source in (base, *sources)}
     return {
         "family": checkpoint.manifest.get("family", ""),
