@@ -264,7 +264,7 @@ class RaggedExchange:
 
     def send(self, index: jax.Array, x_XD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Send the tokens of round `index`; return those that arrive [P·C,D] and their numbers."""
-        # Order this device's tokens by receiver; what is no token is written behind the end.
+        # Order this device's tokens by receiver. Empty places of the lists go behind the end.
         place_PX = self.start_PP[self.here][:, None] + jnp.arange(self.tokens)[None]
         place_PX = jnp.where(self.plan.token_PX < self.tokens, place_PX, self.max_sent)
         empty = jnp.zeros(self.max_sent, jnp.int32)
