@@ -34,8 +34,8 @@ def is_run(block: Block) -> bool:
 
 RUN = [document for document in DOCUMENTS if any(map(is_run, blocks(document)))]
 
-# One document fails in the whole run, and which one is not known yet; the others passed one by one.
 # One document fails in the whole run, and it is not known yet which; the others passed singly.
+# Until that is mended the commands run on request: UNIMOE_DOCUMENTS=1 pytest tests/docs -m slow
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("UNIMOE_DOCUMENTS" not in os.environ, reason="set UNIMOE_DOCUMENTS=1"),
