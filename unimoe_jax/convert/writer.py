@@ -135,8 +135,8 @@ class EmptyArrays(ocp.type_handlers.NumpyHandler):
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
 
-    # Orbax declares `value` as an array; this handler is registered for `Leaf` only.
-    async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
+    # This handler is registered for `Leaf` only.
+    async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]  # takes a Leaf
         self, value: Leaf, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
         # Orbax may wrap the spec of the array in one that casts to another dtype.
